@@ -1,0 +1,1 @@
+//! A vhost-user-blk backend whose data path is Linux blk-mq, rebuilt in user space.
