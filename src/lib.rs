@@ -1,3 +1,5 @@
 //! A vhost-user-blk backend whose data path is Linux blk-mq, rebuilt in user space.
 
+#![cfg_attr(test, allow(clippy::cast_possible_truncation))]
+
 pub mod mq;

@@ -55,3 +55,10 @@ const _: () = {
     assert!(MAX_MERGED_BYTES < u32::MAX as u64);
     assert!(IOV_MAX <= MAX_SEGMENTS);
 };
+
+/// How long an hctx waits that the engine refused without promising a wake-up
+/// (`BLK_MQ_RESOURCE_DELAY`, block/blk-mq.c).
+pub const RESOURCE_DELAY_NS: u64 = 3_000_000;
+
+/// An hctx that used no driver tag for this long gives up its share of them.
+pub const ACTIVITY_DECAY_NS: u64 = 1_000_000_000;
