@@ -1,1 +1,7 @@
 //! A vhost-user-blk backend whose data path is Linux blk-mq, rebuilt in user space.
+
+pub mod cli;
+pub mod config;
+pub mod engine;
+pub mod error;
+pub mod mq;
