@@ -28,7 +28,7 @@ const PROCESS: &str = "The process";
 
 const EXAMPLES: &str = "\
 Examples:
-  Serve disk.img; start QEMU with the lines that docs/ATTACH.md gives:
+  Serve disk.img to the virtual machine that connects to the socket:
     vhost-user-blkmq --socket-path /run/vm1.sock --blk-file disk.img
 
   Two disks for two virtual machines, served by the same four workers:
@@ -44,42 +44,45 @@ Every option is described in docs/OPTIONS.md.";
 
 /// Serve disks to virtual machines over vhost-user, with one hardware queue for each vCPU.
 #[derive(Debug, Clone, Parser)]
-#[command(name = "vhost-user-blkmq", version, after_help = EXAMPLES)]
+#[command(name = "vhost-user-blkmq", version, after_help = EXAMPLES, next_line_help = true)]
 pub struct Arguments {
     /// The disk that the flags outside `--disk` describe, if any.
     #[command(flatten)]
     pub disk: DiskArguments,
 
-    /// One more disk, served by the same workers: the options above, without dashes, and not inherited
-    /// from there [may be repeated; a comma within a value is written twice]
-    #[arg(long = "disk", value_name = "KEY=VALUE,...", value_parser = parse_disk, help_heading = DISK)]
+    /// One more disk, served by the same workers: the options above, without dashes,
+    /// and not inherited from there [may be repeated; a comma within a value is written
+    /// twice]
+    #[arg(verbatim_doc_comment, long = "disk", value_name = "KEY=VALUE,...", value_parser = parse_disk, help_heading = DISK)]
     pub disks: Vec<DiskArguments>,
 
-    /// Threads that serve all disks; never more than there are queues
-    /// [default: one for each CPU this process may use]
-    #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = clap::value_parser!(u16).range(1..=256), help_heading = PROCESS)]
+    /// Threads that serve all disks; never more than there are queues [default: one for
+    /// each CPU this process may use]
+    #[arg(verbatim_doc_comment, long, value_name = "N", allow_negative_numbers = true, value_parser = clap::value_parser!(u16).range(1..=256), help_heading = PROCESS)]
     pub workers: Option<u16>,
 
-    /// Longest time a worker looks for new requests before it sleeps, in microseconds; 0 never looks.
-    /// Shorter waits for the guest, more CPU time on the host
+    /// Longest time a worker looks for new requests before it sleeps, in microseconds;
+    /// 0 never looks. More is a shorter wait for the guest and more CPU time on the
+    /// host [default: 50]
     #[arg(
-        long, value_name = "N", allow_negative_numbers = true, default_value_t = 50,
+        verbatim_doc_comment, long, value_name = "N", allow_negative_numbers = true, default_value_t = 50, hide_default_value = true,
         value_parser = clap::value_parser!(u32).range(0..=1_000_000), help_heading = PROCESS
     )]
     pub poll_us: u32,
 
-    /// How much to tell on stderr
-    #[arg(long, value_name = "LEVEL", value_enum, default_value_t = LogLevel::Info, help_heading = PROCESS)]
+    /// How much to tell on stderr: error, warn, info, debug or trace [default: info]
+    #[arg(verbatim_doc_comment, long, value_name = "LEVEL", value_enum, hide_possible_values = true, hide_default_value = true, default_value_t = LogLevel::Info, help_heading = PROCESS)]
     pub log: LogLevel,
 
-    /// What to print on stdout at exit about the work of each queue
+    /// What to print on stdout at exit about the work of each queue: text, json or none
+    /// [default: text]
     #[arg(
-        long, value_name = "FORMAT", value_enum, default_value_t = SummaryFormat::Text, help_heading = PROCESS
+        verbatim_doc_comment, long, value_name = "FORMAT", value_enum, hide_possible_values = true, hide_default_value = true, default_value_t = SummaryFormat::Text, help_heading = PROCESS
     )]
     pub summary: SummaryFormat,
 
     /// Print what this program can do, as JSON, and exit, whatever else is given
-    #[arg(long, help_heading = PROCESS)]
+    #[arg(verbatim_doc_comment, long, help_heading = PROCESS)]
     pub print_capabilities: bool,
 }
 
@@ -88,74 +91,81 @@ pub struct Arguments {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Args)]
 pub struct DiskArguments {
     /// Listen on this UNIX socket for the virtual machine monitor
-    #[arg(long, value_name = "PATH", help_heading = DISK)]
+    #[arg(verbatim_doc_comment, long, value_name = "PATH", help_heading = DISK)]
     pub socket_path: Option<PathBuf>,
 
-    /// Serve this open socket, listening or connected, that the parent process passes on
+    /// Serve this open socket, listening or connected, that the parent process passes
+    /// on
     #[arg(
-        long, value_name = "N", allow_negative_numbers = true, conflicts_with = "socket_path",
+        verbatim_doc_comment, long, value_name = "N", allow_negative_numbers = true, conflicts_with = "socket_path",
         value_parser = clap::value_parser!(i32).range(0..), help_heading = DISK
     )]
     pub fd: Option<i32>,
 
     /// The image: a regular file or a block device, in raw format
-    #[arg(long, value_name = "PATH", help_heading = DISK)]
+    #[arg(verbatim_doc_comment, long, value_name = "PATH", help_heading = DISK)]
     pub blk_file: Option<PathBuf>,
 
     /// Never write to the image, and tell the guest so
     #[arg(
-        long, value_name = "on|off", value_enum, hide_possible_values = true,
+        verbatim_doc_comment, long, value_name = "on|off", value_enum, hide_possible_values = true,
         num_args = 0..=1, require_equals = true, default_missing_value = "on", help_heading = DISK
     )]
     pub read_only: Option<Switch>,
 
-    /// Serial number of the disk, at most 20 ASCII characters [default: from the image's file name]
-    #[arg(long, value_name = "TEXT", value_parser = parse_serial, help_heading = GUEST)]
+    /// Serial number of the disk, at most 20 ASCII characters [default: from the
+    /// image's file name]
+    #[arg(verbatim_doc_comment, long, value_name = "TEXT", value_parser = parse_serial, help_heading = GUEST)]
     pub serial: Option<String>,
 
-    /// Smallest unit the guest reads and writes, in bytes: 512, 1024, 2048 or 4096 [default: 512]
-    #[arg(long, value_name = "BYTES", value_parser = parse_block_size, help_heading = GUEST)]
+    /// Smallest unit the guest reads and writes, in bytes: 512, 1024, 2048 or 4096
+    /// [default: 512]
+    #[arg(verbatim_doc_comment, long, value_name = "BYTES", value_parser = parse_block_size, help_heading = GUEST)]
     pub logical_block_size: Option<u32>,
 
     /// Let the guest give space back, so that the image shrinks [default: on]
-    #[arg(long, value_name = "on|off", value_enum, hide_possible_values = true, help_heading = GUEST)]
+    #[arg(verbatim_doc_comment, long, value_name = "on|off", value_enum, hide_possible_values = true, help_heading = GUEST)]
     pub discard: Option<Discard>,
 
-    /// Most virtqueues offered; the virtual machine monitor takes as many as it likes, usually one for
-    /// each vCPU [default: 64]
+    /// Most virtqueues offered; the virtual machine monitor takes as many as it likes,
+    /// usually one for each vCPU [default: 64]
     #[arg(
-        long, value_name = "N", allow_negative_numbers = true, value_parser = clap::value_parser!(u16).range(1..=256), help_heading = QUEUES
+        verbatim_doc_comment, long, value_name = "N", allow_negative_numbers = true, value_parser = clap::value_parser!(u16).range(1..=256), help_heading = QUEUES
     )]
     pub num_queues: Option<u16>,
 
-    /// Size the rings are expected to have, a power of two from 4 to 1024: it decides how many buffers a
-    /// request may have. Any ring up to 1024 works [default: 128]
-    #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = parse_queue_size, help_heading = QUEUES)]
+    /// Size the rings are expected to have, a power of two from 4 to 1024: it decides
+    /// how many buffers a request may have. Any ring up to 1024 works [default: 128]
+    #[arg(verbatim_doc_comment, long, value_name = "N", allow_negative_numbers = true, value_parser = parse_queue_size, help_heading = QUEUES)]
     pub queue_size: Option<u16>,
 
-    /// vCPUs of the guest, if they are more than its queues [default: one for each queue in use]
+    /// vCPUs of the guest, if they are more than its queues [default: one for each
+    /// queue in use]
     #[arg(
-        long, value_name = "N", allow_negative_numbers = true, value_parser = clap::value_parser!(u16).range(1..=4096), help_heading = QUEUES
+        verbatim_doc_comment, long, value_name = "N", allow_negative_numbers = true, value_parser = clap::value_parser!(u16).range(1..=4096), help_heading = QUEUES
     )]
     pub vcpus: Option<u16>,
 
-    /// Which vCPU uses which queue: grouping (Linux 6.6 and later), modulo (before), or a list with the
-    /// queue of each vCPU, such as 0,0,1,1 or 0:0:1:1 [default: grouping]
-    #[arg(long, value_name = "SPEC", value_parser = parse_queue_map, help_heading = QUEUES)]
+    /// Which vCPU uses which queue: grouping (Linux 6.6 and later), modulo (before), or
+    /// a list with the queue of each vCPU, such as 0,0,1,1 or 0:0:1:1 [default:
+    /// grouping]
+    #[arg(verbatim_doc_comment, long, value_name = "SPEC", value_parser = parse_queue_map, help_heading = QUEUES)]
     pub queue_map: Option<MapKind>,
 
-    /// What stands behind the disk: auto and io_uring use the image; null has none, it forgets what is
-    /// written and reads zeroes [default: auto]
-    #[arg(long, value_name = "ENGINE", value_enum, hide_possible_values = true, help_heading = IO)]
+    /// What stands behind the disk: auto and io_uring use the image; null has none: it
+    /// forgets what is written, and reads bring nothing [default: auto]
+    #[arg(verbatim_doc_comment, long, value_name = "ENGINE", value_enum, hide_possible_values = true, help_heading = IO)]
     pub engine: Option<EngineKind>,
 
-    /// Size of the disk in bytes, or with K, M, G or T behind it; only with the null engine
-    #[arg(long, value_name = "SIZE", value_parser = parse_size, help_heading = IO)]
+    /// Size of the disk in bytes, or with K, M, G or T behind it; only with the null
+    /// engine
+    #[arg(verbatim_doc_comment, long, value_name = "SIZE", value_parser = parse_size, help_heading = IO)]
     pub size: Option<u64>,
 
-    /// Cache mode, as in QEMU: writeback, none (past the host's page cache), writethrough, directsync,
-    /// unsafe (a flush does nothing: data is lost if the host stops) [default: none]
-    #[arg(long, value_name = "MODE", value_enum, hide_possible_values = true, help_heading = IO)]
+    /// Cache mode, as in QEMU: writeback, none (past the host's page cache),
+    /// writethrough, directsync, unsafe (a flush does nothing: data is lost if the host
+    /// stops) [default: none]
+    #[arg(verbatim_doc_comment, long, value_name = "MODE", value_enum, hide_possible_values = true, help_heading = IO)]
     pub cache: Option<CacheMode>,
 }
 
@@ -204,7 +214,7 @@ pub enum EngineKind {
     /// io_uring.
     #[value(name = "io_uring", alias = "io-uring")]
     IoUring,
-    /// No image: writes are forgotten, reads give zeroes.
+    /// No image: writes are forgotten, reads leave the guest's memory as it is.
     Null,
 }
 

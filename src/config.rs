@@ -85,7 +85,7 @@ pub enum ImageSource {
         /// As the user named it.
         path: PathBuf,
     },
-    /// Nothing: reads give zeroes and writes are forgotten.
+    /// Nothing: writes are forgotten, and reads leave the guest's memory as it is.
     Null {
         /// The size the disk pretends to have, in bytes; a multiple of the logical block size, not 0.
         size_bytes: u64,

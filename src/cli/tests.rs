@@ -216,7 +216,7 @@ fn wrong_values_are_named_with_their_flag() {
         (&["--fd", "-1"], "--fd"),
         (&["--fd", "3", "--socket-path", "/a"], "cannot be used with"),
         (&["--num-queue", "3"], "'--num-queue'"),
-        (&["--new\nline"], "--new line"),
+        (&["--new\nline"], "--new; line"),
         (&["stray"], "'stray'"),
         (&["--poll-us", "1000001"], "1000001 is not in 0..=1000000"),
     ] {

@@ -16,26 +16,20 @@ use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 
 use log::warn;
-use rustix::fs::{
-    AtFlags, FallocateFlags, OFlags, Statx, StatxFlags, fallocate, fcntl_setfl, statx,
-};
-use rustix::io::{Errno, pread};
+use rustix::fs::{AtFlags, FallocateFlags, OFlags, StatxFlags, fallocate, fcntl_setfl, statx};
+use rustix::io::Errno;
 
+use self::align::open_direct;
 use self::limits::QueueLimits;
 use crate::config::{DiskConfig, ImageSource};
 use crate::error::StartError;
 
+mod align;
 mod limits;
 
 /// Longest range, in bytes, that one discard or write-zeroes of a regular file may have: as much as
 /// virtio's 32-bit number of sectors can say, in whole mebibytes.
 const FILE_RANGE_MAX_BYTES: u64 = ((u32::MAX as u64) << 9) & !((1 << 20) - 1);
-
-/// Alignments that direct I/O is tried with, in bytes, where the kernel does not tell.
-const ALIGNMENTS: [u32; 4] = [512, 1024, 2048, 4096];
-
-/// The coarsest of them: a buffer with this alignment suits every device.
-const ALIGNMENT_MAX: usize = 4096;
 
 /// What kind of thing an image is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -221,7 +215,7 @@ impl Image {
         let block = config.logical_block_size;
         self.physical_block_bytes = power_of_two_at_least(queue.physical_block_bytes, block);
         self.min_io_bytes = multiple_or(queue.min_io_bytes, self.physical_block_bytes);
-        self.opt_io_bytes = if queue.opt_io_bytes % block == 0 {
+        self.opt_io_bytes = if queue.opt_io_bytes.is_multiple_of(block) {
             queue.opt_io_bytes
         } else {
             0
@@ -354,51 +348,6 @@ fn kind_of(path: &Path, metadata: &Metadata) -> Result<ImageKind, StartError> {
     })
 }
 
-/// Switches `file` to direct I/O and returns the alignment it needs, memory first and offsets second;
-/// `None` where it has no direct I/O.
-fn open_direct(file: &File, facts: &Statx, queue: &QueueLimits) -> Option<(u32, u32)> {
-    fcntl_setfl(file, OFlags::DIRECT).ok()?;
-    if facts.stx_mask & StatxFlags::DIOALIGN.bits() != 0 {
-        // The kernel answers 0 for a file it would serve from the page cache all the same (an encrypted
-        // one, for example).
-        let (memory, offset) = (facts.stx_dio_mem_align, facts.stx_dio_offset_align);
-        return (memory != 0 && offset != 0).then_some((memory, offset));
-    }
-    let offset = tried_offset_align(file)?;
-    // Some file systems serve a hole at any alignment, so a sparse image tells too little: never
-    // believe in less than the device below needs.
-    let offset = offset.max(queue.logical_block_bytes);
-    Some((tried_memory_align(file, offset)?, offset))
-}
-
-/// The least alignment of offset and length that a direct read succeeds with.
-fn tried_offset_align(file: &File) -> Option<u32> {
-    ALIGNMENTS
-        .into_iter()
-        .find(|&align| reads(file, 0, align, u64::from(align)) && reads(file, 0, align, 0))
-}
-
-/// The least alignment in memory that a direct read of `length` bytes succeeds with.
-fn tried_memory_align(file: &File, length: u32) -> Option<u32> {
-    [4].into_iter()
-        .chain(ALIGNMENTS)
-        .find(|&align| reads(file, align, length, 0))
-}
-
-/// Whether `length` bytes at `offset` can be read to an address that is `skew` bytes past a multiple of
-/// [`ALIGNMENT_MAX`]. Reading past the end counts: it is the alignment that is in question.
-fn reads(file: &File, skew: u32, length: u32, offset: u64) -> bool {
-    let (Ok(skew), Ok(length)) = (usize::try_from(skew), usize::try_from(length)) else {
-        return false;
-    };
-    let mut memory = vec![0u8; 2 * ALIGNMENT_MAX + length];
-    let start = memory.as_ptr().align_offset(ALIGNMENT_MAX) + skew;
-    match memory.get_mut(start..start + length) {
-        Some(buffer) => pread(file, buffer, offset).is_ok(),
-        None => false,
-    }
-}
-
 /// Whether the file system can free a part of a file. Asked with a hole behind its end, where there is
 /// nothing to lose.
 fn makes_holes(file: &File, size_bytes: u64) -> bool {
@@ -417,7 +366,7 @@ fn power_of_two_at_least(value: u32, least: u32) -> u32 {
 
 /// `value` if it is a multiple of `unit` and not 0, else `unit`.
 fn multiple_or(value: u32, unit: u32) -> u32 {
-    if value != 0 && value % unit == 0 {
+    if value != 0 && value.is_multiple_of(unit) {
         value
     } else {
         unit
