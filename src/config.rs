@@ -261,8 +261,9 @@ fn image_source(
         )),
         (_, Some(path), None) => Ok(ImageSource::File { path: path.clone() }),
         (_, None, None) => usage(format!(
-            "there is no image to serve; give {} PATH",
-            name("blk-file")
+            "there is no image to serve; give {} PATH, and {} PATH for the front end to connect to",
+            name("blk-file"),
+            name("socket-path")
         )),
     }
 }
