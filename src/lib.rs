@@ -1,5 +1,7 @@
 //! A vhost-user-blk backend whose data path is Linux blk-mq, rebuilt in user space.
 
+#![cfg_attr(test, allow(clippy::cast_possible_truncation))]
+
 pub mod cli;
 pub mod config;
 pub mod engine;
