@@ -2,4 +2,8 @@
 
 #![cfg_attr(test, allow(clippy::cast_possible_truncation))]
 
+pub mod cli;
+pub mod config;
+pub mod engine;
+pub mod error;
 pub mod mq;
