@@ -1,1 +1,3 @@
 //! A vhost-user-blk backend whose data path is Linux blk-mq, rebuilt in user space.
+
+pub mod daemon;
