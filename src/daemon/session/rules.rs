@@ -384,7 +384,7 @@ impl Rules {
             (24, "available ring", 2),
         ] {
             let address = u64_at(payload, at);
-            if address % align != 0 {
+            if !address.is_multiple_of(align) {
                 return Err(Reason::AddressAlign {
                     queue,
                     part,

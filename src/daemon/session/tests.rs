@@ -175,13 +175,17 @@ fn find(socket: &UnixStream) -> Option<Found> {
 fn recv_segment(socket: &UnixStream, bytes: &mut [u8]) -> (usize, Vec<OwnedFd>) {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(64))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
-    let received = recvmsg(
+    let received = match recvmsg(
         socket,
         &mut [IoSliceMut::new(bytes)],
         &mut control,
         RecvFlags::CMSG_CLOEXEC,
-    )
-    .unwrap();
+    ) {
+        Ok(received) => received,
+        // The end as well: the guard closed with something of ours unread.
+        Err(Errno::CONNRESET) => return (0, Vec::new()),
+        Err(errno) => panic!("{errno}"),
+    };
     let fds = control
         .drain()
         .flat_map(|message| match message {

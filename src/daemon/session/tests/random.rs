@@ -137,29 +137,39 @@ fn message() -> impl Strategy<Value = (u32, u32, Vec<u8>, Vec<Kind>)> {
 }
 
 /// Sends `messages` cut into pieces of `cuts` bytes, over and over; descriptors leave with the
-/// piece that holds their message's first byte.
+/// piece that holds their message's first byte. What passes fits the device's socket buffer.
 fn run(messages: Vec<Sent>, cuts: &[usize]) -> (SessionEnd, Vec<Found>) {
-    let Bench {
+    let Running {
         front_end,
         device,
-        guard,
-    } = bench();
+        thread,
+        ..
+    } = running();
     let mut cuts = cuts.iter().cycle();
     'all: for message in messages {
         let mut fds: Vec<_> = message.fds.iter().map(AsFd::as_fd).collect();
         let mut rest = message.bytes.as_slice();
         while !rest.is_empty() {
             let (piece, after) = rest.split_at((*cuts.next().unwrap()).min(rest.len()));
-            if rustix::net::send(&front_end, &[], SendFlags::DONTWAIT).is_err() {
-                break 'all;
+            match send_segment(&front_end, piece, &fds) {
+                Ok(sent) => assert_eq!(sent, piece.len()),
+                // Refused already.
+                Err(error)
+                    if matches!(
+                        error.kind(),
+                        io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset
+                    ) =>
+                {
+                    break 'all;
+                }
+                Err(error) => panic!("{error}"),
             }
-            send_segment(&front_end, piece, &fds).unwrap();
             fds.clear();
             rest = after;
         }
     }
     drop(front_end);
-    (guard.run(), find_all(&device))
+    (thread.join().unwrap(), find_all(&device))
 }
 
 proptest! {

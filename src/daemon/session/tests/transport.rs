@@ -292,7 +292,7 @@ fn a_front_end_that_leaves_is_noticed_while_the_device_does_not_read() {
     ));
 }
 
-/// Microseconds of CPU that the thread `tid` has used, from /proc.
+/// Clock ticks of CPU that the thread `tid` has used, from /proc.
 fn cpu_ticks(tid: i32) -> u64 {
     let stat = std::fs::read_to_string(format!("/proc/self/task/{tid}/stat")).unwrap();
     let fields: Vec<_> = stat
@@ -373,5 +373,39 @@ fn the_sockets_own_flags_stay_as_they_are() {
     assert!(
         find(&device).is_none(),
         "shut down, though a duplicate is open"
+    );
+}
+
+/// Runs in a process of its own, since the limit of open files is the whole process's.
+#[test]
+fn descriptors_lost_for_want_of_numbers_end_the_session() {
+    const NAME: &str =
+        "daemon::session::tests::transport::descriptors_lost_for_want_of_numbers_end_the_session";
+    const CHILD: &str = "SESSION_TEST_FEW_FDS";
+    if std::env::var_os(CHILD).is_none() {
+        let output = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", NAME])
+            .env(CHILD, "1")
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{output:?}");
+        return;
+    }
+    let Bench {
+        front_end, guard, ..
+    } = bench();
+    let fd = event();
+    let message = u64s(R::SET_FEATURES, &[0]);
+    send_segment(&front_end, &message.bytes, &[fd.as_fd(); 32]).unwrap();
+    let few = rustix::process::Rlimit {
+        current: Some(16),
+        ..rustix::process::getrlimit(rustix::process::Resource::Nofile)
+    };
+    rustix::process::setrlimit(rustix::process::Resource::Nofile, few).unwrap();
+    let end = guard.run();
+    assert!(
+        end.to_string()
+            .contains("file descriptors were lost: raise"),
+        "{end}"
     );
 }
