@@ -1,0 +1,3 @@
+//! The glue between front ends, threads, file descriptors and sockets.
+
+pub mod session;
