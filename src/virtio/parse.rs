@@ -218,16 +218,8 @@ fn ioprio(header: &Header) -> IoPrio {
 enum Verdict {
     /// Answer it: status, and bytes of data written.
     Answer(Status, u32),
-    /// Read or write those pieces.
-    Transfer {
-        op: Op,
-        pieces: std::ops::Range<usize>,
-        bytes: u64,
-    },
-    /// Flush.
-    Flush,
-    /// Discard or zero so many ranges, which lie in [`ranges::Ranges`].
-    Ranges(ranges::Ranges),
+    /// Do it, with the segments that lie at this place in the scratch room.
+    Request(Request, std::ops::Range<usize>),
 }
 
 /// Any chain, by way of a complete layout.
@@ -247,78 +239,36 @@ fn any(
             return Err(error);
         }
     };
-    let Some(header) = take_header(&layout, pool) else {
-        return Ok(answer(ring, head, layout.status, Status::IoErr, 0));
+    let verdict = match take_header(&layout, pool) {
+        Some(header) => judge(&layout, &header, shape, write_through, &mut pool.scratch),
+        None => Verdict::Answer(Status::IoErr, 0),
     };
-    let mut request = Request {
-        op: Op::Flush,
-        sector: Sector(0),
-        bytes: 0,
-        segments: 0,
-        ioprio: ioprio(&header),
-        fua: false,
-        unmap: false,
-    };
-    let segments = match judge(&layout, &header, shape, pool) {
+    let (request, segments) = match verdict {
         Verdict::Answer(status, bytes) => {
-            return Ok(answer(ring, head, layout.status, status, bytes));
+            let receipt = Receipt::new(ring.commit(head), layout.status);
+            return Ok(Parsed::Done(receipt.finish(status, bytes)));
         }
-        Verdict::Flush => ring.inline_segments(&head),
-        Verdict::Transfer { op, pieces, bytes } => {
-            let Ok(count) = u16::try_from(pieces.len()) else {
-                return Ok(answer(ring, head, layout.status, Status::IoErr, 0));
-            };
-            if count > MAX_SEGMENTS {
-                return Ok(answer(ring, head, layout.status, Status::IoErr, 0));
-            }
-            request.op = op;
-            request.sector = Sector(header.sector);
-            request.bytes = bytes;
-            request.segments = count;
-            let Some(room) = room(ring, &head, count, pool) else {
-                return Ok(Parsed::NoRoom(head));
-            };
-            fill(room, pool.scratch[pieces].iter().copied());
-            room
-        }
-        Verdict::Ranges(ranges) => {
-            request.op = ranges.op;
-            request.sector = ranges.first();
-            request.bytes = ranges.bytes();
-            request.segments = ranges.count();
-            request.unmap = ranges.unmap;
-            let Some(room) = room(ring, &head, request.segments, pool) else {
-                return Ok(Parsed::NoRoom(head));
-            };
-            fill(
-                room,
-                ranges
-                    .extents()
-                    .iter()
-                    .map(|extent| Segment { extent: *extent }),
-            );
-            room
-        }
+        Verdict::Request(request, segments) => (request, segments),
     };
+    let room = if request.segments <= INLINE_SEGMENTS {
+        ring.inline_segments(&head)
+    } else if let Some(buffer) = pool.lend() {
+        buffer
+    } else {
+        return Ok(Parsed::NoRoom(head));
+    };
+    for (i, segment) in pool.scratch[segments].iter().enumerate() {
+        // SAFETY: the room was chosen for `request.segments`, which is how many these are, and
+        // nobody else refers to it yet. Unsafe because of raw pointers.
+        unsafe { room.add(i).write(*segment) };
+    }
     let ranges = matches!(request.op, Op::Discard | Op::WriteZeroes);
-    request.fua = write_through && matches!(request.op, Op::Write | Op::Discard | Op::WriteZeroes);
     let receipt = Receipt::new(ring.commit(head), layout.status);
-    // SAFETY: `fill` wrote that many segments, of that kind, to room that `room` found for just
-    // that number: inline up to INLINE_SEGMENTS, from the pool for more. Unsafe because that is
-    // this module's logic.
-    let io = unsafe { GuestIo::new(receipt, segments, request.segments, ranges) };
+    // SAFETY: that many segments were just written, extents if it has ranges and buffers if not,
+    // inline up to INLINE_SEGMENTS and from the pool for more. Unsafe because that is this
+    // module's logic.
+    let io = unsafe { GuestIo::new(receipt, room, request.segments, ranges) };
     Ok(Parsed::Request(request, io))
-}
-
-/// Ends a chain here and now.
-fn answer(
-    ring: &mut Ring,
-    head: Head,
-    status_byte: NonNull<u8>,
-    status: Status,
-    bytes: u32,
-) -> Parsed {
-    Parsed::Done(Receipt::new(ring.commit(head), status_byte).finish(status, bytes))
 }
 
 /// Cuts the header off the front of the readable pieces and copies it. `None` if the chain is at
@@ -360,11 +310,27 @@ fn take(pieces: &mut [Segment], into: &mut [u8]) {
     );
 }
 
-/// Decides on a chain without fault, whose header has been cut off.
-fn judge(layout: &Layout, header: &Header, shape: &DiskShape, pool: &mut SegmentPool) -> Verdict {
+/// Decides on a chain without fault, whose header has been cut off. The segments of a request are
+/// left in `pieces`.
+fn judge(
+    layout: &Layout,
+    header: &Header,
+    shape: &DiskShape,
+    write_through: bool,
+    pieces: &mut [Segment],
+) -> Verdict {
     let readable = layout.readable_bytes - u64::from(HEADER_BYTES);
     let writable = layout.writable_bytes - 1;
     let reject = Verdict::Answer(Status::IoErr, 0);
+    let mut request = Request {
+        op: Op::Flush,
+        sector: Sector(0),
+        bytes: 0,
+        segments: 0,
+        ioprio: ioprio(header),
+        fua: false,
+        unmap: false,
+    };
     match header.kind {
         request_type::IN | request_type::OUT => {
             let write = header.kind == request_type::OUT;
@@ -382,18 +348,22 @@ fn judge(layout: &Layout, header: &Header, shape: &DiskShape, pool: &mut Segment
             if bytes == 0 {
                 return Verdict::Answer(Status::Ok, 0);
             }
-            let op = if write { Op::Write } else { Op::Read };
-            Verdict::Transfer {
-                op,
-                pieces: data(layout, write, &mut pool.scratch),
-                bytes,
+            let data = data(layout, write, pieces);
+            match u16::try_from(data.len()) {
+                Ok(segments) if segments <= MAX_SEGMENTS => request.segments = segments,
+                _ => return reject,
             }
+            request.op = if write { Op::Write } else { Op::Read };
+            request.sector = Sector(header.sector);
+            request.bytes = bytes;
+            request.fua = write && write_through;
+            Verdict::Request(request, data)
         }
-        request_type::FLUSH => Verdict::Flush,
+        request_type::FLUSH => Verdict::Request(request, 0..0),
         request_type::GET_ID if readable > 0 => reject,
         request_type::GET_ID => {
-            let pieces = data(layout, false, &mut pool.scratch);
-            Verdict::Answer(Status::Ok, write_id(&pool.scratch[pieces], &shape.serial))
+            let data = data(layout, false, pieces);
+            Verdict::Answer(Status::Ok, write_id(&pieces[data], &shape.serial))
         }
         request_type::DISCARD | request_type::WRITE_ZEROES => {
             if writable > 0 || shape.read_only {
@@ -407,10 +377,17 @@ fn judge(layout: &Layout, header: &Header, shape: &DiskShape, pool: &mut Segment
             let Some(limits) = limits else {
                 return Verdict::Answer(Status::Unsupp, 0);
             };
-            let pieces = &mut pool.scratch[..layout.readable];
-            match ranges::Ranges::read(op, pieces, readable, limits, shape) {
-                Ok(ranges) if ranges.count() == 0 => Verdict::Answer(Status::Ok, 0),
-                Ok(ranges) => Verdict::Ranges(ranges),
+            match ranges::read(op, pieces, layout.readable, readable, limits, shape) {
+                Ok(ranges) if ranges.count == 0 => Verdict::Answer(Status::Ok, 0),
+                Ok(ranges) => {
+                    request.op = op;
+                    request.sector = ranges.first;
+                    request.bytes = ranges.bytes;
+                    request.segments = ranges.count;
+                    request.unmap = ranges.unmap;
+                    request.fua = write_through;
+                    Verdict::Request(request, 0..usize::from(ranges.count))
+                }
                 Err(status) => Verdict::Answer(status, 0),
             }
         }
@@ -455,24 +432,6 @@ fn write_id(pieces: &[Segment], serial: &[u8; ID_BYTES]) -> u32 {
         left = later;
     }
     u32::try_from(serial.len() - left.len()).expect("at most ID_BYTES")
-}
-
-/// Where the segments of a request go, if there is room.
-fn room(ring: &Ring, head: &Head, count: u16, pool: &mut SegmentPool) -> Option<NonNull<Segment>> {
-    if count <= INLINE_SEGMENTS {
-        Some(ring.inline_segments(head))
-    } else {
-        pool.lend()
-    }
-}
-
-/// Writes segments to their room.
-fn fill(room: NonNull<Segment>, segments: impl Iterator<Item = Segment>) {
-    for (i, segment) in segments.enumerate() {
-        // SAFETY: `room` was chosen for the number of these segments, and nobody else refers to it
-        // yet. Unsafe because of raw pointers.
-        unsafe { room.add(i).write(segment) };
-    }
 }
 
 #[cfg(test)]

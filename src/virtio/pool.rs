@@ -150,7 +150,7 @@ impl SegmentPool {
             .wrapping_sub(self.buffers.first.addr().get());
         let index = offset / stride;
         assert!(
-            offset % stride == 0 && index < usize::from(BIG_REQUESTS),
+            offset.is_multiple_of(stride) && index < usize::from(BIG_REQUESTS),
             "a segment buffer came back to a pool it is not from"
         );
         assert!(
