@@ -7,3 +7,4 @@ pub mod config;
 pub mod engine;
 pub mod error;
 pub mod mq;
+pub mod virtio;
