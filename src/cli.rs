@@ -11,6 +11,7 @@ use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, Parser, ValueEnum};
 
 use crate::error::StartError;
+use crate::mq::limits::{MAX_QUEUES, MAX_RING_SIZE};
 use crate::mq::map::MapKind;
 
 /// What `--print-capabilities` prints, as the conventions for vhost-user backend programs define it
@@ -40,6 +41,7 @@ Examples:
     vhost-user-blkmq --socket-path /run/null.sock --engine null --size 100G
 
 Send SIGTERM or SIGINT to stop: requests in flight are finished first.
+docs/ATTACH.md says how to start QEMU, libvirt and Cloud Hypervisor.
 Every option is described in docs/OPTIONS.md.";
 
 /// Serve disks to virtual machines over vhost-user, with one hardware queue for each vCPU.
@@ -130,7 +132,7 @@ pub struct DiskArguments {
     /// Most virtqueues offered; the virtual machine monitor takes as many as it likes,
     /// usually one for each vCPU [default: 64]
     #[arg(
-        verbatim_doc_comment, long, value_name = "N", allow_negative_numbers = true, value_parser = clap::value_parser!(u16).range(1..=256), help_heading = QUEUES
+        verbatim_doc_comment, long, value_name = "N", allow_negative_numbers = true, value_parser = clap::value_parser!(u16).range(1..=i64::from(MAX_QUEUES)), help_heading = QUEUES
     )]
     pub num_queues: Option<u16>,
 
@@ -375,8 +377,8 @@ fn parse_block_size(text: &str) -> Result<u32, String> {
 
 fn parse_queue_size(text: &str) -> Result<u16, String> {
     match text.parse::<u16>() {
-        Ok(size) if size.is_power_of_two() && (4..=1024).contains(&size) => Ok(size),
-        _ => Err("use a power of two from 4 to 1024".to_owned()),
+        Ok(size) if size.is_power_of_two() && (4..=MAX_RING_SIZE).contains(&size) => Ok(size),
+        _ => Err(format!("use a power of two from 4 to {MAX_RING_SIZE}")),
     }
 }
 
