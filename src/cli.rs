@@ -11,14 +11,19 @@ use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, Parser, ValueEnum};
 
 use crate::error::StartError;
+use crate::mq::limits::MAX_QUEUES;
 use crate::mq::map::MapKind;
+
+pub use self::values::SERIAL_MAX_BYTES;
+use self::values::{
+    parse_block_size, parse_queue_map, parse_queue_size, parse_serial, parse_size, split_pairs,
+};
+
+mod values;
 
 /// What `--print-capabilities` prints, as the conventions for vhost-user backend programs define it
 /// for a block backend.
 pub const CAPABILITIES: &str = r#"{"type":"block","features":["read-only","blk-file"]}"#;
-
-/// Bytes of a serial number: VIRTIO_BLK_T_GET_ID fills a field of this size (virtio 1.3, 5.2.6).
-pub const SERIAL_MAX_BYTES: usize = 20;
 
 const DISK: &str = "What to serve, and where";
 const GUEST: &str = "What the guest sees";
@@ -40,6 +45,7 @@ Examples:
     vhost-user-blkmq --socket-path /run/null.sock --engine null --size 100G
 
 Send SIGTERM or SIGINT to stop: requests in flight are finished first.
+docs/ATTACH.md says how to start QEMU, libvirt and Cloud Hypervisor.
 Every option is described in docs/OPTIONS.md.";
 
 /// Serve disks to virtual machines over vhost-user, with one hardware queue for each vCPU.
@@ -53,31 +59,42 @@ pub struct Arguments {
     /// One more disk, served by the same workers: the options above, without dashes,
     /// and not inherited from there [may be repeated; a comma within a value is written
     /// twice]
-    #[arg(verbatim_doc_comment, long = "disk", value_name = "KEY=VALUE,...", value_parser = parse_disk, help_heading = DISK)]
+    #[arg(
+        verbatim_doc_comment, long = "disk", value_name = "KEY=VALUE,...",
+        value_parser = parse_disk, help_heading = DISK
+    )]
     pub disks: Vec<DiskArguments>,
 
     /// Threads that serve all disks; never more than there are queues [default: one for
     /// each CPU this process may use]
-    #[arg(verbatim_doc_comment, long, value_name = "N", allow_negative_numbers = true, value_parser = clap::value_parser!(u16).range(1..=256), help_heading = PROCESS)]
+    #[arg(
+        verbatim_doc_comment, long, value_name = "N", allow_negative_numbers = true,
+        value_parser = clap::value_parser!(u16).range(1..=256), help_heading = PROCESS
+    )]
     pub workers: Option<u16>,
 
     /// Longest time a worker looks for new requests before it sleeps, in microseconds;
     /// 0 never looks. More is a shorter wait for the guest and more CPU time on the
     /// host [default: 50]
     #[arg(
-        verbatim_doc_comment, long, value_name = "N", allow_negative_numbers = true, default_value_t = 50, hide_default_value = true,
+        verbatim_doc_comment, long, value_name = "N", allow_negative_numbers = true,
+        default_value_t = 50, hide_default_value = true,
         value_parser = clap::value_parser!(u32).range(0..=1_000_000), help_heading = PROCESS
     )]
     pub poll_us: u32,
 
     /// How much to tell on stderr: error, warn, info, debug or trace [default: info]
-    #[arg(verbatim_doc_comment, long, value_name = "LEVEL", value_enum, hide_possible_values = true, hide_default_value = true, default_value_t = LogLevel::Info, help_heading = PROCESS)]
+    #[arg(
+        verbatim_doc_comment, long, value_name = "LEVEL", value_enum, hide_possible_values = true,
+        hide_default_value = true, default_value_t = LogLevel::Info, help_heading = PROCESS
+    )]
     pub log: LogLevel,
 
     /// What to print on stdout at exit about the work of each queue: text, json or none
     /// [default: text]
     #[arg(
-        verbatim_doc_comment, long, value_name = "FORMAT", value_enum, hide_possible_values = true, hide_default_value = true, default_value_t = SummaryFormat::Text, help_heading = PROCESS
+        verbatim_doc_comment, long, value_name = "FORMAT", value_enum, hide_possible_values = true,
+        hide_default_value = true, default_value_t = SummaryFormat::Text, help_heading = PROCESS
     )]
     pub summary: SummaryFormat,
 
@@ -97,8 +114,9 @@ pub struct DiskArguments {
     /// Serve this open socket, listening or connected, that the parent process passes
     /// on
     #[arg(
-        verbatim_doc_comment, long, value_name = "N", allow_negative_numbers = true, conflicts_with = "socket_path",
-        value_parser = clap::value_parser!(i32).range(0..), help_heading = DISK
+        verbatim_doc_comment, long, value_name = "N", allow_negative_numbers = true,
+        conflicts_with = "socket_path", value_parser = clap::value_parser!(i32).range(0..),
+        help_heading = DISK
     )]
     pub fd: Option<i32>,
 
@@ -115,57 +133,84 @@ pub struct DiskArguments {
 
     /// Serial number of the disk, at most 20 ASCII characters [default: from the
     /// image's file name]
-    #[arg(verbatim_doc_comment, long, value_name = "TEXT", value_parser = parse_serial, help_heading = GUEST)]
+    #[arg(
+        verbatim_doc_comment, long, value_name = "TEXT", value_parser = parse_serial,
+        help_heading = GUEST
+    )]
     pub serial: Option<String>,
 
     /// Smallest unit the guest reads and writes, in bytes: 512, 1024, 2048 or 4096
     /// [default: 512]
-    #[arg(verbatim_doc_comment, long, value_name = "BYTES", value_parser = parse_block_size, help_heading = GUEST)]
+    #[arg(
+        verbatim_doc_comment, long, value_name = "BYTES", value_parser = parse_block_size,
+        help_heading = GUEST
+    )]
     pub logical_block_size: Option<u32>,
 
     /// Let the guest give space back, so that the image shrinks [default: on]
-    #[arg(verbatim_doc_comment, long, value_name = "on|off", value_enum, hide_possible_values = true, help_heading = GUEST)]
+    #[arg(
+        verbatim_doc_comment, long, value_name = "on|off", value_enum, hide_possible_values = true,
+        help_heading = GUEST
+    )]
     pub discard: Option<Discard>,
 
     /// Most virtqueues offered; the virtual machine monitor takes as many as it likes,
     /// usually one for each vCPU [default: 64]
     #[arg(
-        verbatim_doc_comment, long, value_name = "N", allow_negative_numbers = true, value_parser = clap::value_parser!(u16).range(1..=256), help_heading = QUEUES
+        verbatim_doc_comment, long, value_name = "N", allow_negative_numbers = true,
+        value_parser = clap::value_parser!(u16).range(1..=i64::from(MAX_QUEUES)),
+        help_heading = QUEUES
     )]
     pub num_queues: Option<u16>,
 
     /// Size the rings are expected to have, a power of two from 4 to 1024: it decides
     /// how many buffers a request may have. Any ring up to 1024 works [default: 128]
-    #[arg(verbatim_doc_comment, long, value_name = "N", allow_negative_numbers = true, value_parser = parse_queue_size, help_heading = QUEUES)]
+    #[arg(
+        verbatim_doc_comment, long, value_name = "N", allow_negative_numbers = true,
+        value_parser = parse_queue_size, help_heading = QUEUES
+    )]
     pub queue_size: Option<u16>,
 
     /// vCPUs of the guest, if they are more than its queues [default: one for each
     /// queue in use]
     #[arg(
-        verbatim_doc_comment, long, value_name = "N", allow_negative_numbers = true, value_parser = clap::value_parser!(u16).range(1..=4096), help_heading = QUEUES
+        verbatim_doc_comment, long, value_name = "N", allow_negative_numbers = true,
+        value_parser = clap::value_parser!(u16).range(1..=4096), help_heading = QUEUES
     )]
     pub vcpus: Option<u16>,
 
     /// Which vCPU uses which queue: grouping (Linux 6.6 and later), modulo (before), or
     /// a list with the queue of each vCPU, such as 0,0,1,1 or 0:0:1:1 [default:
     /// grouping]
-    #[arg(verbatim_doc_comment, long, value_name = "SPEC", value_parser = parse_queue_map, help_heading = QUEUES)]
+    #[arg(
+        verbatim_doc_comment, long, value_name = "SPEC", value_parser = parse_queue_map,
+        help_heading = QUEUES
+    )]
     pub queue_map: Option<MapKind>,
 
     /// What stands behind the disk: auto and io_uring use the image; null has none: it
     /// forgets what is written, and reads bring nothing [default: auto]
-    #[arg(verbatim_doc_comment, long, value_name = "ENGINE", value_enum, hide_possible_values = true, help_heading = IO)]
+    #[arg(
+        verbatim_doc_comment, long, value_name = "ENGINE", value_enum, hide_possible_values = true,
+        help_heading = IO
+    )]
     pub engine: Option<EngineKind>,
 
     /// Size of the disk in bytes, or with K, M, G or T behind it; only with the null
     /// engine
-    #[arg(verbatim_doc_comment, long, value_name = "SIZE", value_parser = parse_size, help_heading = IO)]
+    #[arg(
+        verbatim_doc_comment, long, value_name = "SIZE", value_parser = parse_size,
+        help_heading = IO
+    )]
     pub size: Option<u64>,
 
     /// Cache mode, as in QEMU: writeback, none (past the host's page cache),
     /// writethrough, directsync, unsafe (a flush does nothing: data is lost if the host
     /// stops) [default: none]
-    #[arg(verbatim_doc_comment, long, value_name = "MODE", value_enum, hide_possible_values = true, help_heading = IO)]
+    #[arg(
+        verbatim_doc_comment, long, value_name = "MODE", value_enum, hide_possible_values = true,
+        help_heading = IO
+    )]
     pub cache: Option<CacheMode>,
 }
 
@@ -334,82 +379,6 @@ fn parse_disk(text: &str) -> Result<DiskArguments, String> {
     DiskOnly::try_parse_from(argv)
         .map(|only| only.disk)
         .map_err(|error| one_line(&error))
-}
-
-/// Splits at single commas; two in a row are one that belongs to the text.
-fn split_pairs(text: &str) -> Vec<String> {
-    let mut pairs = vec![String::new()];
-    let mut rest = text.chars().peekable();
-    while let Some(c) = rest.next() {
-        let ends = c == ',' && rest.next_if_eq(&',').is_none();
-        match pairs.last_mut() {
-            Some(last) if !ends => last.push(c),
-            _ => pairs.push(String::new()),
-        }
-    }
-    pairs
-}
-
-fn parse_serial(text: &str) -> Result<String, String> {
-    if text.is_empty() {
-        return Err("it is empty; leave the option out for a serial from the file name".to_owned());
-    }
-    if text.len() > SERIAL_MAX_BYTES {
-        return Err(format!(
-            "it has {} bytes, at most {SERIAL_MAX_BYTES} fit",
-            text.len()
-        ));
-    }
-    match text.chars().find(|c| !c.is_ascii_graphic() && *c != ' ') {
-        Some(c) => Err(format!("{c:?} is not a printable ASCII character")),
-        None => Ok(text.to_owned()),
-    }
-}
-
-fn parse_block_size(text: &str) -> Result<u32, String> {
-    match text.parse::<u32>() {
-        Ok(bytes @ (512 | 1024 | 2048 | 4096)) => Ok(bytes),
-        _ => Err("use 512, 1024, 2048 or 4096".to_owned()),
-    }
-}
-
-fn parse_queue_size(text: &str) -> Result<u16, String> {
-    match text.parse::<u16>() {
-        Ok(size) if size.is_power_of_two() && (4..=1024).contains(&size) => Ok(size),
-        _ => Err("use a power of two from 4 to 1024".to_owned()),
-    }
-}
-
-fn parse_queue_map(text: &str) -> Result<MapKind, String> {
-    match text {
-        "grouping" => Ok(MapKind::Grouping),
-        "modulo" => Ok(MapKind::Modulo),
-        list => list
-            .split([',', ':'])
-            .map(|queue| queue.trim().parse())
-            .collect::<Result<Vec<u16>, _>>()
-            .map(MapKind::Explicit)
-            .map_err(|_| {
-                "use grouping, modulo, or the queue of each vCPU, such as 0,0,1,1".to_owned()
-            }),
-    }
-}
-
-fn parse_size(text: &str) -> Result<u64, String> {
-    let usage = || "use a number of bytes, or a number with K, M, G or T behind it".to_owned();
-    let (digits, shift) = match text.chars().last().map(|unit| unit.to_ascii_uppercase()) {
-        Some('K') => (&text[..text.len() - 1], 10),
-        Some('M') => (&text[..text.len() - 1], 20),
-        Some('G') => (&text[..text.len() - 1], 30),
-        Some('T') => (&text[..text.len() - 1], 40),
-        _ => (text, 0),
-    };
-    let number: u64 = digits.parse().map_err(|_| usage())?;
-    // Offsets in files and in io_uring are signed 64-bit numbers.
-    match number.checked_mul(1 << shift) {
-        Some(bytes) if i64::try_from(bytes).is_ok() => Ok(bytes),
-        _ => Err("it is larger than the 8 EiB a disk can have".to_owned()),
-    }
 }
 
 #[cfg(test)]

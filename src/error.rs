@@ -68,6 +68,20 @@ pub enum StartError {
         block_bytes: u32,
     },
 
+    /// A block device without a medium, or one that ends within a logical block.
+    #[error(
+        "the block device {path:?} has {size_bytes} bytes, and needs a multiple of the logical block size \
+         {block_bytes}, not 0; set the device up, or choose another --logical-block-size"
+    )]
+    DeviceSize {
+        /// The device as the user named it.
+        path: PathBuf,
+        /// The device's size in bytes.
+        size_bytes: u64,
+        /// The disk's logical block size in bytes.
+        block_bytes: u32,
+    },
+
     /// The guest may address smaller blocks than the image can be read and written in.
     #[error(
         "the image {path:?} takes direct I/O in units of {needed_bytes} bytes only, but the logical block \

@@ -542,7 +542,9 @@ fn held_links_lead_somewhere() {
 
 #[test]
 fn held_options_are_described() {
-    let command = vhost_user_blkmq::cli::Arguments::command();
+    let mut command = vhost_user_blkmq::cli::Arguments::command();
+    // Adds --help and --version.
+    command.build();
     let options: BTreeSet<String> = command
         .get_arguments()
         .filter_map(|arg| arg.get_long())

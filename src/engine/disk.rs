@@ -142,18 +142,7 @@ impl Image {
             _ => facts.stx_size,
         };
         let block_bytes = config.logical_block_size;
-        if size_bytes == 0 {
-            return Err(StartError::ImageEmpty {
-                path: path.to_owned(),
-            });
-        }
-        if size_bytes % u64::from(block_bytes) != 0 {
-            return Err(StartError::ImageSize {
-                path: path.to_owned(),
-                size_bytes,
-                block_bytes,
-            });
-        }
+        check_size(path, kind, size_bytes, block_bytes)?;
 
         let device = match kind {
             ImageKind::BlockDevice => (facts.stx_rdev_major, facts.stx_rdev_minor),
@@ -220,7 +209,9 @@ impl Image {
         } else {
             0
         };
-        if !self.read_only {
+        // A device discards and zeroes whole blocks of its own only. Where the guest's are smaller (through
+        // the page cache they may be) it could ask for less.
+        if !self.read_only && queue.logical_block_bytes <= block {
             if config.discard && queue.discard_max_bytes > 0 {
                 self.discard = DiscardLimits {
                     max_bytes: queue.discard_max_bytes,
@@ -296,6 +287,32 @@ impl Image {
             },
             rotational: false,
             read_only: config.read_only,
+        })
+    }
+}
+
+fn check_size(
+    path: &Path,
+    kind: ImageKind,
+    size_bytes: u64,
+    block_bytes: u32,
+) -> Result<(), StartError> {
+    let path = path.to_owned();
+    if size_bytes != 0 && size_bytes.is_multiple_of(u64::from(block_bytes)) {
+        Ok(())
+    } else if kind == ImageKind::BlockDevice {
+        Err(StartError::DeviceSize {
+            path,
+            size_bytes,
+            block_bytes,
+        })
+    } else if size_bytes == 0 {
+        Err(StartError::ImageEmpty { path })
+    } else {
+        Err(StartError::ImageSize {
+            path,
+            size_bytes,
+            block_bytes,
         })
     }
 }

@@ -3,7 +3,7 @@
 use virtio_bindings::{virtio_blk, virtio_config, virtio_ring};
 
 use super::config_space::ConfigSpace;
-use super::parse::DiskShape;
+use super::shape::DiskShape;
 
 /// `VHOST_USER_F_PROTOCOL_FEATURES`: not a virtio feature, but negotiated among them
 /// (docs/interop/vhost-user, "Feature negotiation").
@@ -75,7 +75,7 @@ pub fn allows_write_back(features: u64) -> bool {
 mod tests {
     use super::*;
     use crate::mq::ids::Sector;
-    use crate::virtio::parse::RangeLimits;
+    use crate::virtio::shape::RangeLimits;
 
     fn shape(read_only: bool) -> DiskShape {
         let limits = Some(RangeLimits {

@@ -17,3 +17,4 @@ pub mod parse;
 pub mod pool;
 pub mod receipt;
 pub mod ring;
+pub mod shape;

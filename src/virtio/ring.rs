@@ -9,12 +9,17 @@ use std::fmt;
 use std::mem;
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU16, Ordering, fence};
+use std::sync::atomic::{AtomicU16, Ordering};
 
-use super::abi::{self, AVAIL_NO_INTERRUPT, Descriptor, USED_NO_NOTIFY};
+use super::abi::{self, Descriptor};
 use super::memory::{MemoryTable, Region};
 use super::pool::{Segment, Segments, inline_index};
 use crate::mq::limits::{INLINE_SEGMENTS, MAX_RING_SIZE};
+
+mod error;
+mod notify;
+
+pub use error::{RingError, RingPart};
 
 /// What the front end says about a ring.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,144 +38,6 @@ pub struct RingSetup {
     pub event_idx: bool,
     /// The longest indirect table to accept, in descriptors; the ring's size if that is more.
     pub chain_limit: u16,
-}
-
-/// The parts of a split ring (section 2.7).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum RingPart {
-    /// The descriptor table.
-    Descriptors,
-    /// The available ring.
-    Available,
-    /// The used ring.
-    Used,
-}
-
-impl fmt::Display for RingPart {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            RingPart::Descriptors => "descriptor table",
-            RingPart::Available => "available ring",
-            RingPart::Used => "used ring",
-        })
-    }
-}
-
-/// Why a ring cannot be set up, or cannot go on. All but the first three come from what the guest
-/// wrote, and mean that the ring is broken: nothing more can be taken from it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum RingError {
-    /// Not a size a split ring can have here.
-    #[error("ring size {0} is not a power of two from 1 to {MAX_RING_SIZE}")]
-    Size(u16),
-    /// A part is not aligned as section 2.7 wants it, in the guest or where it is mapped.
-    #[error("{part} at {address:#x} is not aligned to {align} bytes")]
-    Unaligned {
-        /// Which part.
-        part: RingPart,
-        /// Its guest-physical address.
-        address: u64,
-        /// The alignment, in bytes.
-        align: u64,
-    },
-    /// A part is not, or not all, in one region of guest memory.
-    #[error("{part} at {address:#x} ({len} bytes) is not in one region of guest memory")]
-    PartOutside {
-        /// Which part.
-        part: RingPart,
-        /// Its guest-physical address.
-        address: u64,
-        /// Its bytes.
-        len: u64,
-    },
-    /// More was made available than the ring has entries.
-    #[error("available index {index} is more than the ring's {size} entries after {next}")]
-    AvailJump {
-        /// What the guest wrote.
-        index: u16,
-        /// The entry that comes next.
-        next: u16,
-        /// The ring's size.
-        size: u16,
-    },
-    /// An available entry names a descriptor that does not exist.
-    #[error("available head {head} is outside the ring's {size} descriptors")]
-    HeadOutOfRange {
-        /// What the guest wrote.
-        head: u16,
-        /// The ring's size.
-        size: u16,
-    },
-    /// An available entry names a chain that has not been used yet.
-    #[error("head {head} was made available again while it is in flight")]
-    HeadInFlight {
-        /// What the guest wrote.
-        head: u16,
-    },
-    /// A chain goes on at a descriptor that does not exist.
-    #[error("the chain at head {head} goes on at descriptor {next} of a table of {len}")]
-    NextOutOfRange {
-        /// The chain's head.
-        head: u16,
-        /// What the guest wrote.
-        next: u16,
-        /// Descriptors in the ring or the indirect table.
-        len: u16,
-    },
-    /// A chain has more descriptors than the table it is in.
-    #[error("the chain at head {head} loops: more than {len} descriptors")]
-    Loop {
-        /// The chain's head.
-        head: u16,
-        /// Descriptors in the ring or the indirect table.
-        len: u16,
-    },
-    /// INDIRECT and NEXT in one descriptor (section 2.7.5.3.1 forbids it).
-    #[error("the chain at head {head} has a descriptor that is both INDIRECT and NEXT")]
-    IndirectAndNext {
-        /// The chain's head.
-        head: u16,
-    },
-    /// INDIRECT within an indirect table (section 2.7.5.3.1 forbids it).
-    #[error("the chain at head {head} has an indirect table within an indirect table")]
-    NestedIndirect {
-        /// The chain's head.
-        head: u16,
-    },
-    /// An indirect table that is empty, too long, or not a whole number of descriptors.
-    #[error(
-        "the chain at head {head} has an indirect table of {len} bytes, not 16 times 1 to {limit}"
-    )]
-    IndirectLength {
-        /// The chain's head.
-        head: u16,
-        /// What the guest wrote, in bytes.
-        len: u32,
-        /// The most descriptors accepted.
-        limit: u16,
-    },
-    /// An indirect table outside guest memory.
-    #[error("the chain at head {head} has an indirect descriptor at {address:#x}, outside memory")]
-    IndirectOutside {
-        /// The chain's head.
-        head: u16,
-        /// Guest-physical address of the descriptor that could not be read.
-        address: u64,
-    },
-    /// A chain with no byte to write a status to.
-    #[error("the chain at head {head} has no writable byte for the status")]
-    NoStatus {
-        /// The chain's head.
-        head: u16,
-    },
-    /// A chain whose status byte is outside guest memory.
-    #[error("the chain at head {head} has its status byte at {address:#x}, outside memory")]
-    StatusOutside {
-        /// The chain's head.
-        head: u16,
-        /// Guest-physical address of the status byte.
-        address: u64,
-    },
 }
 
 /// A chain taken from the available ring: to be parsed, or to be given back with [`Ring::unpop`].
@@ -442,59 +309,6 @@ impl Ring {
         true
     }
 
-    /// Decides whether what was published since the last decision needs a call (section 2.7.7).
-    /// The first decision of a ring is yes: whoever served it before may have died between
-    /// publishing and calling.
-    #[inline]
-    pub fn should_call(&mut self) -> bool {
-        let (old, new) = (self.decided, self.published);
-        let must_call = mem::take(&mut self.must_call);
-        if old == new && !must_call {
-            return false;
-        }
-        self.decided = new;
-        // Orders our used index before our look at the driver's wish. Its partner is the full
-        // barrier in the driver between that wish and its second look at the used index (section
-        // 2.7.14; virtqueue_enable_cb in drivers/virtio/virtio_ring.c): one of us sees the other.
-        fence(Ordering::SeqCst);
-        if self.setup.event_idx {
-            let event = self.avail_field(2 + usize::from(self.setup.size));
-            let event = u16::from_le(event.load(Ordering::Relaxed));
-            must_call || need_event(event, new, old)
-        } else {
-            let flags = u16::from_le(self.avail_field(0).load(Ordering::Relaxed));
-            flags & AVAIL_NO_INTERRUPT == 0
-        }
-    }
-
-    /// Asks the driver not to kick. With EVENT_IDX there is nothing to write: the driver kicks
-    /// only when it passes the index of the last [`Ring::arm_kicks`].
-    #[inline]
-    pub fn suppress_kicks(&mut self) {
-        if !self.setup.event_idx {
-            self.used_field(0)
-                .store(USED_NO_NOTIFY.to_le(), Ordering::Relaxed);
-        }
-    }
-
-    /// Asks the driver to kick at the next chain. True: one has become available since
-    /// [`Ring::available`] looked last, and its kick may not come, so look again.
-    #[inline]
-    pub fn arm_kicks(&mut self) -> bool {
-        if self.setup.event_idx {
-            let event = 2 + 4 * usize::from(self.setup.size);
-            self.used_field(event)
-                .store(self.seen_avail.to_le(), Ordering::Relaxed);
-        } else {
-            self.used_field(0).store(0, Ordering::Relaxed);
-        }
-        // Orders our wish before our second look. Its partner is the full barrier in the driver
-        // between its available index and its look at our wish (section 2.7.13.4;
-        // virtqueue_kick_prepare in drivers/virtio/virtio_ring.c): one of us sees the other.
-        fence(Ordering::SeqCst);
-        u16::from_le(self.avail_field(1).load(Ordering::Relaxed)) != self.seen_avail
-    }
-
     /// The available index of the next chain to pop: the answer to VHOST_USER_GET_VRING_BASE.
     pub fn next_avail(&self) -> u16 {
         self.next_avail
@@ -591,12 +405,6 @@ impl Drop for Ring {
             mem::forget(Arc::clone(&self.memory));
         }
     }
-}
-
-/// Whether an index that went from `old` to `new` has passed `event` (section 2.7.7.2).
-#[inline]
-fn need_event(event: u16, new: u16, old: u16) -> bool {
-    new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
 }
 
 #[cfg(test)]

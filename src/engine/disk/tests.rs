@@ -331,4 +331,25 @@ fn a_devices_limits_are_made_to_fit_the_logical_block() {
         ),
         (512, 512, 0)
     );
+
+    // A device with larger blocks than the guest's, through the page cache.
+    image.discard = DiscardLimits::default();
+    image.write_zeroes = WriteZeroesLimits::default();
+    let coarse = QueueLimits {
+        logical_block_bytes: 4096,
+        write_zeroes_max_bytes: 1 << 30,
+        ..odd
+    };
+    image.take_device_limits(&coarse, &config);
+    assert_eq!((image.discard, image.write_zeroes), Default::default());
+}
+
+#[test]
+fn a_device_of_a_bad_size_is_not_told_to_be_truncated() {
+    for size in [0, 512] {
+        let error =
+            check_size(Path::new("/dev/x"), ImageKind::BlockDevice, size, 4096).expect_err("bad");
+        assert!(error.to_string().contains("set the device up"), "{error}");
+    }
+    assert!(check_size(Path::new("/dev/x"), ImageKind::BlockDevice, 8192, 4096).is_ok());
 }

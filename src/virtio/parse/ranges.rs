@@ -1,7 +1,11 @@
 //! The ranges of discard and write-zeroes requests (virtio 1.3, section 5.2.6).
 
-use super::{DiskShape, Extent, MAX_RANGES, Op, RangeLimits, SECTOR_SIZE, Sector, Segment, Status};
+use crate::mq::ids::Sector;
+use crate::mq::limits::{MAX_RANGES, SECTOR_SIZE};
+use crate::mq::request::{Op, Status};
 use crate::virtio::abi::{RANGE_BYTES, RANGE_UNMAP};
+use crate::virtio::pool::{Extent, Segment};
+use crate::virtio::shape::{DiskShape, RangeLimits};
 
 /// What the ranges of a request come to, leaving empty ones out.
 pub(super) struct Ranges {
