@@ -1,0 +1,536 @@
+//! Starts and stops the program under test, and reads what it and the kernel say about it.
+
+use super::DEADLINE;
+use rustix::process::{Pid, Signal, kill_process};
+use serde::Deserialize;
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Condvar, Mutex};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+use tempfile::TempDir;
+
+/// Which disk to serve, and how.
+#[derive(Clone, Debug)]
+pub struct Spec {
+    image: Image,
+    queues: usize,
+    queue_size: u16,
+    read_only: bool,
+    args: Vec<String>,
+}
+
+#[derive(Clone, Debug)]
+enum Image {
+    Null(u64),
+    Sparse(u64),
+    Bytes(Vec<u8>),
+    Path(PathBuf),
+}
+
+impl Spec {
+    /// The null engine, `bytes` long: writes go nowhere, reads give anything.
+    pub fn null(bytes: u64) -> Self {
+        Self::with(Image::Null(bytes))
+    }
+
+    /// A sparse image file of zeroes.
+    pub fn image(bytes: u64) -> Self {
+        Self::with(Image::Sparse(bytes))
+    }
+
+    /// An image file with this content.
+    pub fn image_of(content: &[u8]) -> Self {
+        Self::with(Image::Bytes(content.to_vec()))
+    }
+
+    /// A file or block device that exists already.
+    pub fn path(path: &Path) -> Self {
+        Self::with(Image::Path(path.to_path_buf()))
+    }
+
+    fn with(image: Image) -> Self {
+        Self {
+            image,
+            queues: 4,
+            queue_size: 1024,
+            read_only: false,
+            args: Vec::new(),
+        }
+    }
+
+    /// Queues to offer (default 4).
+    pub fn queues(mut self, queues: usize) -> Self {
+        self.queues = queues;
+        self
+    }
+
+    /// Largest queue to offer (default 1024).
+    pub fn queue_size(mut self, size: u16) -> Self {
+        self.queue_size = size;
+        self
+    }
+
+    /// Serves the disk read-only.
+    pub fn read_only(mut self) -> Self {
+        self.read_only = true;
+        self
+    }
+
+    /// More arguments, for our own program only.
+    pub fn args<S: Into<String>>(mut self, args: impl IntoIterator<Item = S>) -> Self {
+        self.args.extend(args.into_iter().map(Into::into));
+        self
+    }
+}
+
+/// The program, running.
+#[derive(Debug)]
+pub struct Daemon {
+    child: Child,
+    dir: TempDir,
+    socket: PathBuf,
+    image: Option<PathBuf>,
+    stderr: Arc<Lines>,
+    readers: Vec<JoinHandle<()>>,
+    stdout: Arc<Lines>,
+    ours: bool,
+}
+
+/// Lines a thread collects from a pipe.
+#[derive(Debug, Default)]
+struct Lines {
+    state: Mutex<(Vec<String>, bool)>,
+    changed: Condvar,
+}
+
+impl Lines {
+    fn collect(self: &Arc<Self>, pipe: impl Read + Send + 'static) -> JoinHandle<()> {
+        let lines = Arc::clone(self);
+        std::thread::spawn(move || {
+            for line in BufReader::new(pipe).lines().map_while(Result::ok) {
+                lines.state.lock().expect("no holder panics").0.push(line);
+                lines.changed.notify_all();
+            }
+            lines.state.lock().expect("no holder panics").1 = true;
+            lines.changed.notify_all();
+        })
+    }
+
+    /// Waits for a line with `text` in it; false if the pipe closed or the deadline passed without one.
+    fn wait_for(&self, text: &str) -> bool {
+        let state = self.state.lock().expect("no holder panics");
+        let found = |state: &(Vec<String>, bool)| state.0.iter().any(|line| line.contains(text));
+        let (state, _) = self
+            .changed
+            .wait_timeout_while(state, DEADLINE, |state| !found(state) && !state.1)
+            .expect("no holder panics");
+        found(&state)
+    }
+
+    fn text(&self) -> String {
+        self.state.lock().expect("no holder panics").0.join("\n")
+    }
+}
+
+impl Daemon {
+    /// True if the tests run against QEMU's storage daemon instead of ours.
+    pub fn is_peer() -> bool {
+        std::env::var("BLKMQ_TEST_BACKEND").is_ok_and(|name| name == "qemu-storage-daemon")
+    }
+
+    /// Starts the program the tests are about and waits until it listens. Panics with its messages if it does not.
+    pub fn start(spec: &Spec) -> Self {
+        if Self::is_peer() {
+            Self::start_qsd(spec)
+        } else {
+            Self::start_ours(spec)
+        }
+    }
+
+    /// Starts our program.
+    pub fn start_ours(spec: &Spec) -> Self {
+        let dir = TempDir::new().expect("a temporary directory can be made");
+        let image = spec.make_image(dir.path());
+        let socket = dir.path().join("blk.sock");
+        let mut command = Command::new(env!("CARGO_BIN_EXE_vhost-user-blkmq"));
+        command
+            .arg("--socket-path")
+            .arg(&socket)
+            .args(["--summary", "json"])
+            .args(["--num-queues", &spec.queues.to_string()])
+            .args(["--queue-size", &spec.queue_size.to_string()]);
+        match (&image, &spec.image) {
+            (Some(path), _) => command.arg("--blk-file").arg(path),
+            (None, Image::Null(bytes)) => {
+                command.args(["--engine", "null", "--size", &bytes.to_string()])
+            }
+            (None, _) => unreachable!("only the null engine has no image"),
+        };
+        if spec.read_only {
+            command.arg("--read-only");
+        }
+        command.args(&spec.args);
+        let daemon = Self::spawn(command, dir, socket, image, true);
+        if !daemon.stderr.wait_for("listening on") {
+            panic!("the daemon does not listen:\n{}", daemon.stderr());
+        }
+        daemon
+    }
+
+    /// Starts QEMU's storage daemon with the same disk, to try the front end or to compare.
+    pub fn start_qsd(spec: &Spec) -> Self {
+        let dir = TempDir::new().expect("a temporary directory can be made");
+        let image = spec.make_image(dir.path());
+        let socket = dir.path().join("blk.sock");
+        let ready = dir.path().join("ready");
+        let node = match (&image, &spec.image) {
+            (Some(path), _) => format!(
+                "driver=file,node-name=n,discard=unmap,read-only={},filename={}",
+                if spec.read_only { "on" } else { "off" },
+                path.display()
+            ),
+            (None, Image::Null(bytes)) => {
+                format!("driver=null-co,node-name=n,read-zeroes=on,size={bytes}")
+            }
+            (None, _) => unreachable!("only the null engine has no image"),
+        };
+        let mut command = Command::new("qemu-storage-daemon");
+        command
+            .arg("--blockdev")
+            .arg(node)
+            .arg("--export")
+            .arg(format!(
+                "vhost-user-blk,id=e,node-name=n,addr.type=unix,addr.path={},writable={},num-queues={}",
+                socket.display(),
+                if spec.read_only { "off" } else { "on" },
+                spec.queues
+            ))
+            .arg("--pidfile")
+            .arg(&ready);
+        let daemon = Self::spawn(command, dir, socket, image, false);
+        let deadline = Instant::now() + DEADLINE;
+        while !ready.exists() {
+            assert!(
+                Instant::now() < deadline && !daemon.stderr.state.lock().expect("not poisoned").1,
+                "qemu-storage-daemon does not listen:\n{}",
+                daemon.stderr()
+            );
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        daemon
+    }
+
+    fn spawn(
+        mut command: Command,
+        dir: TempDir,
+        socket: PathBuf,
+        image: Option<PathBuf>,
+        ours: bool,
+    ) -> Self {
+        let mut child = command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap_or_else(|error| panic!("{command:?}: {error}"));
+        let stdout = Arc::new(Lines::default());
+        let stderr = Arc::new(Lines::default());
+        let readers = vec![
+            stdout.collect(child.stdout.take().expect("stdout is a pipe")),
+            stderr.collect(child.stderr.take().expect("stderr is a pipe")),
+        ];
+        Self {
+            child,
+            dir,
+            socket,
+            image,
+            stderr,
+            readers,
+            stdout,
+            ours,
+        }
+    }
+
+    /// Path of the socket.
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// Path of the image; the null engine has none.
+    pub fn image(&self) -> &Path {
+        self.image.as_deref().expect("the disk has an image")
+    }
+
+    /// The temporary directory that socket and image are in.
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// Process number.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// What the program wrote to its standard error so far.
+    pub fn stderr(&self) -> String {
+        self.stderr.text()
+    }
+
+    /// Waits until the program writes a line with `text` in it; false if it never does.
+    pub fn wait_for_message(&self, text: &str) -> bool {
+        self.stderr.wait_for(text)
+    }
+
+    /// True as long as the program runs.
+    pub fn is_running(&mut self) -> bool {
+        self.child
+            .try_wait()
+            .expect("a child can be waited for")
+            .is_none()
+    }
+
+    /// Sends a signal.
+    pub fn signal(&self, signal: Signal) {
+        let pid = i32::try_from(self.pid()).expect("process numbers have 31 bits");
+        let pid = Pid::from_raw(pid).expect("a child's number is not 0");
+        kill_process(pid, signal).expect("a child takes signals");
+    }
+
+    /// Asks the program to end, waits for it, and takes its summary apart.
+    pub fn stop(self) -> Summary {
+        let ours = self.ours;
+        let (status, stdout, stderr) = self.terminate();
+        if !ours {
+            return Summary::default();
+        }
+        assert!(
+            status.success(),
+            "SIGTERM made the daemon exit with {status}:\n{stderr}"
+        );
+        serde_json::from_str(&stdout)
+            .unwrap_or_else(|error| panic!("the summary is no summary: {error}\n{stdout}"))
+    }
+
+    /// Asks the program to end and returns its exit status, standard output and standard error.
+    pub fn terminate(mut self) -> (ExitStatus, String, String) {
+        self.signal(Signal::TERM);
+        let status = self.wait_exit();
+        for reader in self.readers.drain(..) {
+            reader.join().expect("pipe readers do not panic");
+        }
+        (status, self.stdout.text(), self.stderr.text())
+    }
+
+    /// Waits until the program ended by itself or by a signal.
+    pub fn wait_exit(&mut self) -> ExitStatus {
+        let deadline = Instant::now() + DEADLINE;
+        loop {
+            if let Some(status) = self.child.try_wait().expect("a child can be waited for") {
+                return status;
+            }
+            assert!(
+                Instant::now() < deadline,
+                "the daemon does not end:\n{}",
+                self.stderr()
+            );
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    /// What the kernel says about the process now.
+    pub fn stats(&self) -> ProcStats {
+        ProcStats::of(self.pid())
+    }
+
+    /// Waits until `settled` holds for what the kernel says; panics with the last word after the deadline.
+    pub fn wait_stats(&self, settled: impl Fn(&ProcStats) -> bool) -> ProcStats {
+        let deadline = Instant::now() + DEADLINE;
+        loop {
+            let stats = self.stats();
+            if settled(&stats) {
+                return stats;
+            }
+            assert!(
+                Instant::now() < deadline,
+                "the daemon does not settle: {stats:?}"
+            );
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        if self.is_running() {
+            // It may have ended in between; then there is nothing left to do.
+            let _ = self.child.kill();
+            let _ = self.child.wait();
+        }
+        if std::thread::panicking() {
+            // The messages of the program belong to the failed test.
+            let _ = writeln!(std::io::stderr(), "its messages:\n{}", self.stderr.text());
+        }
+    }
+}
+
+impl Spec {
+    fn make_image(&self, dir: &Path) -> Option<PathBuf> {
+        let path = dir.join("disk.img");
+        let made = match &self.image {
+            Image::Null(_) => return None,
+            Image::Path(path) => return Some(path.clone()),
+            Image::Sparse(bytes) => File::create(&path).and_then(|file| file.set_len(*bytes)),
+            Image::Bytes(content) => fs::write(&path, content),
+        };
+        made.unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        Some(path)
+    }
+}
+
+/// What `/proc` says about a process.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ProcStats {
+    /// Open file descriptors.
+    pub fds: usize,
+    /// Threads.
+    pub threads: usize,
+    /// Resident memory in KiB.
+    pub rss_kib: u64,
+    /// Context switches of each thread, voluntary and not.
+    pub switches: BTreeMap<u32, u64>,
+    /// User and system time of each thread in clock ticks.
+    pub ticks: BTreeMap<u32, u64>,
+}
+
+impl ProcStats {
+    /// Looks at process `pid`.
+    pub fn of(pid: u32) -> Self {
+        let proc = PathBuf::from(format!("/proc/{pid}"));
+        let mut stats = Self {
+            fds: entries(&proc.join("fd")).len(),
+            rss_kib: field(&text(&proc.join("status")), "VmRSS:"),
+            ..Self::default()
+        };
+        for task in entries(&proc.join("task")) {
+            let Ok(tid) = task.parse() else { continue };
+            let dir = proc.join("task").join(&task);
+            let status = text(&dir.join("status"));
+            let switches = field(&status, "voluntary_ctxt_switches:")
+                + field(&status, "nonvoluntary_ctxt_switches:");
+            stats.switches.insert(tid, switches);
+            // The name in parentheses may hold anything; utime and stime are the 12th and 13th fields after it.
+            let stat = text(&dir.join("stat"));
+            let after = stat.rsplit_once(')').map_or("", |(_, after)| after);
+            let ticks = after
+                .split_whitespace()
+                .skip(11)
+                .take(2)
+                .filter_map(|ticks| ticks.parse::<u64>().ok())
+                .sum();
+            stats.ticks.insert(tid, ticks);
+            stats.threads += 1;
+        }
+        stats
+    }
+}
+
+fn entries(dir: &Path) -> Vec<String> {
+    // A thread may end while it is looked at: what is gone is not listed.
+    fs::read_dir(dir).map_or_else(
+        |_| Vec::new(),
+        |entries| {
+            entries
+                .filter_map(Result::ok)
+                .map(|entry| entry.file_name().to_string_lossy().into_owned())
+                .collect()
+        },
+    )
+}
+
+fn text(path: &Path) -> String {
+    fs::read_to_string(path).unwrap_or_default()
+}
+
+fn field(status: &str, name: &str) -> u64 {
+    status
+        .lines()
+        .find_map(|line| line.strip_prefix(name))
+        .and_then(|rest| rest.split_whitespace().next()?.parse().ok())
+        .unwrap_or(0)
+}
+
+/// The program's own account of what it did (`--summary json`).
+#[derive(Clone, Debug, Default, Deserialize)]
+pub struct Summary {
+    /// One entry a disk.
+    pub disks: Vec<DiskSummary>,
+}
+
+/// One disk's account.
+#[derive(Clone, Debug, Default, Deserialize)]
+pub struct DiskSummary {
+    /// Serial number.
+    pub serial: String,
+    /// One entry a queue.
+    pub queues: Vec<QueueSummary>,
+}
+
+/// One queue's account.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct QueueSummary {
+    /// Index of the queue.
+    pub queue: usize,
+    /// vCPUs the queue belongs to.
+    pub cpus: Vec<usize>,
+    /// Software contexts.
+    pub ctxs: usize,
+    /// Worker that owns it.
+    pub worker: usize,
+    /// Requests completed.
+    pub requests: u64,
+    /// Reads.
+    pub read: u64,
+    /// Writes.
+    pub write: u64,
+    /// Flushes.
+    pub flush: u64,
+    /// Discards.
+    pub discard: u64,
+    /// Write-zeroes.
+    pub write_zeroes: u64,
+    /// Bytes read.
+    pub bytes_read: u64,
+    /// Bytes written.
+    pub bytes_written: u64,
+    /// Drains that brought something.
+    pub batches: u64,
+    /// Requests issued without being staged.
+    pub direct: u64,
+    /// Requests staged first.
+    pub staged: u64,
+    /// Requests merged into another one.
+    pub merged: u64,
+    /// Requests failed.
+    pub errors: u64,
+    /// Kicks received.
+    pub kicks: u64,
+    /// Calls sent.
+    pub calls: u64,
+}
+
+impl Summary {
+    /// The queues of the first disk.
+    pub fn queues(&self) -> &[QueueSummary] {
+        &self.disks.first().expect("the summary has a disk").queues
+    }
+
+    /// The sum of a counter over the first disk's queues.
+    pub fn total(&self, counter: impl Fn(&QueueSummary) -> u64) -> u64 {
+        self.queues().iter().map(counter).sum()
+    }
+}
