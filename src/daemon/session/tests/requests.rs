@@ -281,6 +281,11 @@ fn a_kick_is_an_eventfd() {
         "SET_VRING_KICK: queue 1: the kick descriptor is a pipe, expected an eventfd",
     );
     refuse(vec![kick(reader)], "reading end of a pipe");
+    let (socket, _peer) = UnixStream::pair().unwrap();
+    refuse(
+        vec![kick(socket.into())],
+        "is a Unix stream socket, expected an eventfd",
+    );
     refuse(
         vec![kick(file_of(8).into())],
         "is a file, expected an eventfd",
@@ -288,18 +293,20 @@ fn a_kick_is_an_eventfd() {
 }
 
 #[test]
-fn a_call_or_an_error_is_an_eventfd_or_a_pipe_to_write() {
+fn a_call_or_an_error_is_an_eventfd_or_something_to_write() {
     for (request, role) in [(R::SET_VRING_CALL, "call"), (R::SET_VRING_ERR, "error")] {
         let (reader, writer) = rustix::pipe::pipe().unwrap();
         pass(vec![u64s(request, &[0]).with(event())]);
         pass(vec![u64s(request, &[0]).with(writer)]);
+        let (socket, _peer) = UnixStream::pair().unwrap();
+        pass(vec![u64s(request, &[0]).with(socket)]);
         refuse(
             vec![u64s(request, &[0]).with(reader)],
             &format!("the {role} descriptor is the reading end of a pipe"),
         );
-        let (socket, _peer) = UnixStream::pair().unwrap();
+        let (datagram, _peer) = std::os::unix::net::UnixDatagram::pair().unwrap();
         refuse(
-            vec![u64s(request, &[0]).with(socket)],
+            vec![u64s(request, &[0]).with(datagram)],
             &format!("the {role} descriptor is socket:"),
         );
     }
@@ -601,7 +608,7 @@ fn a_channel_is_a_unix_stream_socket_and_carries_config_changes() {
     refuse(vec![plain(R::SET_BACKEND_REQ_FD)], "0 file descriptors");
     refuse(
         vec![channel(event())],
-        "the back-end channel is anon_inode:[eventfd]",
+        "the back-end channel is an eventfd, expected a stream socket",
     );
     let (datagram, _peer) = std::os::unix::net::UnixDatagram::pair().unwrap();
     refuse(vec![channel(datagram.into())], "expected a stream socket");
