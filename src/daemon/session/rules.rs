@@ -194,14 +194,16 @@ impl Rules {
             });
         }
         let want = TABLE_HEADER_BYTES + regions * REGION_BYTES;
-        if message.payload.len() != want {
+        // User-Mode Linux sends room for two regions and says that there is one. The crate behind
+        // wants no more than the regions there are.
+        if message.payload.len() < want {
             return Err(Reason::PayloadContents {
                 got: message.payload.len(),
                 want,
             });
         }
         expect_fds(&message, regions)?;
-        let mut table: Vec<_> = message.payload[TABLE_HEADER_BYTES..]
+        let mut table: Vec<_> = message.payload[TABLE_HEADER_BYTES..want]
             .chunks_exact(REGION_BYTES)
             .map(|bytes| (Region::decode(bytes), bytes.to_vec()))
             .zip(message.fds.drain(..))
@@ -217,6 +219,7 @@ impl Rules {
         // The crate behind refuses padding that is not zero; the protocol does not say it is.
         message.payload[4..TABLE_HEADER_BYTES].fill(0);
         message.payload.truncate(TABLE_HEADER_BYTES);
+        message.header.size = u32::try_from(want).expect("at most MAX_FDS regions");
         for ((_, bytes), fd) in table {
             message.payload.extend_from_slice(&bytes);
             message.fds.push(fd);

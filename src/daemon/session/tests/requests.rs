@@ -412,6 +412,17 @@ fn a_memory_table_reaches_the_device_by_guest_address_with_its_files() {
 }
 
 #[test]
+fn a_memory_table_with_room_to_spare_is_cut_to_its_regions() {
+    let region = [0, PAGE, 0x7000_0000, 0];
+    let mut message = mem_table(&[region, [0; 4]]).with(file_of(PAGE));
+    message.bytes[12..16].copy_from_slice(&1_u32.to_ne_bytes());
+    let (end, found) = exchange(vec![message, plain(R::SET_OWNER)]);
+    assert!(matches!(end, SessionEnd::FrontEndLeft), "{end}");
+    assert_eq!(found[0].payload, mem_table(&[region]).bytes[12..]);
+    assert_eq!(found[1].request, u32::from(R::SET_OWNER));
+}
+
+#[test]
 fn a_memory_table_has_as_many_files_as_it_says_and_has_regions() {
     refuse(
         vec![mem_table(&[[0, PAGE, 0, 0]])],
