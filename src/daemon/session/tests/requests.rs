@@ -116,7 +116,7 @@ fn features_that_were_not_offered_are_refused() {
         send(&front_end, &u64s(set, &[0b0100]));
         assert_eq!(find(&device).unwrap().payload, 0b0100_u64.to_ne_bytes());
         send(&front_end, &u64s(set, &[0b1110]));
-        let end = thread.join().unwrap();
+        let end = thread.join();
         assert!(
             end.to_string()
                 .contains(&format!("{set:?}: feature bits 0x8 were never offered")),
@@ -655,7 +655,7 @@ fn a_channel_is_a_unix_stream_socket_and_carries_config_changes() {
     assert!(!notifier.config_changed().unwrap());
 
     drop(front_end);
-    assert!(matches!(thread.join().unwrap(), SessionEnd::FrontEndLeft));
+    assert!(matches!(thread.join(), SessionEnd::FrontEndLeft));
     assert!(!notifier.config_changed().unwrap());
     assert!(find(&ours).is_none(), "the duplicate is closed");
 }
