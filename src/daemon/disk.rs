@@ -195,7 +195,7 @@ impl Disk {
             .copied()
             .filter(|other| *other != queue.0)
             .collect();
-        if self.vcpus_differ(&queues) {
+        if self.vcpus_are_given() {
             for other in others {
                 let ring = self.ring(QueueId(other));
                 let ctxs = ctxs_of(&queues, other);
@@ -237,12 +237,9 @@ impl Disk {
         self.queues.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// With one vCPU a queue every queue has one ctx, whatever the number of queues.
-    fn vcpus_differ(&self, queues: &QueuesInUse) -> bool {
-        queues
-            .map
-            .as_ref()
-            .is_some_and(|map| map.cpus() != map.queues())
+    /// If not, there are as many as queues, and every queue has one ctx however many there are.
+    fn vcpus_are_given(&self) -> bool {
+        self.config.vcpus.is_some() || matches!(self.config.queue_map, MapKind::Explicit(_))
     }
 
     fn remap(&self, queues: &mut QueuesInUse) {

@@ -140,9 +140,11 @@ pub struct Ring {
     published: u16,
     /// `published` at the last decision whether to call.
     decided: u16,
-    /// The next decision is yes: there has been none yet, or the index has gone all the way round
-    /// since the last one.
+    /// The next decision is yes: the ring was served before and there has been none yet, or the index
+    /// has gone all the way round since the last one.
     must_call: bool,
+    /// There are used elements somebody may not have been called for.
+    used_before: bool,
     /// What the last `pop_head` gave, if it can still be given back.
     last_head: u16,
     in_flight: u16,
@@ -194,7 +196,8 @@ impl Ring {
             next_used: 0,
             published: 0,
             decided: 0,
-            must_call: true,
+            must_call: false,
+            used_before: false,
             last_head: NO_HEAD,
             in_flight: 0,
             in_flight_heads: vec![0; usize::from(size).div_ceil(64)].into_boxed_slice(),
@@ -205,6 +208,8 @@ impl Ring {
         };
         let used = u16::from_le(ring.used_field(1).load(Ordering::Acquire));
         (ring.next_used, ring.published, ring.decided) = (used, used, used);
+        ring.used_before = used != 0 || setup.next_avail != 0;
+        ring.must_call = ring.used_before;
         Ok(ring)
     }
 
@@ -303,6 +308,7 @@ impl Ring {
         // 2.7.14): the elements and all data are visible before it.
         self.used_field(1).store(new.to_le(), Ordering::Release);
         self.published = new;
+        self.used_before = true;
         if new.wrapping_sub(self.decided) < new.wrapping_sub(old) {
             self.must_call = true;
         }

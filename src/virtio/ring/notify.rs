@@ -8,8 +8,8 @@ use crate::virtio::abi::{AVAIL_NO_INTERRUPT, USED_NO_NOTIFY};
 
 impl Ring {
     /// Decides whether what was published since the last decision needs a call (section 2.7.7).
-    /// The first decision of a ring is yes: whoever served it before may have died between
-    /// publishing and calling.
+    /// The first decision of a ring that was served before is yes: whoever did may have died
+    /// between publishing and calling.
     #[inline]
     pub fn should_call(&mut self) -> bool {
         let (old, new) = (self.decided, self.published);
@@ -32,10 +32,10 @@ impl Ring {
         }
     }
 
-    /// Makes the next [`Ring::should_call`] decide as the first one does: whoever waits for calls has
-    /// been replaced, and the new one was told nothing yet.
+    /// Makes the next [`Ring::should_call`] say yes if anything was ever used: whoever waits for calls
+    /// has been replaced, and the new one was told nothing yet.
     pub fn request_call(&mut self) {
-        self.must_call = true;
+        self.must_call = self.used_before;
     }
 
     /// Asks the driver not to kick. With EVENT_IDX there is nothing to write: the driver kicks
