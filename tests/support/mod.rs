@@ -26,16 +26,20 @@ pub mod driver;
 pub mod event;
 pub mod front;
 pub mod memory;
+pub mod proc_stats;
 pub mod rng;
+pub mod summary;
 
 pub use config::BlkConfig;
-pub use daemon::{Daemon, Spec, Summary};
+pub use daemon::{Daemon, Spec};
 pub use disk::{Disk, Request};
 pub use driver::{Completion, Queue, QueueSetup, Seg};
 pub use event::Event;
 pub use front::{Front, Setup, features, protocol};
 pub use memory::GuestMemory;
+pub use proc_stats::ProcStats;
 pub use rng::Rng;
+pub use summary::Summary;
 
 use std::time::Duration;
 
