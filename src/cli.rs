@@ -1,0 +1,385 @@
+//! The command line: words a person types, turned into raw arguments.
+//!
+//! Nothing here opens a file, creates a socket or compares one flag with another; that begins in
+//! [`crate::config`]. The flags follow the conventions for vhost-user backend programs (QEMU,
+//! docs/interop/vhost-user), and the cache modes have QEMU's names and meanings.
+
+use std::ffi::{OsStr, OsString};
+use std::path::PathBuf;
+
+use clap::error::ErrorKind;
+use clap::{Args, CommandFactory, Parser, ValueEnum};
+
+use crate::error::StartError;
+use crate::mq::limits::MAX_QUEUES;
+use crate::mq::map::MapKind;
+
+pub use self::values::SERIAL_MAX_BYTES;
+use self::values::{
+    parse_block_size, parse_queue_map, parse_queue_size, parse_serial, parse_size, split_pairs,
+};
+
+mod values;
+
+/// What `--print-capabilities` prints, as the conventions for vhost-user backend programs define it
+/// for a block backend.
+pub const CAPABILITIES: &str = r#"{"type":"block","features":["read-only","blk-file"]}"#;
+
+const DISK: &str = "What to serve, and where";
+const GUEST: &str = "What the guest sees";
+const QUEUES: &str = "Queues";
+const IO: &str = "How the image is read and written";
+const PROCESS: &str = "The process";
+
+const EXAMPLES: &str = "\
+Examples:
+  Serve disk.img to the virtual machine that connects to the socket:
+    vhost-user-blkmq --socket-path /run/vm1.sock --blk-file disk.img
+
+  Two disks for two virtual machines, served by the same four workers:
+    vhost-user-blkmq --workers 4 \\
+      --disk socket-path=/run/vm1.sock,blk-file=/dev/vg0/vm1 \\
+      --disk socket-path=/run/vm2.sock,blk-file=vm2.img,read-only=on
+
+  A disk without an image, to measure everything but the image:
+    vhost-user-blkmq --socket-path /run/null.sock --engine null --size 100G
+
+Send SIGTERM or SIGINT to stop: requests in flight are finished first.
+docs/ATTACH.md says how to start QEMU, libvirt and Cloud Hypervisor.
+Every option is described in docs/OPTIONS.md.";
+
+/// Serve disks to virtual machines over vhost-user, with one hardware queue for each vCPU.
+#[derive(Debug, Clone, Parser)]
+#[command(name = "vhost-user-blkmq", version, after_help = EXAMPLES, next_line_help = true)]
+pub struct Arguments {
+    /// The disk that the flags outside `--disk` describe, if any.
+    #[command(flatten)]
+    pub disk: DiskArguments,
+
+    /// One more disk, served by the same workers: the options above, without dashes,
+    /// and not inherited from there [may be repeated; a comma within a value is written
+    /// twice]
+    #[arg(
+        verbatim_doc_comment, long = "disk", value_name = "KEY=VALUE,...",
+        value_parser = parse_disk, help_heading = DISK
+    )]
+    pub disks: Vec<DiskArguments>,
+
+    /// Threads that serve all disks; never more than there are queues [default: one for
+    /// each CPU this process may use]
+    #[arg(
+        verbatim_doc_comment, long, value_name = "N", allow_negative_numbers = true,
+        value_parser = clap::value_parser!(u16).range(1..=256), help_heading = PROCESS
+    )]
+    pub workers: Option<u16>,
+
+    /// Longest time a worker looks for new requests before it sleeps, in microseconds;
+    /// 0 never looks. More is a shorter wait for the guest and more CPU time on the
+    /// host [default: 50]
+    #[arg(
+        verbatim_doc_comment, long, value_name = "N", allow_negative_numbers = true,
+        default_value_t = 50, hide_default_value = true,
+        value_parser = clap::value_parser!(u32).range(0..=1_000_000), help_heading = PROCESS
+    )]
+    pub poll_us: u32,
+
+    /// How much to tell on stderr: error, warn, info, debug or trace [default: info]
+    #[arg(
+        verbatim_doc_comment, long, value_name = "LEVEL", value_enum, hide_possible_values = true,
+        hide_default_value = true, default_value_t = LogLevel::Info, help_heading = PROCESS
+    )]
+    pub log: LogLevel,
+
+    /// What to print on stdout at exit about the work of each queue: text, json or none
+    /// [default: text]
+    #[arg(
+        verbatim_doc_comment, long, value_name = "FORMAT", value_enum, hide_possible_values = true,
+        hide_default_value = true, default_value_t = SummaryFormat::Text, help_heading = PROCESS
+    )]
+    pub summary: SummaryFormat,
+
+    /// Print what this program can do, as JSON, and exit, whatever else is given
+    #[arg(verbatim_doc_comment, long, help_heading = PROCESS)]
+    pub print_capabilities: bool,
+}
+
+/// The flags that describe one disk. All are optional here: which of them are needed, and which
+/// exclude each other, is for [`crate::config`] to say.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Args)]
+pub struct DiskArguments {
+    /// Listen on this UNIX socket for the virtual machine monitor
+    #[arg(verbatim_doc_comment, long, value_name = "PATH", help_heading = DISK)]
+    pub socket_path: Option<PathBuf>,
+
+    /// Serve this open socket, listening or connected, that the parent process passes
+    /// on
+    #[arg(
+        verbatim_doc_comment, long, value_name = "N", allow_negative_numbers = true,
+        conflicts_with = "socket_path", value_parser = clap::value_parser!(i32).range(0..),
+        help_heading = DISK
+    )]
+    pub fd: Option<i32>,
+
+    /// The image: a regular file or a block device, in raw format
+    #[arg(verbatim_doc_comment, long, value_name = "PATH", help_heading = DISK)]
+    pub blk_file: Option<PathBuf>,
+
+    /// Never write to the image, and tell the guest so
+    #[arg(
+        verbatim_doc_comment, long, value_name = "on|off", value_enum, hide_possible_values = true,
+        num_args = 0..=1, require_equals = true, default_missing_value = "on", help_heading = DISK
+    )]
+    pub read_only: Option<Switch>,
+
+    /// Serial number of the disk, at most 20 ASCII characters [default: from the
+    /// image's file name]
+    #[arg(
+        verbatim_doc_comment, long, value_name = "TEXT", value_parser = parse_serial,
+        help_heading = GUEST
+    )]
+    pub serial: Option<String>,
+
+    /// Smallest unit the guest reads and writes, in bytes: 512, 1024, 2048 or 4096
+    /// [default: 512]
+    #[arg(
+        verbatim_doc_comment, long, value_name = "BYTES", value_parser = parse_block_size,
+        help_heading = GUEST
+    )]
+    pub logical_block_size: Option<u32>,
+
+    /// Let the guest give space back, so that the image shrinks [default: on]
+    #[arg(
+        verbatim_doc_comment, long, value_name = "on|off", value_enum, hide_possible_values = true,
+        help_heading = GUEST
+    )]
+    pub discard: Option<Discard>,
+
+    /// Most virtqueues offered; the virtual machine monitor takes as many as it likes,
+    /// usually one for each vCPU [default: 64]
+    #[arg(
+        verbatim_doc_comment, long, value_name = "N", allow_negative_numbers = true,
+        value_parser = clap::value_parser!(u16).range(1..=i64::from(MAX_QUEUES)),
+        help_heading = QUEUES
+    )]
+    pub num_queues: Option<u16>,
+
+    /// Size the rings are expected to have, a power of two from 4 to 1024: it decides
+    /// how many buffers a request may have. Any ring up to 1024 works [default: 128]
+    #[arg(
+        verbatim_doc_comment, long, value_name = "N", allow_negative_numbers = true,
+        value_parser = parse_queue_size, help_heading = QUEUES
+    )]
+    pub queue_size: Option<u16>,
+
+    /// vCPUs of the guest, if they are more than its queues [default: one for each
+    /// queue in use]
+    #[arg(
+        verbatim_doc_comment, long, value_name = "N", allow_negative_numbers = true,
+        value_parser = clap::value_parser!(u16).range(1..=4096), help_heading = QUEUES
+    )]
+    pub vcpus: Option<u16>,
+
+    /// Which vCPU uses which queue: grouping (Linux 6.6 and later), modulo (before), or
+    /// a list with the queue of each vCPU, such as 0,0,1,1 or 0:0:1:1 [default:
+    /// grouping]
+    #[arg(
+        verbatim_doc_comment, long, value_name = "SPEC", value_parser = parse_queue_map,
+        help_heading = QUEUES
+    )]
+    pub queue_map: Option<MapKind>,
+
+    /// What stands behind the disk: auto and io_uring use the image; null has none: it
+    /// forgets what is written, and reads bring nothing [default: auto]
+    #[arg(
+        verbatim_doc_comment, long, value_name = "ENGINE", value_enum, hide_possible_values = true,
+        help_heading = IO
+    )]
+    pub engine: Option<EngineKind>,
+
+    /// Size of the disk in bytes, or with K, M, G or T behind it; only with the null
+    /// engine
+    #[arg(
+        verbatim_doc_comment, long, value_name = "SIZE", value_parser = parse_size,
+        help_heading = IO
+    )]
+    pub size: Option<u64>,
+
+    /// Cache mode, as in QEMU: writeback, none (past the host's page cache),
+    /// writethrough, directsync, unsafe (a flush does nothing: data is lost if the host
+    /// stops) [default: none]
+    #[arg(
+        verbatim_doc_comment, long, value_name = "MODE", value_enum, hide_possible_values = true,
+        help_heading = IO
+    )]
+    pub cache: Option<CacheMode>,
+}
+
+/// `on` or `off`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Switch {
+    /// Yes.
+    On,
+    /// No.
+    Off,
+}
+
+/// What happens to the guest's discards, in our words and in QEMU's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Discard {
+    /// They free space in the image.
+    #[value(alias = "unmap")]
+    On,
+    /// They are not offered to the guest.
+    #[value(alias = "ignore")]
+    Off,
+}
+
+/// How the host caches the image; QEMU's names and meanings.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub enum CacheMode {
+    /// Host page cache; stable after a flush.
+    Writeback,
+    /// O_DIRECT, past the host page cache; stable after a flush.
+    #[default]
+    None,
+    /// Host page cache; every write is stable when it completes.
+    Writethrough,
+    /// O_DIRECT; every write is stable when it completes.
+    Directsync,
+    /// Host page cache; a flush is acknowledged and not carried out.
+    Unsafe,
+}
+
+/// Who does the I/O.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub enum EngineKind {
+    /// The best there is for the image.
+    #[default]
+    Auto,
+    /// io_uring.
+    #[value(name = "io_uring", alias = "io-uring")]
+    IoUring,
+    /// No image: writes are forgotten, reads leave the guest's memory as it is.
+    Null,
+}
+
+/// How much the log tells.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[expect(missing_docs, reason = "the log crate's levels, by their names")]
+pub enum LogLevel {
+    Error,
+    Warn,
+    Info,
+    Debug,
+    Trace,
+}
+
+/// What is printed on stdout when the daemon ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum SummaryFormat {
+    /// A table for a person.
+    Text,
+    /// One JSON document.
+    Json,
+    /// Nothing.
+    None,
+}
+
+/// What the command line asks for.
+#[derive(Debug)]
+pub enum Invocation {
+    /// Print this text on stdout and exit 0: capabilities, help or version.
+    Print(String),
+    /// Serve disks.
+    Serve(Box<Arguments>),
+}
+
+/// Reads a command line, the program's name first.
+///
+/// `--print-capabilities` wins over everything, even over arguments that make no sense: management
+/// software calls it before it knows anything about the program.
+///
+/// # Errors
+///
+/// [`StartError::Usage`], in one line, when the arguments cannot be understood.
+pub fn parse<I>(argv: I) -> Result<Invocation, StartError>
+where
+    I: IntoIterator<Item = OsString>,
+{
+    let argv: Vec<OsString> = argv.into_iter().collect();
+    if argv
+        .iter()
+        .skip(1)
+        .any(|arg| arg == OsStr::new("--print-capabilities"))
+    {
+        return Ok(Invocation::Print(format!("{CAPABILITIES}\n")));
+    }
+    match Arguments::try_parse_from(argv) {
+        Ok(arguments) => Ok(Invocation::Serve(Box::new(arguments))),
+        Err(error) => match error.kind() {
+            ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
+                Ok(Invocation::Print(error.to_string()))
+            }
+            _ => Err(StartError::Usage(format!(
+                "{} (see --help)",
+                one_line(&error)
+            ))),
+        },
+    }
+}
+
+/// clap's message without its headings and usage lines, in one line.
+fn one_line(error: &clap::Error) -> String {
+    let text = error.to_string();
+    let parts: Vec<&str> = text
+        .lines()
+        .map(str::trim)
+        .take_while(|line| !line.starts_with("Usage:") && !line.starts_with("For more information"))
+        .filter(|line| !line.is_empty())
+        .collect();
+    let joined = parts.join("; ");
+    // Without control characters: an argument may hold a newline, and clap prints it as it is.
+    let joined: String = joined
+        .chars()
+        .map(|c| if c.is_control() { ' ' } else { c })
+        .collect();
+    joined.strip_prefix("error: ").unwrap_or(&joined).to_owned()
+}
+
+/// A command of the disk flags alone, so that a `--disk` has their names, checks and messages.
+#[derive(Debug, Parser)]
+#[command(name = "--disk", disable_help_flag = true)]
+struct DiskOnly {
+    #[command(flatten)]
+    disk: DiskArguments,
+}
+
+/// Reads the value of `--disk`: `KEY=VALUE` pairs with commas between them. A doubled comma stands for
+/// one within a value, as in QEMU's options.
+fn parse_disk(text: &str) -> Result<DiskArguments, String> {
+    let command = DiskOnly::command();
+    let known: Vec<&str> = command
+        .get_arguments()
+        .filter_map(|arg| arg.get_long())
+        .collect();
+    let mut argv = vec!["--disk".to_owned()];
+    for pair in split_pairs(text) {
+        let key = pair.split_once('=').map_or(pair.as_str(), |(key, _)| key);
+        if !known.contains(&key) {
+            return Err(format!(
+                "there is no key '{key}'; the keys are {}",
+                known.join(", ")
+            ));
+        }
+        if key == pair && key != "read-only" {
+            return Err(format!("the key '{key}' has no value; write {key}=VALUE"));
+        }
+        argv.push(format!("--{pair}"));
+    }
+    DiskOnly::try_parse_from(argv)
+        .map(|only| only.disk)
+        .map_err(|error| one_line(&error))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,173 @@
+//! What the control plane says to a worker, and how it gets an answer.
+//!
+//! A worker owns its rings outright, so nobody else touches them: whoever wants something of a ring
+//! sends a message and waits until the worker has done it. That is why a reply on the vhost-user
+//! socket means "done".
+
+use std::fmt;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::sync::mpsc::{self, Receiver, Sender, SyncSender};
+
+use crate::engine::{Target, Waker};
+use crate::mq::ids::{DiskId, QueueId, WorkerId};
+use crate::virtio::memory::MemoryTable;
+use crate::virtio::ring::{RingError, RingSetup};
+use crate::virtio::shape::DiskShape;
+
+use super::report::QueueReport;
+
+/// A virtqueue of this process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct RingId {
+    /// Its disk.
+    pub disk: DiskId,
+    /// Its number there.
+    pub queue: QueueId,
+}
+
+impl fmt::Display for RingId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "disk {} queue {}", self.disk, self.queue)
+    }
+}
+
+/// A ring the front end has finished describing.
+#[derive(Debug)]
+pub struct StartRing {
+    /// Which one.
+    pub ring: RingId,
+    /// Size, addresses, position, negotiated features.
+    pub setup: RingSetup,
+    /// The guest memory it lies in.
+    pub memory: Arc<MemoryTable>,
+    /// Written to by the front end when there are requests. `None`: look without being told.
+    pub kick: Option<OwnedFd>,
+    /// Written to by us when requests are done. `None`: the guest polls.
+    pub call: Option<OwnedFd>,
+    /// Written to by us when the ring is broken.
+    pub err: Option<OwnedFd>,
+    /// Whether requests may be taken already (SET_VRING_ENABLE).
+    pub enabled: bool,
+    /// How many vCPUs the queue map sends here.
+    pub ctxs: u16,
+}
+
+/// Which of a ring's file descriptors is replaced.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FdRole {
+    /// SET_VRING_KICK
+    Kick,
+    /// SET_VRING_CALL
+    Call,
+    /// SET_VRING_ERR
+    Err,
+}
+
+/// What can be asked of a worker.
+#[derive(Debug)]
+pub enum Message {
+    /// Serve queues of this disk.
+    AddDisk {
+        /// Its number.
+        disk: DiskId,
+        /// What its I/O goes to.
+        target: Box<Target>,
+        /// What its requests are checked against.
+        shape: Box<DiskShape>,
+        /// Whether writes have to be durable when they complete; the guest can change it.
+        write_through: Arc<AtomicBool>,
+        /// Answered when it is known to the engine.
+        done: Reply<std::io::Result<()>>,
+    },
+    /// Begin to serve a ring.
+    Start(Box<StartRing>, Reply<Result<(), RingError>>),
+    /// Finish what the ring has in flight, then let go of it. Answers the next avail index, `None`
+    /// for a ring that was not started.
+    Stop(RingId, Reply<Option<u16>>),
+    /// Take requests, or stop taking them; a disabled ring is answered when nothing is in flight.
+    Enable(RingId, bool, Reply<()>),
+    /// Use another file descriptor.
+    SetFd(RingId, FdRole, Option<OwnedFd>, Reply<()>),
+    /// Freeze the disk's rings, use the new memory, thaw. Rings that do not lie in the new memory
+    /// are stopped as broken.
+    SetMemory(DiskId, Arc<MemoryTable>, Reply<()>),
+    /// The queue map changed: this many vCPUs use the ring.
+    SetCtxs(RingId, u16, Reply<()>),
+    /// Say what was counted.
+    Report(Reply<Vec<QueueReport>>),
+    /// Finish what is in flight and end. Answers the last counts.
+    Shutdown(Reply<Vec<QueueReport>>),
+}
+
+/// Where an answer goes. Dropped unanswered, the one who waits learns that the worker is gone.
+#[derive(Debug)]
+pub struct Reply<T>(SyncSender<T>);
+
+impl<T> Reply<T> {
+    /// Answers. The one who asked may have given up; that is not the worker's problem.
+    pub fn send(self, value: T) {
+        let _ = self.0.send(value);
+    }
+}
+
+/// A worker that does not answer because its thread has ended.
+#[derive(Clone, Copy, Debug, thiserror::Error)]
+#[error("worker {0} has ended")]
+pub struct WorkerGone(pub WorkerId);
+
+/// How other threads reach a worker.
+#[derive(Clone, Debug)]
+pub struct WorkerHandle {
+    id: WorkerId,
+    messages: Sender<Message>,
+    waker: Waker,
+}
+
+impl WorkerHandle {
+    /// A handle, and the receiver for the worker it belongs to.
+    pub fn new(id: WorkerId, waker: Waker) -> (WorkerHandle, Receiver<Message>) {
+        let (messages, inbox) = mpsc::channel();
+        (
+            WorkerHandle {
+                id,
+                messages,
+                waker,
+            },
+            inbox,
+        )
+    }
+
+    /// Which worker it is.
+    pub fn id(&self) -> WorkerId {
+        self.id
+    }
+
+    /// Sends a message and waits for the answer.
+    ///
+    /// # Errors
+    ///
+    /// The worker's thread has ended.
+    pub fn ask<T>(&self, message: impl FnOnce(Reply<T>) -> Message) -> Result<T, WorkerGone> {
+        self.send(message)?.recv().map_err(|_| WorkerGone(self.id))
+    }
+
+    /// Sends a message; the answer comes through the receiver.
+    ///
+    /// # Errors
+    ///
+    /// The worker's thread has ended.
+    pub fn send<T>(
+        &self,
+        message: impl FnOnce(Reply<T>) -> Message,
+    ) -> Result<Receiver<T>, WorkerGone> {
+        // One answer, sent without waiting for anybody to take it.
+        let (reply, answer) = mpsc::sync_channel(1);
+        self.messages
+            .send(message(Reply(reply)))
+            .map_err(|_| WorkerGone(self.id))?;
+        self.waker.wake();
+        Ok(answer)
+    }
+}

@@ -1,0 +1,11 @@
+//! The glue between front ends, threads, file descriptors and sockets.
+
+pub mod backend;
+pub mod disk;
+pub mod message;
+pub mod report;
+pub mod server;
+pub mod session;
+pub mod socket;
+pub mod vring;
+pub mod worker;

@@ -1,0 +1,227 @@
+//! What was counted, as it is shown to people and to programs.
+
+use std::fmt::Write as _;
+
+use serde::Serialize;
+
+use crate::mq::stats::HctxStats;
+
+use super::message::RingId;
+
+/// What a ring itself counted, beside blk-mq.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct RingStats {
+    /// Kicks seen: wake-ups by the guest. Requests found while looking anyway need none.
+    pub kicks: u64,
+    /// Calls made: interrupts for the guest.
+    pub calls: u64,
+    /// Requests answered without the disk: GET_ID, and what the parser rejected.
+    pub answered: u64,
+}
+
+/// One virtqueue's counts, over all the times it was started.
+#[derive(Clone, Debug)]
+pub struct QueueReport {
+    /// Which one.
+    pub ring: RingId,
+    /// Who served it last.
+    pub worker: u16,
+    /// How many ctxs it has.
+    pub ctxs: u16,
+    /// blk-mq's counts.
+    pub mq: HctxStats,
+    /// The ring's counts.
+    pub io: RingStats,
+}
+
+impl QueueReport {
+    /// Nothing counted yet.
+    pub fn new(ring: RingId, worker: u16, ctxs: u16) -> Self {
+        QueueReport {
+            ring,
+            worker,
+            ctxs,
+            mq: HctxStats::default(),
+            io: RingStats::default(),
+        }
+    }
+
+    /// Adds what another period of the same queue counted.
+    pub fn add(&mut self, mq: &HctxStats, io: &RingStats) {
+        self.mq.add(mq);
+        self.io.kicks += io.kicks;
+        self.io.calls += io.calls;
+        self.io.answered += io.answered;
+    }
+}
+
+/// The summary of all disks.
+#[derive(Clone, Debug, Serialize)]
+pub struct Summary {
+    /// In the order of the configuration.
+    pub disks: Vec<DiskSummary>,
+    /// In the order of their numbers.
+    pub workers: Vec<WorkerSummary>,
+}
+
+/// One disk's part of the summary.
+#[derive(Clone, Debug, Serialize)]
+pub struct DiskSummary {
+    /// Its serial.
+    pub serial: String,
+    /// Those that were ever started, by number.
+    pub queues: Vec<QueueSummary>,
+}
+
+/// One virtqueue's part of the summary.
+#[derive(Clone, Debug, Serialize)]
+pub struct QueueSummary {
+    /// Its number.
+    pub queue: u16,
+    /// The vCPUs the queue map sends here.
+    pub cpus: Vec<u16>,
+    /// Its staging queues.
+    pub ctxs: u16,
+    /// Who served it.
+    pub worker: u16,
+    /// blk-mq's counts.
+    #[serde(flatten)]
+    pub mq: HctxStats,
+    /// The ring's counts.
+    #[serde(flatten)]
+    pub io: RingStats,
+}
+
+/// One worker's part of the summary.
+#[derive(Clone, Debug, Serialize)]
+pub struct WorkerSummary {
+    /// Its number.
+    pub worker: u16,
+    /// The queues it served, over all disks.
+    pub queues: usize,
+}
+
+impl Summary {
+    /// For programs: one line of JSON.
+    pub fn json(&self) -> String {
+        serde_json::to_string(self).expect("plain numbers and strings always serialize")
+    }
+
+    /// For people: a table for each disk.
+    pub fn text(&self) -> String {
+        let mut out = String::new();
+        for disk in &self.disks {
+            let _ = writeln!(out, "disk {}:", disk.serial);
+            if disk.queues.is_empty() {
+                out.push_str("  no queue was started\n");
+                continue;
+            }
+            let _ = writeln!(
+                out,
+                "  {:>5} {:>9} {:>4} {:>6} {:>10} {:>9} {:>9} {:>8} {:>9} {:>9} {:>8} {:>6} {:>8} {:>8}",
+                "queue",
+                "vCPUs",
+                "ctxs",
+                "worker",
+                "requests",
+                "read",
+                "written",
+                "batches",
+                "direct",
+                "staged",
+                "merged",
+                "errors",
+                "kicks",
+                "calls"
+            );
+            for q in &disk.queues {
+                let _ = writeln!(
+                    out,
+                    "  {:>5} {:>9} {:>4} {:>6} {:>10} {:>9} {:>9} {:>8} {:>9} {:>9} {:>8} {:>6} {:>8} {:>8}",
+                    q.queue,
+                    ranges(&q.cpus),
+                    q.ctxs,
+                    q.worker,
+                    q.mq.requests,
+                    bytes(q.mq.bytes_read),
+                    bytes(q.mq.bytes_written),
+                    q.mq.batches,
+                    q.mq.direct,
+                    q.mq.staged,
+                    q.mq.merged,
+                    q.mq.errors,
+                    q.io.kicks,
+                    q.io.calls
+                );
+            }
+        }
+        out
+    }
+}
+
+/// `0-3,8` for 0, 1, 2, 3, 8; `-` for none.
+fn ranges(sorted: &[u16]) -> String {
+    let mut out = String::new();
+    let mut rest = sorted;
+    while let Some((&first, _)) = rest.split_first() {
+        let run = rest
+            .iter()
+            .zip(first..)
+            .take_while(|(cpu, expected)| **cpu == *expected)
+            .count();
+        if !out.is_empty() {
+            out.push(',');
+        }
+        match run {
+            1 => {
+                let _ = write!(out, "{first}");
+            }
+            _ => {
+                let _ = write!(out, "{first}-{}", rest[run - 1]);
+            }
+        }
+        rest = &rest[run..];
+    }
+    if out.is_empty() {
+        out.push('-');
+    }
+    out
+}
+
+/// `1.5 MiB` and the like.
+fn bytes(n: u64) -> String {
+    let mut unit = 1u64;
+    for name in ["B", "KiB", "MiB", "GiB", "TiB"] {
+        if n < unit * 1024 || name == "TiB" {
+            let whole = n / unit;
+            return if whole < 10 && unit > 1 {
+                format!("{whole}.{} {name}", (n % unit) * 10 / unit)
+            } else {
+                format!("{whole} {name}")
+            };
+        }
+        unit *= 1024;
+    }
+    unreachable!("the last unit takes everything")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cpus_are_shown_as_ranges() {
+        assert_eq!(ranges(&[]), "-");
+        assert_eq!(ranges(&[3]), "3");
+        assert_eq!(ranges(&[0, 1, 2, 3, 8, 10, 11]), "0-3,8,10-11");
+    }
+
+    #[test]
+    fn bytes_are_shown_in_the_largest_unit_that_fits() {
+        assert_eq!(bytes(0), "0 B");
+        assert_eq!(bytes(1023), "1023 B");
+        assert_eq!(bytes(1536), "1.5 KiB");
+        assert_eq!(bytes(20 << 20), "20 MiB");
+        assert_eq!(bytes(u64::MAX), "16777215 TiB");
+    }
+}

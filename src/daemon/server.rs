@@ -1,0 +1,316 @@
+//! The process: opens the images, starts the workers, serves one session after another on each
+//! disk's socket, and takes everything down in order.
+
+use std::io::{self, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::mpsc::{self, Sender};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
+
+use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
+use signal_hook::iterator::Signals;
+use vhost_user_backend::VhostUserDaemon;
+use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+
+use crate::config::{Config, SocketSource, SummaryFormat};
+use crate::engine::disk::Image;
+use crate::error::StartError;
+use crate::mq::ids::{DiskId, QueueId};
+use crate::mq::limits::{MAX_HCTXS, MAX_RING_SIZE};
+
+use super::backend::DeviceBackend;
+use super::disk::{Disk, worker_id};
+use super::message::{Message, WorkerHandle};
+use super::report::{DiskSummary, QueueReport, QueueSummary, Summary, WorkerSummary};
+use super::session::{Guard, SessionEnd, SessionLimits, open_fd_table};
+use super::socket::{Door, Junction, Stop};
+use super::vring::{SessionState, bind};
+use super::worker;
+
+/// What the main thread waits for.
+enum Happened {
+    Signal(i32),
+    /// A disk has no front end any more and will have none: its socket was handed over connected.
+    DiskDone,
+}
+
+/// Serves until SIGTERM or SIGINT, or until the last handed-over connection ends. Then what is in
+/// flight ends, and the summary is printed.
+///
+/// # Errors
+///
+/// Something is missing or wrong before the first front end could be served. Nothing is left
+/// behind.
+pub fn run(config: Config) -> Result<(), StartError> {
+    // Images and sockets first: they are what a user gets wrong.
+    let images = config
+        .disks
+        .iter()
+        .map(Image::open)
+        .collect::<Result<Vec<_>, _>>()?;
+    let doors = config
+        .disks
+        .iter()
+        .map(|disk| match &disk.socket {
+            SocketSource::Path(path) => Door::bind(path),
+            SocketSource::Fd(fd) => Door::inherit(*fd),
+        })
+        .collect::<Result<Vec<_>, _>>()?;
+    open_fd_table().map_err(|source| system("look into /proc/self/fd", source))?;
+    let junction =
+        Arc::new(Junction::new().map_err(|source| system("create an internal socket", source))?);
+    let stop = Arc::new(Stop::new().map_err(|source| system("create an eventfd", source))?);
+    let (events, happened) = mpsc::channel();
+    let signals = watch_signals(events.clone())
+        .map_err(|source| system("install signal handlers", source))?;
+
+    let (workers, worker_threads) = start_workers(&config)?;
+    let mut disks = Vec::new();
+    for (index, (disk_config, image)) in config.disks.iter().zip(images).enumerate() {
+        let id = DiskId(u16::try_from(index).expect("disks are bounded by the configuration"));
+        let disk = Disk::new(id, disk_config.clone(), image, workers.clone())
+            .map_err(|source| system("add the disk to a worker", source))?;
+        disks.push(disk);
+    }
+    let mut disk_threads = Vec::new();
+    for (disk, door) in disks.iter().zip(doors) {
+        let server = DiskServer {
+            disk: Arc::clone(disk),
+            junction: Arc::clone(&junction),
+            stop: Arc::clone(&stop),
+        };
+        disk_threads.push(server.spawn(door, events.clone())?);
+    }
+
+    let mut serving = disks.len();
+    while serving > 0 {
+        match happened.recv() {
+            Ok(Happened::Signal(SIGUSR1)) => {
+                let summary = summarize(&disks, &workers, report(&workers));
+                eprint!("{}", summary.text());
+            }
+            Ok(Happened::Signal(signal)) => {
+                log::info!("signal {signal}: finishing what is in flight");
+                break;
+            }
+            Ok(Happened::DiskDone) => serving -= 1,
+            Err(mpsc::RecvError) => break,
+        }
+    }
+
+    // Sessions end first, and with them their rings; then the workers have nothing left.
+    stop.signal();
+    for thread in disk_threads {
+        let _ = thread.join();
+    }
+    let reports = shut_down(&workers);
+    for thread in worker_threads {
+        let _ = thread.join();
+    }
+    signals.close();
+    print(&config, &summarize(&disks, &workers, reports));
+    Ok(())
+}
+
+fn system(what: &str, source: io::Error) -> StartError {
+    StartError::System {
+        what: what.to_owned(),
+        source,
+        advice: "check the limits of the process (ulimit -a) and the kernel's log",
+    }
+}
+
+fn watch_signals(events: Sender<Happened>) -> io::Result<signal_hook::iterator::Handle> {
+    let mut signals = Signals::new([SIGTERM, SIGINT, SIGUSR1])?;
+    let handle = signals.handle();
+    thread::Builder::new()
+        .name("signals".to_owned())
+        .spawn(move || {
+            for signal in signals.forever() {
+                if events.send(Happened::Signal(signal)).is_err() {
+                    return;
+                }
+            }
+        })?;
+    Ok(handle)
+}
+
+fn start_workers(config: &Config) -> Result<(Vec<WorkerHandle>, Vec<JoinHandle<()>>), StartError> {
+    let queues: usize = config
+        .disks
+        .iter()
+        .map(|disk| usize::from(disk.num_queues))
+        .sum();
+    let mut handles = Vec::new();
+    let mut threads = Vec::new();
+    let count = config.workers.min(queues);
+    // Each disk begins with another worker, so one may get a queue of each disk more than its share.
+    let rings = u16::try_from(queues / count + config.disks.len())
+        .unwrap_or(MAX_HCTXS)
+        .min(MAX_HCTXS);
+    for index in 0..count {
+        let (handle, thread) =
+            worker::spawn(worker_id(index), rings, config.poll_us).map_err(|source| {
+                StartError::System {
+                    what: format!("start worker {index}"),
+                    source,
+                    advice: "check that io_uring is allowed (sysctl kernel.io_uring_disabled) \
+                         and that the limit of locked memory is not tiny (ulimit -l)",
+                }
+            })?;
+        handles.push(handle);
+        threads.push(thread);
+    }
+    Ok((handles, threads))
+}
+
+fn report(workers: &[WorkerHandle]) -> Vec<QueueReport> {
+    workers
+        .iter()
+        .filter_map(|worker| worker.ask(Message::Report).ok())
+        .flatten()
+        .collect()
+}
+
+fn shut_down(workers: &[WorkerHandle]) -> Vec<QueueReport> {
+    workers
+        .iter()
+        .filter_map(|worker| worker.ask(Message::Shutdown).ok())
+        .flatten()
+        .collect()
+}
+
+fn summarize(disks: &[Arc<Disk>], workers: &[WorkerHandle], reports: Vec<QueueReport>) -> Summary {
+    let workers = workers
+        .iter()
+        .map(|worker| WorkerSummary {
+            worker: worker.id().0,
+            queues: reports.iter().filter(|r| r.worker == worker.id().0).count(),
+        })
+        .collect();
+    let disks = disks
+        .iter()
+        .map(|disk| {
+            let mut queues: Vec<QueueSummary> = reports
+                .iter()
+                .filter(|report| report.ring.disk == disk.id)
+                .map(|report| QueueSummary {
+                    queue: report.ring.queue.0,
+                    cpus: disk.cpus_of(QueueId(report.ring.queue.0)),
+                    ctxs: report.ctxs,
+                    worker: report.worker,
+                    mq: report.mq,
+                    io: report.io,
+                })
+                .collect();
+            queues.sort_by_key(|queue| queue.queue);
+            DiskSummary {
+                serial: disk.config.serial.clone(),
+                queues,
+            }
+        })
+        .collect();
+    Summary { disks, workers }
+}
+
+fn print(config: &Config, summary: &Summary) {
+    let text = match config.summary {
+        SummaryFormat::None => return,
+        SummaryFormat::Text => summary.text(),
+        SummaryFormat::Json => summary.json() + "\n",
+    };
+    // Whoever was to read it may have gone.
+    let _ = io::stdout().write_all(text.as_bytes());
+}
+
+/// What one disk's thread needs.
+struct DiskServer {
+    disk: Arc<Disk>,
+    junction: Arc<Junction>,
+    stop: Arc<Stop>,
+}
+
+impl DiskServer {
+    fn spawn(self, door: Door, events: Sender<Happened>) -> Result<JoinHandle<()>, StartError> {
+        let name = format!("disk-{}", self.disk.id);
+        thread::Builder::new()
+            .name(name)
+            .spawn(move || {
+                match door {
+                    Door::Listening(listener, file) => {
+                        self.listen(&listener);
+                        drop(file);
+                    }
+                    Door::Connected(stream) => self.serve(stream),
+                }
+                let _ = events.send(Happened::DiskDone);
+            })
+            .map_err(|source| system("start a disk's thread", source))
+    }
+
+    /// One session at a time: a front end that connects meanwhile waits until it is its turn.
+    fn listen(&self, listener: &UnixListener) {
+        match &self.disk.config.socket {
+            SocketSource::Path(path) => log::info!("listening on {}", path.display()),
+            SocketSource::Fd(fd) => log::info!("listening on file descriptor {fd}"),
+        }
+        while self.stop.or_readable(listener) {
+            match listener.accept() {
+                Ok((stream, _)) => self.serve(stream),
+                Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
+                Err(error) => {
+                    log::error!("disk {}: cannot accept: {error}", self.disk.config.serial);
+                    // Out of descriptors or memory: that passes, but not by trying at once.
+                    thread::sleep(std::time::Duration::from_millis(100));
+                }
+            }
+        }
+    }
+
+    fn serve(&self, stream: UnixStream) {
+        let serial = &self.disk.config.serial;
+        log::info!("disk {serial}: a front end connected");
+        match self.session(stream) {
+            Ok(SessionEnd::FrontEndLeft | SessionEnd::Stopped) => {
+                log::info!("disk {serial}: the session ended");
+            }
+            Ok(end) => log::warn!("disk {serial}: the session was closed: {end}"),
+            Err(error) => log::error!("disk {serial}: the session could not begin: {error}"),
+        }
+    }
+
+    fn session(&self, stream: UnixStream) -> io::Result<SessionEnd> {
+        let state = SessionState::new(Arc::clone(&self.disk));
+        let ending = Ending(&state);
+        let backend = Arc::new(DeviceBackend::new(Arc::clone(&state)));
+        let memory = GuestMemoryAtomic::new(GuestMemoryMmap::<()>::new());
+        let name = format!("session-{}", self.disk.id);
+        let daemon = bind(&state, || VhostUserDaemon::new(name, backend, memory))
+            .map_err(|error| io::Error::other(error.to_string()))?;
+        let daemon = Mutex::new(daemon);
+        let locked = || daemon.lock().unwrap_or_else(PoisonError::into_inner);
+        let device = self.junction.join(|listener| {
+            locked()
+                .start(listener)
+                .map_err(|error| io::Error::other(error.to_string()))
+        })?;
+        let limits = SessionLimits::new(self.disk.config.num_queues, MAX_RING_SIZE);
+        let end = Guard::new(stream, device, limits, self.stop.watch()?)?.run();
+        // The guard has closed both connections, so the crate's thread is on its way out.
+        locked().request_shutdown();
+        if let Err(error) = locked().wait() {
+            log::debug!("disk {}: {error}", self.disk.config.serial);
+        }
+        drop(ending);
+        Ok(end)
+    }
+}
+
+/// Stops a session's rings however the session ends.
+struct Ending<'a>(&'a Arc<SessionState>);
+
+impl Drop for Ending<'_> {
+    fn drop(&mut self) {
+        self.0.end();
+    }
+}

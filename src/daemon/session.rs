@@ -1,0 +1,323 @@
+//! The session guard: it stands between a front end's socket and the device's.
+//!
+//! # Who trusts whom
+//!
+//! The front end (the VMM) is not trusted: it may send anything, in any pieces, and stop reading or
+//! writing at any point. The device behind is the vhost-user-backend crate and our own handlers. It
+//! parses each message again, but it was written for well-meaning front ends: it takes a payload
+//! that comes in two pieces for a broken one, wants memory regions in order, adds addresses that
+//! may wrap, and believes that a region is as long as it is said to be. So the guard passes on
+//! whole messages only, each in one piece with its file descriptors, and only those that satisfy
+//! the rules in `session/rules.rs`; the first that does not ends the session, and its
+//! [`Refusal`] says in one line what was wrong.
+//!
+//! The guest is not heard here at all: its rings and requests never cross this socket. That ring
+//! addresses lie in memory and are aligned is checked here only so that a front end's mistake has a
+//! clear message; whoever maps a ring checks the whole of it. A file that is truncated *after* its
+//! region passed is likewise beyond the guard.
+//!
+//! The device's answers are trusted in what they say. They are still received whole and
+//! bounded in size, because the guard learns from them which features were offered.
+//!
+//! # How it runs
+//!
+//! One thread for each session polls both sockets and the stop event. It blocks nowhere else: what
+//! a receiver does not take waits in a queue of a few messages, and while that is full the
+//! other side is not read. So a peer that stops reading stops its own session, whose memory stays
+//! bounded and which can still be stopped.
+
+mod fds;
+mod memory;
+mod notifier;
+mod refusal;
+mod rules;
+mod shape;
+mod wire;
+
+use std::io;
+use std::net::Shutdown;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
+
+pub use fds::open_fd_table;
+pub use notifier::ConfigNotifier;
+pub use refusal::{Reason, Refusal, RequestName};
+
+use notifier::Channel;
+use rules::Rules;
+use wire::{Flushed, MAX_FDS, Progress, Receiver, SendQueue};
+
+/// Memory regions a session may have: as many as the device answers to GET_MAX_MEM_SLOTS, which is
+/// what x86 offers a guest (KVM's 512 slots less those it keeps).
+pub const MAX_REGIONS: usize = 509;
+
+/// Bytes of the device-specific configuration space a front end may ask for (vhost-user, "Virtio
+/// device config space").
+pub const CONFIG_SPACE_BYTES: u32 = 256;
+
+/// Messages moved for one side before the other side and the stop event get their turn.
+const MESSAGES_PER_TURN: usize = 32;
+
+/// What one session may use.
+#[derive(Clone, Copy, Debug)]
+pub struct SessionLimits {
+    /// Virtqueues the disk has, at most 256: their index travels in eight bits.
+    pub max_queues: u16,
+    /// Descriptors of the largest virtqueue.
+    pub max_queue_size: u16,
+    /// Memory regions the front end may announce, all together.
+    pub max_regions: usize,
+}
+
+impl SessionLimits {
+    /// The limits for a disk with `max_queues` virtqueues of up to `max_queue_size` descriptors.
+    pub fn new(max_queues: u16, max_queue_size: u16) -> SessionLimits {
+        SessionLimits {
+            max_queues,
+            max_queue_size,
+            max_regions: MAX_REGIONS,
+        }
+    }
+}
+
+/// Why a session is over. Its text is one line.
+#[derive(Debug, thiserror::Error)]
+pub enum SessionEnd {
+    /// The front end closed its connection, perhaps in the middle of a message.
+    #[error("the front end closed the connection")]
+    FrontEndLeft,
+    /// The device closed its side: a handler there failed.
+    #[error("the device closed the session because it could not carry out a request")]
+    BackendClosed,
+    /// The front end sent what may not pass.
+    #[error("the front end's message was refused: {0}")]
+    Refused(#[from] Refusal),
+    /// The stop event was signalled.
+    #[error("the session was stopped")]
+    Stopped,
+    /// A socket failed, or the device sent what is no answer.
+    #[error("the session's connection failed: {0}")]
+    Io(#[from] io::Error),
+}
+
+/// One session between a front end and the device.
+#[derive(Debug)]
+pub struct Guard {
+    front_end: UnixStream,
+    device: UnixStream,
+    stop: OwnedFd,
+    from_front_end: Receiver,
+    from_device: Receiver,
+    to_front_end: SendQueue,
+    to_device: SendQueue,
+    /// The device has hung up, which is noticed once what it sent before is read.
+    device_hung_up: bool,
+    rules: Rules,
+    channel: Arc<Channel>,
+}
+
+impl Guard {
+    /// A session of the accepted connection `vmm` with the device at the other end of `backend`.
+    ///
+    /// The sockets may be blocking or not; their flags stay as they are. `stop` is an eventfd (or
+    /// anything that can be polled): when it is readable, the session ends.
+    ///
+    /// # Errors
+    ///
+    /// `/proc/self/fd` cannot be opened; see [`open_fd_table`].
+    pub fn new(
+        vmm: UnixStream,
+        backend: UnixStream,
+        limits: SessionLimits,
+        stop: OwnedFd,
+    ) -> io::Result<Guard> {
+        open_fd_table()?;
+        let channel = Arc::new(Channel::default());
+        Ok(Guard {
+            front_end: vmm,
+            device: backend,
+            stop,
+            from_front_end: Receiver::new(),
+            from_device: Receiver::new(),
+            to_front_end: SendQueue::default(),
+            to_device: SendQueue::default(),
+            device_hung_up: false,
+            rules: Rules::new(limits, Arc::clone(&channel)),
+            channel,
+        })
+    }
+
+    /// A handle with which other threads tell this session's front end that the config changed.
+    pub fn notifier(&self) -> ConfigNotifier {
+        ConfigNotifier::new(Arc::clone(&self.channel))
+    }
+
+    /// Carries messages until the session is over, and shuts both connections down.
+    pub fn run(mut self) -> SessionEnd {
+        let end = loop {
+            if let Err(end) = self.turn() {
+                break end;
+            }
+        };
+        self.channel.close();
+        // Closing is not enough where the caller or the device holds a duplicate. A peer that is
+        // gone already makes these fail, which changes nothing.
+        let _ = self.front_end.shutdown(Shutdown::Both);
+        let _ = self.device.shutdown(Shutdown::Both);
+        end
+    }
+
+    /// Waits until something can be done, and does it.
+    fn turn(&mut self) -> Result<(), SessionEnd> {
+        let ready = self.wait()?;
+        if ready.stop {
+            return Err(SessionEnd::Stopped);
+        }
+        self.flush()?;
+        if ready.front_end.intersects(PollFlags::IN | HUNG_UP) {
+            if !self.to_device.has_room() && ready.front_end.intersects(HUNG_UP) {
+                return Err(SessionEnd::FrontEndLeft);
+            }
+            self.carry_requests()?;
+        }
+        if ready.device.intersects(PollFlags::IN | HUNG_UP) {
+            self.device_hung_up |= ready.device.intersects(HUNG_UP);
+            self.carry_answers()?;
+        }
+        Ok(())
+    }
+
+    /// Polls for what can be used: a side is read only while the other side's queue has room.
+    fn wait(&self) -> Result<Ready, SessionEnd> {
+        let interest = |readable: bool, writable: bool| {
+            let mut flags = PollFlags::empty();
+            flags.set(PollFlags::IN, readable);
+            flags.set(PollFlags::OUT, writable);
+            flags
+        };
+        let from_device = self.to_front_end.has_room();
+        let mut fds = vec![
+            PollFd::new(&self.stop, PollFlags::IN),
+            PollFd::new(
+                &self.front_end,
+                interest(self.to_device.has_room(), !self.to_front_end.is_empty()),
+            ),
+        ];
+        // A hang-up is reported whether or not it is asked for. One that cannot be acted on yet,
+        // because the last answers have nowhere to go, is not polled for: it would not let us sleep.
+        if from_device || !self.device_hung_up {
+            fds.push(PollFd::new(
+                &self.device,
+                interest(from_device, !self.to_device.is_empty()),
+            ));
+        }
+        loop {
+            match poll(&mut fds, None) {
+                Ok(_) => break,
+                Err(Errno::INTR) => {}
+                Err(errno) => return Err(SessionEnd::Io(errno.into())),
+            }
+        }
+        Ok(Ready {
+            stop: !fds[0].revents().is_empty(),
+            front_end: fds[1].revents(),
+            device: fds.get(2).map_or(PollFlags::empty(), PollFd::revents),
+        })
+    }
+
+    /// Sends what is queued, to both sides.
+    fn flush(&mut self) -> Result<(), SessionEnd> {
+        if self.to_front_end.flush(&self.front_end)? == Flushed::Closed {
+            return Err(SessionEnd::FrontEndLeft);
+        }
+        if self.to_device.flush(&self.device)? == Flushed::Closed {
+            // What the device said before it closed, a refusal perhaps, is still to be read.
+            self.device_hung_up = true;
+            self.carry_answers()?;
+            return Err(SessionEnd::BackendClosed);
+        }
+        Ok(())
+    }
+
+    /// Carries the front end's requests to the device, each after it was judged.
+    fn carry_requests(&mut self) -> Result<(), SessionEnd> {
+        for _ in 0..MESSAGES_PER_TURN {
+            if !self.to_device.has_room() {
+                break;
+            }
+            let request = self.from_front_end.request();
+            let refused = |reason| {
+                SessionEnd::Refused(Refusal {
+                    request: request.map(RequestName),
+                    reason,
+                })
+            };
+            match self.from_front_end.receive(&self.front_end)? {
+                Progress::Header(header) => {
+                    self.rules.check_header(header).map_err(|reason| Refusal {
+                        request: Some(RequestName(header.request)),
+                        reason,
+                    })?;
+                    self.from_front_end.expect_payload(header);
+                }
+                Progress::Message(message) => {
+                    let message = self.rules.admit(message).map_err(refused)?;
+                    self.to_device.push(message);
+                    self.flush()?;
+                }
+                Progress::TooManyFds => return Err(refused(Reason::TooManyFds(MAX_FDS))),
+                Progress::FdsLost => return Err(refused(Reason::FdsLost)),
+                Progress::Blocked => break,
+                Progress::Closed => return Err(SessionEnd::FrontEndLeft),
+            }
+        }
+        Ok(())
+    }
+
+    /// Carries the device's answers to the front end.
+    fn carry_answers(&mut self) -> Result<(), SessionEnd> {
+        for _ in 0..MESSAGES_PER_TURN {
+            if !self.to_front_end.has_room() {
+                break;
+            }
+            match self.from_device.receive(&self.device)? {
+                Progress::Header(header) if rules::check_answer_header(header) => {
+                    self.from_device.expect_payload(header);
+                }
+                Progress::Message(message) => {
+                    self.rules.observe_answer(&message);
+                    self.to_front_end.push(message);
+                    if self.to_front_end.flush(&self.front_end)? == Flushed::Closed {
+                        return Err(SessionEnd::FrontEndLeft);
+                    }
+                }
+                Progress::Blocked => break,
+                Progress::Closed => return Err(SessionEnd::BackendClosed),
+                wrong => {
+                    return Err(SessionEnd::Io(io::Error::new(
+                        io::ErrorKind::InvalidData,
+                        format!("the device sent what is no answer: {wrong:?}"),
+                    )));
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What `poll` reports unasked when the other end is closed.
+const HUNG_UP: PollFlags = PollFlags::HUP.union(PollFlags::ERR);
+
+/// What a turn found ready.
+struct Ready {
+    stop: bool,
+    front_end: PollFlags,
+    device: PollFlags,
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,174 @@
+//! What a received file descriptor is, asked of the kernel and not of the one who sent it.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::OnceLock;
+
+use rustix::fs::{FileType, Mode, OFlags, fcntl_getfl, fstat, open, readlinkat};
+use rustix::net::sockopt::{socket_domain, socket_type};
+use rustix::net::{AddressFamily, SocketType};
+
+/// What stands behind a file descriptor, as far as a session cares.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum FdKind {
+    Eventfd,
+    /// A pipe or FIFO, and whether this end can be written.
+    Pipe {
+        writable: bool,
+    },
+    /// A stream socket of the Unix domain.
+    UnixStream,
+    /// A regular file: memfd, hugetlbfs, shared memory, a file on disk.
+    File {
+        bytes: u64,
+        read_write: bool,
+    },
+    /// A character device, whose size nobody can tell (device DAX).
+    Device {
+        read_write: bool,
+    },
+    /// Anything else, named for a message.
+    Other(String),
+}
+
+impl FdKind {
+    /// Asks the kernel. Changes nothing: flags belong to the description shared with the sender.
+    pub(super) fn of(fd: &OwnedFd) -> io::Result<FdKind> {
+        let stat = fstat(fd)?;
+        let access = fcntl_getfl(fd)? & OFlags::ACCMODE;
+        let read_write = access == OFlags::RDWR;
+        let link = link(fd)?;
+        // Before the file type: newer kernels call anonymous inodes regular files.
+        if link == "anon_inode:[eventfd]" {
+            return Ok(FdKind::Eventfd);
+        }
+        if link.starts_with("anon_inode:") {
+            return Ok(FdKind::Other(link));
+        }
+        Ok(match FileType::from_raw_mode(stat.st_mode) {
+            FileType::Fifo => FdKind::Pipe {
+                writable: access != OFlags::RDONLY,
+            },
+            FileType::RegularFile => FdKind::File {
+                bytes: u64::try_from(stat.st_size).unwrap_or(0),
+                read_write,
+            },
+            FileType::CharacterDevice => FdKind::Device { read_write },
+            FileType::Socket
+                if socket_domain(fd)? == AddressFamily::UNIX
+                    && socket_type(fd)? == SocketType::STREAM =>
+            {
+                FdKind::UnixStream
+            }
+            _ => FdKind::Other(link),
+        })
+    }
+
+    /// The kind in words, for a message.
+    pub(super) fn describe(&self) -> String {
+        match self {
+            FdKind::Eventfd => "an eventfd".into(),
+            FdKind::Pipe { writable: true } => "a pipe".into(),
+            FdKind::Pipe { writable: false } => "the reading end of a pipe".into(),
+            FdKind::UnixStream => "a Unix stream socket".into(),
+            FdKind::File {
+                read_write: true, ..
+            } => "a file".into(),
+            FdKind::File { .. } => "a file not open for reading and writing".into(),
+            FdKind::Device { read_write: true } => "a character device".into(),
+            FdKind::Device { .. } => "a character device not open for reading and writing".into(),
+            FdKind::Other(name) => name.clone(),
+        }
+    }
+}
+
+/// Opens `/proc/self/fd`, which tells an eventfd from other anonymous inodes; `fstat` does not.
+///
+/// It is opened once for the process and kept, so that sessions work where `/proc` cannot be
+/// reached later, inside a sandbox.
+///
+/// # Errors
+///
+/// `/proc` is not mounted or may not be read.
+pub fn open_fd_table() -> io::Result<BorrowedFd<'static>> {
+    static TABLE: OnceLock<OwnedFd> = OnceLock::new();
+    if let Some(table) = TABLE.get() {
+        return Ok(table.as_fd());
+    }
+    let table = open(
+        "/proc/self/fd",
+        OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
+        Mode::empty(),
+    )
+    .map_err(|errno| {
+        let error = io::Error::from(errno);
+        io::Error::new(
+            error.kind(),
+            format!("cannot open /proc/self/fd, mount /proc: {error}"),
+        )
+    })?;
+    Ok(TABLE.get_or_init(|| table).as_fd())
+}
+
+/// Where the kernel says that `fd` points, such as `anon_inode:[eventfd]` or `pipe:[1234]`.
+fn link(fd: &OwnedFd) -> io::Result<String> {
+    let target = readlinkat(open_fd_table()?, fd.as_raw_fd().to_string(), Vec::new())?;
+    // One line in a log, whatever a file's name holds.
+    Ok(target.to_string_lossy().escape_debug().to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::event::{EventfdFlags, eventfd};
+    use std::os::unix::net::{UnixDatagram, UnixStream};
+
+    #[test]
+    fn kinds_are_told_apart() {
+        let event = eventfd(0, EventfdFlags::empty()).unwrap();
+        assert_eq!(FdKind::of(&event).unwrap(), FdKind::Eventfd);
+
+        let (reader, writer) = rustix::pipe::pipe().unwrap();
+        assert_eq!(
+            FdKind::of(&reader).unwrap(),
+            FdKind::Pipe { writable: false }
+        );
+        assert_eq!(
+            FdKind::of(&writer).unwrap(),
+            FdKind::Pipe { writable: true }
+        );
+
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(12345).unwrap();
+        assert_eq!(
+            FdKind::of(&file.into()).unwrap(),
+            FdKind::File {
+                bytes: 12345,
+                read_write: true
+            }
+        );
+
+        let null = open("/dev/null", OFlags::RDONLY, Mode::empty()).unwrap();
+        assert_eq!(
+            FdKind::of(&null).unwrap(),
+            FdKind::Device { read_write: false }
+        );
+
+        // An anonymous inode like an eventfd, and not one.
+        let epoll =
+            rustix::event::epoll::create(rustix::event::epoll::CreateFlags::CLOEXEC).unwrap();
+        assert_eq!(
+            FdKind::of(&epoll).unwrap(),
+            FdKind::Other("anon_inode:[eventpoll]".into())
+        );
+
+        let (stream, _peer) = UnixStream::pair().unwrap();
+        assert_eq!(FdKind::of(&stream.into()).unwrap(), FdKind::UnixStream);
+        let (datagram, _peer) = UnixDatagram::pair().unwrap();
+        let tcp = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        for other in [OwnedFd::from(datagram), tcp.into()] {
+            let kind = FdKind::of(&other).unwrap();
+            assert!(kind.describe().starts_with("socket:["), "{kind:?}");
+        }
+    }
+}

@@ -1,0 +1,323 @@
+//! The sockets front ends connect to, and the one inside the process.
+
+use std::fmt;
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketType, sockopt};
+use vhost::vhost_user::Listener;
+use vmm_sys_util::tempdir::TempDir;
+
+use crate::error::StartError;
+
+/// Where one disk's front ends come from.
+#[derive(Debug)]
+pub enum Door {
+    /// They connect; one after another is served.
+    Listening(UnixListener, Option<SocketFile>),
+    /// One was handed over connected.
+    Connected(UnixStream),
+}
+
+/// A socket's file, removed with it, unless somebody has put another in its place.
+#[derive(Debug)]
+pub struct SocketFile {
+    path: PathBuf,
+    identity: (u64, u64),
+}
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        if fs::symlink_metadata(&self.path).is_ok_and(|now| (now.dev(), now.ino()) == self.identity)
+        {
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+impl Door {
+    /// Listens on `path`. A socket nobody listens on any more, left by a process that was killed,
+    /// is replaced.
+    ///
+    /// # Errors
+    ///
+    /// Somebody listens there; something else is there; the kernel refuses.
+    pub fn bind(path: &Path) -> Result<Door, StartError> {
+        let fail = |source| StartError::SocketBind {
+            path: path.to_owned(),
+            source,
+        };
+        match fs::symlink_metadata(path) {
+            Ok(there) if there.file_type().is_socket() => match UnixStream::connect(path) {
+                Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+                    fs::remove_file(path).map_err(fail)?;
+                }
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Ok(_) | Err(_) => {
+                    return Err(StartError::SocketInUse {
+                        path: path.to_owned(),
+                    });
+                }
+            },
+            Ok(_) => {
+                return Err(StartError::SocketOccupied {
+                    path: path.to_owned(),
+                });
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(fail(error)),
+        }
+        let listener = UnixListener::bind(path).map_err(fail)?;
+        let bound = fs::symlink_metadata(path).map_err(fail)?;
+        let file = SocketFile {
+            path: path.to_owned(),
+            identity: (bound.dev(), bound.ino()),
+        };
+        Ok(Door::Listening(listener, Some(file)))
+    }
+
+    /// Takes over a descriptor the parent process left open: a listening socket, or a connected one.
+    ///
+    /// # Errors
+    ///
+    /// It is not open, or not a UNIX stream socket that is listening or connected.
+    pub fn inherit(fd: i32) -> Result<Door, StartError> {
+        let bad = |why| StartError::BadFd { fd, why };
+        if fd < 0 {
+            return Err(bad("is negative"));
+        }
+        if (0..=2).contains(&fd) {
+            return Err(bad("is a standard stream"));
+        }
+        if !Path::new(&format!("/proc/self/fd/{fd}")).exists() {
+            return Err(bad("is not open"));
+        }
+        // SAFETY: the descriptor is open, is none of the standard streams, and the command line is
+        // read once, so nothing else in the process owns it. Unsafe because only the parent process
+        // knows that it is meant for us.
+        let socket = unsafe { OwnedFd::from_raw_fd(fd) };
+        let outcome = classify(&socket);
+        match outcome {
+            Ok(listening) => {
+                let _ = rustix::io::fcntl_setfd(&socket, rustix::io::FdFlags::CLOEXEC);
+                Ok(if listening {
+                    Door::Listening(socket.into(), None)
+                } else {
+                    Door::Connected(socket.into())
+                })
+            }
+            Err(why) => Err(bad(why)),
+        }
+    }
+}
+
+/// Whether a UNIX stream socket listens (true) or is connected (false).
+fn classify(socket: &OwnedFd) -> Result<bool, &'static str> {
+    match sockopt::socket_domain(socket) {
+        Ok(AddressFamily::UNIX) => {}
+        Ok(_) => return Err("is not a UNIX socket"),
+        Err(_) => return Err("is not a socket"),
+    }
+    if sockopt::socket_type(socket) != Ok(SocketType::STREAM) {
+        return Err("is not a stream socket");
+    }
+    if sockopt::socket_acceptconn(socket) == Ok(true) {
+        return Ok(true);
+    }
+    match rustix::net::getpeername(socket) {
+        Ok(_) => Ok(false),
+        Err(_) => Err("is neither listening nor connected"),
+    }
+}
+
+/// Says to everybody who waits that the process is ending. Once said it stays said.
+#[derive(Debug)]
+pub struct Stop(OwnedFd);
+
+impl Stop {
+    /// Not said yet.
+    ///
+    /// # Errors
+    ///
+    /// No descriptor to be had.
+    pub fn new() -> io::Result<Stop> {
+        Ok(Stop(eventfd(
+            0,
+            EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK,
+        )?))
+    }
+
+    /// Says it.
+    pub fn signal(&self) {
+        // Fails only when the counter is full, which says the same.
+        let _ = rustix::io::write(&self.0, &1u64.to_ne_bytes());
+    }
+
+    /// A descriptor that becomes readable when it is said.
+    ///
+    /// # Errors
+    ///
+    /// No descriptor to be had.
+    pub fn watch(&self) -> io::Result<OwnedFd> {
+        self.0.try_clone()
+    }
+
+    /// Waits until `fd` is readable; false when the process is ending.
+    pub fn or_readable(&self, fd: &impl AsFd) -> bool {
+        loop {
+            let mut both = [
+                PollFd::new(&self.0, PollFlags::IN),
+                PollFd::new(fd, PollFlags::IN),
+            ];
+            match poll(&mut both, None) {
+                Ok(_) if !both[0].revents().is_empty() => return false,
+                Ok(_) if !both[1].revents().is_empty() => return true,
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(_) => return false,
+            }
+        }
+    }
+}
+
+/// Where the session guard meets the crate's daemon.
+///
+/// The crate only takes connections from a listener, so there is one that nobody else can reach:
+/// its file is gone from the file system before anybody is served, and it is connected to through
+/// a descriptor of the file.
+pub struct Junction {
+    listener: Mutex<Listener>,
+    file: OwnedFd,
+}
+
+impl fmt::Debug for Junction {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Junction")
+            .field("file", &self.file)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Junction {
+    /// Creates it.
+    ///
+    /// # Errors
+    ///
+    /// The directory for temporary files cannot be written to.
+    pub fn new() -> io::Result<Junction> {
+        // Readable by this user only, and removed when it goes out of scope.
+        let directory =
+            TempDir::new().map_err(|error| io::Error::from_raw_os_error(error.errno()))?;
+        let path = directory.as_path().join("junction");
+        let listener = UnixListener::bind(&path)?;
+        let file = rustix::fs::open(&path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
+        Ok(Junction {
+            listener: Mutex::new(Listener::from(listener)),
+            file,
+        })
+    }
+
+    /// Connects, and hands the listener with that one connection waiting to `accept`.
+    ///
+    /// # Errors
+    ///
+    /// The process is out of descriptors, or `accept` fails.
+    pub fn join<E: From<io::Error>>(
+        &self,
+        accept: impl FnOnce(&mut Listener) -> Result<(), E>,
+    ) -> Result<UnixStream, E> {
+        let mut listener = self.listener.lock().unwrap_or_else(PoisonError::into_inner);
+        let ours = UnixStream::connect(format!("/proc/self/fd/{}", self.file.as_raw_fd()))?;
+        accept(&mut listener)?;
+        Ok(ours)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read, Write};
+
+    #[test]
+    fn a_junction_joins_what_connects_to_what_accepts() {
+        let junction = Junction::new().unwrap();
+        for _ in 0..3 {
+            let mut theirs = None;
+            let mut ours = junction
+                .join(|listener| -> io::Result<()> {
+                    theirs = listener.accept().unwrap();
+                    Ok(())
+                })
+                .unwrap();
+            ours.write_all(b"x").unwrap();
+            let mut got = [0];
+            theirs.unwrap().read_exact(&mut got).unwrap();
+            assert_eq!(&got, b"x");
+        }
+    }
+
+    #[test]
+    fn a_socket_file_is_removed_with_its_door_but_not_a_successors() {
+        let directory = TempDir::new().unwrap();
+        let path = directory.as_path().join("s");
+        drop(Door::bind(&path).unwrap());
+        assert!(!path.exists());
+        let door = Door::bind(&path).unwrap();
+        fs::remove_file(&path).unwrap();
+        fs::write(&path, "another").unwrap();
+        drop(door);
+        assert!(path.exists());
+    }
+
+    #[test]
+    fn what_is_at_the_sockets_path_decides() {
+        let directory = TempDir::new().unwrap();
+        let path = directory.as_path().join("s");
+        let listening = UnixListener::bind(&path).unwrap();
+        assert!(matches!(
+            Door::bind(&path),
+            Err(StartError::SocketInUse { .. })
+        ));
+        drop(listening);
+        assert!(path.exists(), "a stale socket");
+        drop(Door::bind(&path).expect("taken over"));
+        fs::write(&path, "text").unwrap();
+        assert!(matches!(
+            Door::bind(&path),
+            Err(StartError::SocketOccupied { .. })
+        ));
+    }
+
+    #[test]
+    fn an_inherited_descriptor_is_taken_for_what_it_is() {
+        let directory = TempDir::new().unwrap();
+        let listener = UnixListener::bind(directory.as_path().join("s")).unwrap();
+        let (connected, _other) = UnixStream::pair().unwrap();
+        let file = fs::File::open("/dev/null").unwrap();
+        let fd = |fd: OwnedFd| std::os::fd::IntoRawFd::into_raw_fd(fd);
+        assert!(matches!(
+            Door::inherit(fd(listener.into())),
+            Ok(Door::Listening(_, None))
+        ));
+        assert!(matches!(
+            Door::inherit(fd(connected.into())),
+            Ok(Door::Connected(_))
+        ));
+        assert!(matches!(
+            Door::inherit(fd(file.into())),
+            Err(StartError::BadFd {
+                why: "is not a socket",
+                ..
+            })
+        ));
+        assert!(Door::inherit(-1).is_err());
+        assert!(Door::inherit(1).is_err());
+    }
+}

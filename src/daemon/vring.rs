@@ -1,0 +1,402 @@
+//! The crate's idea of a virtqueue, tied to ours.
+//!
+//! vhost-user-backend keeps the negotiated state of each ring in a type of our choice and calls it
+//! when a message changes something. [`Vring`] keeps that state in the crate's own type and passes
+//! each change that matters on to the worker that owns the ring, waiting until the worker has
+//! adopted it.
+
+use std::cell::RefCell;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+
+use vhost_user_backend::{VringMutex, VringState, VringStateGuard, VringStateMutGuard, VringT};
+use virtio_queue::{Error as QueueError, QueueT};
+use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+
+use crate::mq::ids::QueueId;
+use crate::virtio::memory::MemoryTable;
+use crate::virtio::ring::RingSetup;
+
+use super::disk::Disk;
+use super::message::{FdRole, Message, Reply, RingId, StartRing};
+
+/// Guest memory as the crate hands it out. The data path does not go through it.
+pub type GuestMemory = GuestMemoryAtomic<GuestMemoryMmap>;
+
+/// What all rings of one session share.
+#[derive(Debug)]
+pub struct SessionState {
+    disk: Arc<Disk>,
+    /// The memory the front end has shared, as the workers use it.
+    memory: RwLock<Option<Arc<MemoryTable>>>,
+    rings: Mutex<Vec<Vring>>,
+}
+
+impl SessionState {
+    /// A session of `disk` that has not begun.
+    pub fn new(disk: Arc<Disk>) -> Arc<SessionState> {
+        Arc::new(SessionState {
+            disk,
+            memory: RwLock::new(None),
+            rings: Mutex::new(Vec::new()),
+        })
+    }
+
+    /// The disk.
+    pub fn disk(&self) -> &Arc<Disk> {
+        &self.disk
+    }
+
+    /// Uses `memory` for rings that start from now on, and for those that run.
+    pub fn set_memory(&self, memory: Arc<MemoryTable>) {
+        *self.memory.write().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&memory));
+        // All workers freeze at once; then each is waited for.
+        let answers: Vec<_> = self
+            .disk
+            .workers()
+            .iter()
+            .filter_map(|worker| {
+                let memory = Arc::clone(&memory);
+                worker
+                    .send(|done| Message::SetMemory(self.disk.id, memory, done))
+                    .ok()
+            })
+            .collect();
+        for answer in answers {
+            let _ = answer.recv();
+        }
+    }
+
+    fn memory(&self) -> Option<Arc<MemoryTable>> {
+        self.memory
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    /// Stops all rings; each finishes what it has in flight first.
+    pub fn stop_all(&self) {
+        let rings = self
+            .rings
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone();
+        for ring in rings {
+            ring.reset();
+        }
+    }
+
+    /// Forgets the rings, which refer to the session in turn.
+    pub fn end(&self) {
+        self.stop_all();
+        self.rings
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clear();
+    }
+}
+
+thread_local! {
+    /// The session whose rings are being made on this thread: `VringT::new` is told nothing.
+    static BINDING: RefCell<Option<Arc<SessionState>>> = const { RefCell::new(None) };
+}
+
+/// Runs `make`, which makes the rings of `session`, in order.
+pub fn bind<T>(session: &Arc<SessionState>, make: impl FnOnce() -> T) -> T {
+    BINDING.set(Some(Arc::clone(session)));
+    let made = make();
+    BINDING.set(None);
+    made
+}
+
+/// One ring of one session.
+#[derive(Clone)]
+pub struct Vring {
+    inner: VringMutex<GuestMemory>,
+    link: Arc<Link>,
+}
+
+impl std::fmt::Debug for Vring {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Vring")
+            .field("ring", &self.link.ring)
+            .finish_non_exhaustive()
+    }
+}
+
+struct Link {
+    session: Arc<SessionState>,
+    ring: RingId,
+    /// What the crate's state does not keep, or keeps out of reach.
+    own: Mutex<Own>,
+}
+
+#[derive(Debug, Default)]
+struct Own {
+    kick: Option<OwnedFd>,
+    call: Option<OwnedFd>,
+    err: Option<OwnedFd>,
+    /// The worker has the ring.
+    running: bool,
+    /// GET_VRING_BASE is under way: the crate is about to drop kick and call.
+    closing: bool,
+}
+
+impl Link {
+    fn own(&self) -> MutexGuard<'_, Own> {
+        self.own.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Asks the worker that owns the ring. A worker that is gone is one that was shut down, after
+    /// which nothing matters to it.
+    fn ask<T>(&self, message: impl FnOnce(Reply<T>) -> Message) -> Option<T> {
+        self.session
+            .disk
+            .worker_of(self.ring.queue)
+            .ask(message)
+            .ok()
+    }
+}
+
+impl Vring {
+    /// Hands the ring to its worker, if the front end has said enough about it.
+    fn start(&self) {
+        let link = &self.link;
+        let disk = &link.session.disk;
+        let (setup, enabled) = {
+            let state = self.inner.get_ref();
+            let queue = state.get_queue();
+            let setup = RingSetup {
+                size: queue.size(),
+                desc: queue.desc_table(),
+                avail: queue.avail_ring(),
+                used: queue.used_ring(),
+                next_avail: queue.next_avail(),
+                event_idx: queue.event_idx_enabled(),
+                chain_limit: disk.config.queue_size,
+            };
+            (setup, state.is_enabled())
+        };
+        let mut own = link.own();
+        if own.running {
+            return;
+        }
+        let Some(memory) = link.session.memory() else {
+            log::debug!("{}: no memory yet, not started", link.ring);
+            return;
+        };
+        if (setup.desc, setup.avail, setup.used) == (0, 0, 0) {
+            log::debug!("{}: no addresses yet, not started", link.ring);
+            return;
+        }
+        let start = Box::new(StartRing {
+            ring: link.ring,
+            setup,
+            memory,
+            kick: duplicate(own.kick.as_ref()),
+            call: duplicate(own.call.as_ref()),
+            err: duplicate(own.err.as_ref()),
+            enabled,
+            ctxs: disk.queue_starts(link.ring.queue),
+        });
+        match link.ask(|done| Message::Start(start, done)) {
+            Some(Ok(())) => own.running = true,
+            Some(Err(error)) => {
+                log::warn!("{}: not started: {error}", link.ring);
+                disk.queue_stopped(link.ring.queue);
+            }
+            None => {}
+        }
+    }
+
+    /// Takes the ring back from its worker, after what it has in flight has ended.
+    fn stop(&self) {
+        let link = &self.link;
+        let mut own = link.own();
+        if !own.running {
+            return;
+        }
+        own.running = false;
+        if let Some(Some(next_avail)) = link.ask(|done| Message::Stop(link.ring, done)) {
+            self.inner.set_queue_next_avail(next_avail);
+        }
+        link.session.disk.queue_stopped(link.ring.queue);
+    }
+
+    /// Back to how it was made.
+    fn reset(&self) {
+        self.stop();
+        self.inner.set_queue_ready(false);
+        self.inner.set_enabled(false);
+        self.inner.set_kick(None);
+        self.inner.set_call(None);
+        self.inner.set_queue_next_avail(0);
+        *self.link.own() = Own::default();
+    }
+
+    fn set_fd(&self, role: FdRole, file: Option<&File>) {
+        let fd = duplicate(file);
+        let link = &self.link;
+        let mut own = link.own();
+        if own.running {
+            let theirs = duplicate(fd.as_ref());
+            link.ask(|done| Message::SetFd(link.ring, role, theirs, done));
+        }
+        *match role {
+            FdRole::Kick => &mut own.kick,
+            FdRole::Call => &mut own.call,
+            FdRole::Err => &mut own.err,
+        } = fd;
+    }
+}
+
+/// Another descriptor for the same open file; none if there is none to be had, in which case the
+/// ring does without it and the log says so.
+fn duplicate(fd: Option<&impl AsFd>) -> Option<OwnedFd> {
+    match fd?.as_fd().try_clone_to_owned() {
+        Ok(fd) => Some(fd),
+        Err(error) => {
+            log::error!("cannot duplicate a ring's file descriptor: {error}");
+            None
+        }
+    }
+}
+
+impl<'a> VringStateGuard<'a, GuestMemory> for Vring {
+    type G = MutexGuard<'a, VringState<GuestMemory>>;
+}
+
+impl<'a> VringStateMutGuard<'a, GuestMemory> for Vring {
+    type G = MutexGuard<'a, VringState<GuestMemory>>;
+}
+
+impl VringT<GuestMemory> for Vring {
+    fn new(memory: GuestMemory, max_queue_size: u16) -> Result<Self, QueueError> {
+        let inner = VringMutex::new(memory, max_queue_size)?;
+        let session = BINDING
+            .with_borrow(Clone::clone)
+            .expect("rings are made within bind()");
+        let mut rings = session.rings.lock().unwrap_or_else(PoisonError::into_inner);
+        let queue = QueueId(u16::try_from(rings.len()).expect("at most MAX_QUEUES"));
+        let vring = Vring {
+            inner,
+            link: Arc::new(Link {
+                ring: session.disk.ring(queue),
+                session: Arc::clone(&session),
+                own: Mutex::new(Own::default()),
+            }),
+        };
+        rings.push(vring.clone());
+        Ok(vring)
+    }
+
+    fn get_ref(&self) -> MutexGuard<'_, VringState<GuestMemory>> {
+        self.inner.get_ref()
+    }
+
+    fn get_mut(&self) -> MutexGuard<'_, VringState<GuestMemory>> {
+        self.inner.get_mut()
+    }
+
+    fn set_enabled(&self, enabled: bool) {
+        self.inner.set_enabled(enabled);
+        let own = self.link.own();
+        if own.running {
+            let ring = self.link.ring;
+            self.link.ask(|done| Message::Enable(ring, enabled, done));
+        }
+    }
+
+    fn set_queue_info(&self, desc: u64, avail: u64, used: u64) -> Result<(), QueueError> {
+        self.inner.set_queue_info(desc, avail, used)?;
+        // A ring that got its kick before its addresses starts now.
+        if self.inner.get_ref().get_queue().ready() {
+            self.start();
+        }
+        Ok(())
+    }
+
+    fn set_queue_ready(&self, ready: bool) {
+        self.inner.set_queue_ready(ready);
+        if ready {
+            self.start();
+        } else {
+            self.link.own().closing = true;
+            self.stop();
+        }
+    }
+
+    fn set_kick(&self, file: Option<File>) {
+        let closing = std::mem::take(&mut self.link.own().closing);
+        self.set_fd(FdRole::Kick, file.as_ref());
+        let please_poll = file.is_none() && !closing;
+        self.inner.set_kick(file);
+        // Without an fd the front end asks us to look by ourselves. The crate starts a ring only
+        // when it has an fd, so that is done here.
+        if please_poll && !self.inner.get_ref().get_queue().ready() {
+            self.set_queue_ready(true);
+        }
+    }
+
+    fn set_call(&self, file: Option<File>) {
+        self.set_fd(FdRole::Call, file.as_ref());
+        self.inner.set_call(file);
+    }
+
+    fn set_err(&self, file: Option<File>) {
+        self.set_fd(FdRole::Err, file.as_ref());
+        self.inner.set_err(file);
+    }
+
+    fn set_queue_size(&self, num: u16) {
+        self.inner.set_queue_size(num);
+    }
+
+    fn set_queue_event_idx(&self, enabled: bool) {
+        self.inner.set_queue_event_idx(enabled);
+    }
+
+    fn queue_next_avail(&self) -> u16 {
+        self.inner.queue_next_avail()
+    }
+
+    fn set_queue_next_avail(&self, base: u16) {
+        self.inner.set_queue_next_avail(base);
+    }
+
+    fn set_queue_next_used(&self, idx: u16) {
+        self.inner.set_queue_next_used(idx);
+    }
+
+    fn queue_used_idx(&self) -> Result<u16, QueueError> {
+        self.inner.queue_used_idx()
+    }
+
+    // The data path is ours: the crate has no worker that would call what follows.
+
+    fn add_used(&self, head: u16, len: u32) -> Result<(), QueueError> {
+        self.inner.add_used(head, len)
+    }
+
+    fn signal_used_queue(&self) -> io::Result<()> {
+        self.inner.signal_used_queue()
+    }
+
+    fn enable_notification(&self) -> Result<bool, QueueError> {
+        self.inner.enable_notification()
+    }
+
+    fn disable_notification(&self) -> Result<(), QueueError> {
+        self.inner.disable_notification()
+    }
+
+    fn needs_notification(&self) -> Result<bool, QueueError> {
+        self.inner.needs_notification()
+    }
+
+    fn read_kick(&self) -> io::Result<bool> {
+        self.inner.read_kick()
+    }
+}

@@ -1,0 +1,330 @@
+//! What a worker does for the control plane, between two turns' I/O.
+//!
+//! Stopping, disabling and changing memory have to wait until requests in flight have ended. They
+//! are put on a list and looked at at the end of each turn; nothing blocks meanwhile.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use rustix::fs::{FileType, Mode, OFlags};
+
+use crate::mq::HctxConfig;
+use crate::mq::ids::{DiskId, HctxId};
+use crate::virtio::memory::MemoryTable;
+use crate::virtio::ring::{Ring, RingError};
+
+use super::super::message::{FdRole, Message, Reply, RingId, StartRing};
+use super::super::report::{QueueReport, RingStats};
+use super::port::{Call, Gates, Port, is_nonblocking};
+use super::{Worker, WorkerDisk, heat, open_port};
+
+/// What waits for requests in flight to end.
+#[derive(Debug)]
+pub(super) enum Pending {
+    Stop(HctxId, Reply<Option<u16>>),
+    Disable(HctxId, Reply<()>),
+    Memory(DiskId, Arc<MemoryTable>, Reply<()>),
+    Shutdown(Reply<Vec<QueueReport>>),
+}
+
+impl Worker {
+    #[cold]
+    pub(super) fn read_mail(&mut self) {
+        while let Ok(message) = self.inbox.try_recv() {
+            self.apply(message);
+        }
+    }
+
+    fn apply(&mut self, message: Message) {
+        match message {
+            Message::AddDisk {
+                disk,
+                target,
+                shape,
+                write_through,
+                done,
+            } => {
+                let needed = disk.index() + 1;
+                if self.disks.len() < needed {
+                    self.disks.resize_with(needed, || None);
+                    self.slots.resize(needed, None);
+                }
+                done.send(self.engine.add_disk(*target).map(|slot| {
+                    self.slots[disk.index()] = Some(slot);
+                    self.disks[disk.index()] = Some(WorkerDisk {
+                        shape: *shape,
+                        write_through,
+                    });
+                }));
+            }
+            Message::Start(start, done) => done.send(self.start(*start)),
+            Message::Stop(ring, done) => match self.find(ring) {
+                Some(hctx) => {
+                    open_port(&mut self.ports, hctx).gates.stopping = true;
+                    self.pending.push(Pending::Stop(hctx, done));
+                }
+                None => done.send(None),
+            },
+            Message::Enable(ring, enabled, done) => match self.find(ring) {
+                Some(hctx) => {
+                    let port = open_port(&mut self.ports, hctx);
+                    port.gates.disabled = !enabled;
+                    if enabled {
+                        heat(&mut self.hot, port, hctx);
+                        done.send(());
+                    } else {
+                        self.pending.push(Pending::Disable(hctx, done));
+                    }
+                }
+                None => done.send(()),
+            },
+            Message::SetFd(ring, role, fd, done) => {
+                if let Some(hctx) = self.find(ring) {
+                    self.set_fd(hctx, role, fd);
+                }
+                done.send(());
+            }
+            Message::SetMemory(disk, memory, done) => {
+                for port in self.ports.iter_mut().flatten() {
+                    if port.id.disk == disk {
+                        port.gates.frozen = true;
+                    }
+                }
+                self.pending.push(Pending::Memory(disk, memory, done));
+            }
+            Message::SetCtxs(ring, ctxs, done) => {
+                if let Some(hctx) = self.find(ring) {
+                    self.mq.set_ctxs(hctx, ctxs);
+                }
+                done.send(());
+            }
+            Message::Report(done) => done.send(self.report()),
+            Message::Shutdown(done) => {
+                for port in self.ports.iter_mut().flatten() {
+                    port.gates.stopping = true;
+                }
+                self.leaving = true;
+                self.pending.push(Pending::Shutdown(done));
+            }
+        }
+    }
+
+    fn find(&self, ring: RingId) -> Option<HctxId> {
+        self.ports().find(|(_, port)| port.id == ring).map(|p| p.0)
+    }
+
+    fn ports(&self) -> impl Iterator<Item = (HctxId, &Port)> {
+        self.ports.iter().zip(0..).filter_map(|(port, index)| {
+            let port = port.as_ref()?;
+            Some((HctxId(index), port))
+        })
+    }
+
+    fn start(&mut self, start: StartRing) -> Result<(), RingError> {
+        let StartRing {
+            ring: id,
+            setup,
+            memory,
+            kick,
+            call,
+            err,
+            enabled,
+            ctxs,
+        } = start;
+        assert!(self.find(id).is_none(), "{id} is started twice");
+        let ring = Ring::new(&setup, memory)?;
+        let hctx = self.mq.add_hctx(HctxConfig {
+            disk: id.disk,
+            queue: id.queue,
+            ring_size: setup.size,
+            ctxs,
+        });
+        if self.ports.len() <= hctx.index() {
+            self.ports.resize_with(hctx.index() + 1, || None);
+            // A port is on each list at most once.
+            self.hot.reserve(self.ports.len());
+            self.touched.reserve(self.ports.len());
+        }
+        self.ports[hctx.index()] = Some(Port {
+            id,
+            ring,
+            has_kick: false,
+            call: Call::None,
+            err: None,
+            gates: Gates {
+                disabled: !enabled,
+                ..Gates::default()
+            },
+            hot: false,
+            touched: false,
+            no_room: false,
+            stats: RingStats::default(),
+        });
+        self.set_fd(hctx, FdRole::Kick, kick);
+        self.set_fd(hctx, FdRole::Call, call);
+        self.set_fd(hctx, FdRole::Err, err);
+        log::debug!(
+            "worker {}: {id} started: {} entries at {}, {ctxs} ctx",
+            self.id,
+            setup.size,
+            setup.next_avail
+        );
+        Ok(())
+    }
+
+    fn set_fd(&mut self, hctx: HctxId, role: FdRole, fd: Option<OwnedFd>) {
+        let token = u32::from(hctx.0);
+        let port = self.ports[hctx.index()].as_mut().expect("the port exists");
+        match role {
+            FdRole::Kick => {
+                if std::mem::take(&mut port.has_kick) {
+                    self.engine.unwatch(token);
+                }
+                if let Some(fd) = fd {
+                    match self.engine.watch(fd, token) {
+                        Ok(()) => port.has_kick = true,
+                        Err(error) => {
+                            log::warn!("{}: the kick fd cannot be watched: {error}", port.id);
+                        }
+                    }
+                }
+                // A kick may have come before we listened.
+                heat(&mut self.hot, port, hctx);
+            }
+            FdRole::Call => {
+                if let Call::Engine(slot) = port.call {
+                    self.engine.remove_call(slot);
+                }
+                port.call = match fd.map(own_nonblocking) {
+                    None => Call::None,
+                    Some(fd) if is_nonblocking(&fd) => Call::Direct(fd),
+                    Some(fd) => match self.engine.add_call(fd, token) {
+                        Ok(slot) => Call::Engine(slot),
+                        Err(error) => {
+                            log::warn!("{}: the call fd cannot be used: {error}", port.id);
+                            Call::None
+                        }
+                    },
+                };
+                // Whoever waits on the new fd has not been told of what was used before.
+                port.ring.request_call();
+                super::touch(&mut self.touched, port, hctx);
+            }
+            FdRole::Err => port.err = fd,
+        }
+    }
+
+    /// Carries out what waited for requests in flight, as far as they have ended.
+    pub(super) fn settle(&mut self) {
+        let mut at = 0;
+        while at < self.pending.len() {
+            let ready = match &self.pending[at] {
+                Pending::Stop(hctx, _) | Pending::Disable(hctx, _) => self.is_drained(*hctx),
+                Pending::Memory(disk, ..) => self
+                    .ports()
+                    .all(|(hctx, port)| port.id.disk != *disk || self.is_drained(hctx)),
+                Pending::Shutdown(_) => self.ports().all(|(hctx, _)| self.is_drained(hctx)),
+            };
+            if ready {
+                let pending = self.pending.remove(at);
+                self.carry_out(pending);
+            } else {
+                at += 1;
+            }
+        }
+    }
+
+    fn is_drained(&self, hctx: HctxId) -> bool {
+        self.mq.in_flight(hctx) == 0
+    }
+
+    #[cold]
+    fn carry_out(&mut self, pending: Pending) {
+        // What ended in this turn is published and called for before anybody hears that it is over.
+        self.notify();
+        match pending {
+            Pending::Stop(hctx, done) => done.send(Some(self.stop(hctx))),
+            Pending::Disable(_, done) => done.send(()),
+            Pending::Memory(disk, memory, done) => {
+                self.change_memory(disk, &memory);
+                done.send(());
+            }
+            Pending::Shutdown(done) => {
+                let all: Vec<HctxId> = self.ports().map(|(hctx, _)| hctx).collect();
+                for hctx in all {
+                    self.stop(hctx);
+                }
+                done.send(self.report());
+            }
+        }
+    }
+
+    /// Lets go of a ring that has nothing in flight; returns its next avail index.
+    fn stop(&mut self, hctx: HctxId) -> u16 {
+        self.set_fd(hctx, FdRole::Kick, None);
+        self.set_fd(hctx, FdRole::Call, None);
+        self.hot.retain(|other| *other != hctx);
+        self.touched.retain(|other| *other != hctx);
+        // A ring that is disabled and then stopped has both waiting for it at most once each, and
+        // the first was answered when nothing was in flight, as now.
+        self.pending
+            .retain(|p| !matches!(p, Pending::Disable(other, _) if *other == hctx));
+        let port = self.ports[hctx.index()].take().expect("the port exists");
+        let ctxs = u16::try_from(self.mq.ctx_count(hctx)).expect("as many as vCPUs");
+        let stats = self.mq.remove_hctx(hctx);
+        let report = match self.reports.iter_mut().find(|r| r.ring == port.id) {
+            Some(report) => report,
+            None => {
+                self.reports
+                    .push(QueueReport::new(port.id, self.id.0, ctxs));
+                self.reports.last_mut().expect("just pushed")
+            }
+        };
+        report.ctxs = ctxs;
+        report.add(&stats, &port.stats);
+        port.ring.next_avail()
+    }
+
+    fn change_memory(&mut self, disk: DiskId, memory: &Arc<MemoryTable>) {
+        for index in 0..self.ports.len() {
+            let Some(port) = self.ports[index].as_mut().filter(|p| p.id.disk == disk) else {
+                continue;
+            };
+            let hctx = HctxId(u16::try_from(index).expect("fewer ports than MAX_HCTXS"));
+            port.gates.frozen = false;
+            match port.ring.set_memory(Arc::clone(memory)) {
+                Ok(()) => heat(&mut self.hot, port, hctx),
+                Err(error) => self.break_ring(hctx, &error),
+            }
+        }
+    }
+
+    /// Counts of the rings that were stopped and of those that run.
+    fn report(&self) -> Vec<QueueReport> {
+        let mut reports = self.reports.clone();
+        for (hctx, port) in self.ports() {
+            let ctxs = u16::try_from(self.mq.ctx_count(hctx)).expect("as many as vCPUs");
+            let index = reports.iter().position(|r| r.ring == port.id);
+            let index = index.unwrap_or_else(|| {
+                reports.push(QueueReport::new(port.id, self.id.0, ctxs));
+                reports.len() - 1
+            });
+            reports[index].ctxs = ctxs;
+            reports[index].add(self.mq.stats(hctx), &port.stats);
+        }
+        reports
+    }
+}
+
+/// For a pipe, an open file description of our own that does not block: User-Mode Linux hands over
+/// a pipe as call fd. Anything else is returned as it is.
+fn own_nonblocking(fd: OwnedFd) -> OwnedFd {
+    let is_pipe = rustix::fs::fstat(&fd)
+        .is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::Fifo);
+    if !is_pipe || is_nonblocking(&fd) {
+        return fd;
+    }
+    let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&fd));
+    let flags = OFlags::WRONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    rustix::fs::open(path, flags, Mode::empty()).unwrap_or(fd)
+}

@@ -1,0 +1,547 @@
+//! The engine: slots, ring, watches and calls put together.
+
+use std::io;
+use std::mem::MaybeUninit;
+use std::os::fd::OwnedFd;
+use std::time::Duration;
+
+use io_uring::{cqueue, opcode};
+
+use super::memory::Memory;
+use super::slot::{Next, Slot, Stage};
+use super::start::start;
+use super::target::{Disk, Target};
+use super::uring::{REAP_BATCH, Ring};
+use super::watch::{Call, CallSlot, Polled, Table, Waker, Watch, Watched};
+use super::{Busy, Command, DiskSlot, EngineCounters, Errno, Event, MAX_DISKS};
+use crate::mq::ids::DriverTag;
+
+/// Whom a completion is for: the upper byte of the user data. Below it 32 bits of generation and 16
+/// of index.
+const KIND_SLOT: u64 = 1 << 56;
+const KIND_WATCH: u64 = 2 << 56;
+const KIND_CALL: u64 = 3 << 56;
+const KIND_CANCEL: u64 = 4 << 56;
+const KIND_MASK: u64 = 0xff << 56;
+
+fn user_data(kind: u64, generation: u32, index: u16) -> u64 {
+    kind | u64::from(generation) << 16 | u64::from(index)
+}
+
+/// One worker's host adapter: all its I/O, and all it waits for. Belongs to the thread that made it.
+///
+/// Allocates when it is made and when disks, watches and calls are added, not in between.
+#[derive(Debug)]
+pub struct Engine {
+    ring: Ring,
+    slots: Box<[Slot]>,
+    memory: Memory,
+    disks: Table<Disk>,
+    watches: Table<Watch>,
+    calls: Table<Call>,
+    /// Commands completed without the kernel, to be reaped.
+    ready: Vec<(DriverTag, Result<u64, Errno>)>,
+    /// Slots whose next step the ring had no room for.
+    unsent: Vec<u16>,
+    /// Calls and watches the ring had no room for.
+    unsent_fds: bool,
+    in_flight: usize,
+    generation: u32,
+    counters: EngineCounters,
+}
+
+impl Engine {
+    /// An engine with `depth` driver tags, which can watch `watches` fds and write to as many.
+    ///
+    /// The ring is for the calling thread. Fails with one line for the user when the kernel has no
+    /// io_uring for us.
+    pub fn new(depth: u16, watches: u16) -> io::Result<Self> {
+        assert!(depth > 0, "an engine without driver tags serves nobody");
+        let (slots, fds) = (u32::from(depth), u32::from(watches) + 1);
+        // An SQE for each slot and a good part of the fds: more are submitted in between. A CQE for
+        // each slot, each call and each cancel, and for each watch as many as come from kicks
+        // between two turns, since one completion stands for all writes between two task runs. Should
+        // it not do, the kernel keeps the rest and ends the polls, and we arm them again.
+        let sqes = (slots + fds.min(slots) + 64).next_power_of_two().min(32768);
+        let cqes = (sqes + 6 * fds).next_power_of_two().min(65536);
+        let ring = Ring::new(sqes, cqes)?;
+        let memory = Memory::new(depth)?;
+        Ok(Engine {
+            ring,
+            slots: (0..depth)
+                .map(|slot| Slot::new(memory.segments(slot)))
+                .collect(),
+            memory,
+            disks: Table::new(MAX_DISKS),
+            watches: Table::new(watches.saturating_add(1)),
+            calls: Table::new(watches),
+            ready: Vec::with_capacity(usize::from(depth)),
+            unsent: Vec::with_capacity(usize::from(depth)),
+            unsent_fds: false,
+            in_flight: 0,
+            generation: 0,
+            counters: EngineCounters::default(),
+        })
+    }
+
+    /// What kind of ring the kernel gave, for the log.
+    pub fn describe(&self) -> String {
+        self.ring.describe()
+    }
+
+    /// Counts since the engine was made.
+    pub fn counters(&self) -> EngineCounters {
+        self.counters
+    }
+
+    /// Commands taken and not yet reported done.
+    pub fn in_flight(&self) -> usize {
+        self.in_flight
+    }
+
+    /// Adds a disk.
+    pub fn add_disk(&mut self, target: Target) -> io::Result<DiskSlot> {
+        let index = self.disks.vacant()?;
+        let mut disk = Disk::new(index, target)?;
+        if disk.fd >= 0 && self.ring.fixed_files {
+            disk.registered = self.ring.update_file(index, disk.fd).is_ok();
+        }
+        self.disks.put(index, disk);
+        Ok(DiskSlot(index))
+    }
+
+    /// Removes a disk, on which nothing may be in flight, and gives back what it stood on.
+    pub fn remove_disk(&mut self, slot: DiskSlot) -> Target {
+        let disk = self.disks.take(slot.0).expect("a disk of this engine");
+        assert_eq!(
+            disk.in_flight, 0,
+            "a disk is removed while requests of it are in flight"
+        );
+        if disk.registered {
+            // Its place is overwritten by the next disk at the latest.
+            let _ = self.ring.update_file(slot.0, -1);
+        }
+        disk.target
+    }
+
+    /// Takes a command; it is submitted by the next [`Engine::commit_rqs`] or [`Engine::wait`].
+    ///
+    /// The tag must be free: not used, or its [`Event::Done`] reaped. A command outside the disk ends
+    /// with `EIO`.
+    ///
+    /// # Safety
+    ///
+    /// Until the tag's [`Event::Done`], the buffers must be valid to be read (write) or written
+    /// (read), and so must be the array of a [`Payload::Buffers`], which must not change.
+    pub unsafe fn queue_rq(
+        &mut self,
+        disk: DiskSlot,
+        tag: DriverTag,
+        command: Command<'_>,
+    ) -> Result<(), Busy> {
+        let target = self.disks.get_mut(disk.0).expect("a disk of this engine");
+        let slot = &mut self.slots[usize::from(tag.index)];
+        slot.claim(tag.generation, disk.0, command.op, command.bytes);
+
+        // SAFETY: passed on to our caller. Unsafe because the buffers are the caller's.
+        let started = unsafe {
+            start(
+                slot,
+                tag.index,
+                target,
+                command,
+                &mut self.memory,
+                &mut self.counters,
+            )
+        };
+        match started {
+            Err(busy) => {
+                self.counters.busy += 1;
+                return Err(busy);
+            }
+            Ok(Next::Done(result)) => {
+                slot.stage = Stage::Inline;
+                self.counters.inline += 1;
+                self.ready.push((tag, result));
+            }
+            Ok(Next::Issue) => {
+                if !self.send(tag.index) {
+                    self.release(tag.index);
+                    self.counters.busy += 1;
+                    return Err(Busy::RetryLater);
+                }
+            }
+        }
+        self.disks
+            .get_mut(disk.0)
+            .expect("looked up above")
+            .in_flight += 1;
+        self.in_flight += 1;
+        Ok(())
+    }
+
+    /// Submits what was queued with one system call; none if nothing was.
+    ///
+    /// What the kernel has no room for stays queued for the next time. An error means that the ring
+    /// itself is broken.
+    pub fn commit_rqs(&mut self) -> io::Result<()> {
+        self.resend();
+        self.ring.submit(&mut self.counters)
+    }
+
+    /// Reports what has happened and returns how many completions were looked at.
+    ///
+    /// Makes a system call only when the kernel says that it keeps something back for us.
+    pub fn reap(&mut self, on: &mut impl FnMut(Event)) -> io::Result<usize> {
+        self.ring.run_task_work(&mut self.counters)?;
+        let mut reaped = self.ready.len();
+        for i in 0..self.ready.len() {
+            let (tag, result) = self.ready[i];
+            self.done(tag.index, result, on);
+        }
+        self.ready.clear();
+        let mut batch = [const { MaybeUninit::<cqueue::Entry>::uninit() }; REAP_BATCH];
+        loop {
+            let entries = self.ring.take(&mut batch);
+            reaped += entries.len();
+            for entry in entries {
+                self.apply(entry, on);
+            }
+            if entries.len() < REAP_BATCH {
+                break;
+            }
+        }
+        self.resend();
+        Ok(reaped)
+    }
+
+    /// Whether [`Self::reap`] has something to report without a system call.
+    pub fn has_events(&mut self) -> bool {
+        !self.ready.is_empty() || self.ring.has_completions()
+    }
+
+    /// Submits what is queued and sleeps until there is something to reap, a signal comes, or
+    /// `timeout` is over. Returns at once if there is something to reap already.
+    pub fn wait(&mut self, timeout: Option<Duration>) -> io::Result<()> {
+        self.resend();
+        let short = !self.unsent.is_empty() || self.unsent_fds;
+        if !self.ready.is_empty() || self.ring.has_completions() || timeout == Some(Duration::ZERO)
+        {
+            return self.ring.submit(&mut self.counters);
+        }
+        // The kernel had no room: look again soon.
+        let timeout = if short {
+            Some(Duration::from_millis(1))
+        } else {
+            timeout
+        };
+        self.ring.wait(timeout, &mut self.counters)
+    }
+
+    /// Watches an eventfd: each write to it becomes an [`Event::Kick`] with this token. It is never
+    /// read. A count it has already is reported, too.
+    pub fn watch(&mut self, fd: OwnedFd, token: u32) -> io::Result<()> {
+        self.arm(fd, Watched::Kick(token))
+    }
+
+    /// Lets a waker wake this engine.
+    pub fn watch_waker(&mut self, waker: &Waker) -> io::Result<()> {
+        self.arm(waker.duplicate()?, Watched::Waker)
+    }
+
+    fn arm(&mut self, fd: OwnedFd, whom: Watched) -> io::Result<()> {
+        let index = self.watches.vacant()?;
+        self.generation = self.generation.wrapping_add(1);
+        let watch = Watch::new(fd, whom, self.generation);
+        let entry = watch
+            .sqe()
+            .user_data(user_data(KIND_WATCH, watch.generation, index));
+        // SAFETY: a poll names no memory, only an fd, which the table keeps open. Unsafe because
+        // other entries do name memory.
+        if !unsafe { self.ring.push(&entry, &mut self.counters) } {
+            return Err(io::Error::other("io_uring takes no entries at the moment"));
+        }
+        self.watches.put(index, watch);
+        self.ring.submit(&mut self.counters)
+    }
+
+    /// Ends a watch and gives the fd back; `None` if nothing is watched with this token. No
+    /// [`Event::Kick`] with the token comes after this, and the ring has let go of the fd.
+    pub fn unwatch(&mut self, token: u32) -> Option<OwnedFd> {
+        let index = self.watches.find(|w| w.whom == Watched::Kick(token))?;
+        let watch = self.watches.take(index)?;
+        self.cancel(user_data(KIND_WATCH, watch.generation, index));
+        Some(watch.into_fd())
+    }
+
+    /// Adds a call fd, an eventfd or a pipe, blocking or not.
+    pub fn add_call(&mut self, fd: OwnedFd, token: u32) -> io::Result<CallSlot> {
+        let index = self.calls.vacant()?;
+        self.generation = self.generation.wrapping_add(1);
+        let generation = self.generation;
+        self.calls.put(index, Call::new(fd, token, generation)?);
+        Ok(CallSlot { index, generation })
+    }
+
+    /// Writes to a call fd, with the next [`Engine::commit_rqs`] or [`Engine::wait`]. Never blocks: a
+    /// write that has to wait waits in the kernel, and calls until it is over become one.
+    pub fn call(&mut self, slot: CallSlot) {
+        let Some(call) = self
+            .calls
+            .get_mut(slot.index)
+            .filter(|c| c.generation == slot.generation)
+        else {
+            return;
+        };
+        if call.lost {
+            return;
+        }
+        if call.in_flight {
+            call.again = true;
+            self.counters.calls_folded += 1;
+            return;
+        }
+        self.send_call(slot.index);
+    }
+
+    fn send_call(&mut self, index: u16) {
+        let Some(call) = self.calls.get_mut(index) else {
+            return;
+        };
+        let entry = call
+            .sqe()
+            .user_data(user_data(KIND_CALL, call.generation, index));
+        // SAFETY: the entry names a static and an fd that the table keeps open. Unsafe because other
+        // entries name memory that goes away.
+        let sent = unsafe { self.ring.push(&entry, &mut self.counters) };
+        call.in_flight = sent;
+        call.again = !sent;
+        self.unsent_fds |= !sent;
+        self.counters.calls += u64::from(sent);
+    }
+
+    /// Forgets a call fd; a write under way is cancelled.
+    pub fn remove_call(&mut self, slot: CallSlot) {
+        if self
+            .calls
+            .get(slot.index)
+            .is_none_or(|c| c.generation != slot.generation)
+        {
+            return;
+        }
+        // What is queued names the fd by number: let it go before the number does.
+        let _ = self.ring.submit(&mut self.counters);
+        let call = self.calls.take(slot.index);
+        if call.is_some_and(|c| c.in_flight) {
+            self.cancel(user_data(KIND_CALL, slot.generation, slot.index));
+        }
+    }
+
+    /// Makes the kernel let go of an entry's fd. Its last completion is ignored by generation.
+    fn cancel(&mut self, target: u64) {
+        let entry = opcode::AsyncCancel::new(target)
+            .build()
+            .user_data(KIND_CANCEL);
+        // SAFETY: a cancel names no memory. Unsafe because other entries do.
+        if unsafe { self.ring.push(&entry, &mut self.counters) } {
+            // The cancelled entry's end is work put off until we enter for events: done here, so
+            // that the fd is free when we return.
+            let _ = self.ring.enter_events(&mut self.counters);
+        }
+    }
+
+    /// Prepares the slot's next step; false if the ring takes none now.
+    #[inline]
+    fn send(&mut self, index: u16) -> bool {
+        let slot = &mut self.slots[usize::from(index)];
+        let disk = self
+            .disks
+            .get(slot.disk)
+            .expect("a disk with requests in flight stays");
+        let entry = slot
+            .sqe(disk, self.memory.extents(index), self.memory.zeroes())
+            .user_data(user_data(KIND_SLOT, u32::from(slot.generation), index));
+        // SAFETY: the entry names the caller's buffers, which `queue_rq`'s caller keeps valid until
+        // the slot is done, the slot's own memory, which goes after the ring is drained, or a static.
+        // Unsafe because the kernel works on addresses.
+        unsafe { self.ring.push(&entry, &mut self.counters) }
+    }
+
+    /// Tries again what the ring had no room for.
+    #[inline]
+    fn resend(&mut self) {
+        while let Some(&index) = self.unsent.last() {
+            if !self.send(index) {
+                return;
+            }
+            self.unsent.pop();
+        }
+        if self.unsent_fds {
+            self.resend_fds();
+        }
+    }
+
+    #[cold]
+    fn resend_fds(&mut self) {
+        self.unsent_fds = false;
+        for index in 0..self.calls.capacity() {
+            if self
+                .calls
+                .get(index)
+                .is_some_and(|c| c.again && !c.in_flight)
+            {
+                self.send_call(index);
+            }
+        }
+        for index in 0..self.watches.capacity() {
+            if self.watches.get(index).is_some_and(|w| !w.armed && !w.lost) {
+                self.rearm(index);
+            }
+        }
+    }
+
+    fn rearm(&mut self, index: u16) {
+        let Some(watch) = self.watches.get_mut(index) else {
+            return;
+        };
+        let entry = watch
+            .sqe()
+            .user_data(user_data(KIND_WATCH, watch.generation, index));
+        // SAFETY: as in `arm`. Unsafe because other entries name memory.
+        let sent = unsafe { self.ring.push(&entry, &mut self.counters) };
+        watch.armed = sent;
+        self.unsent_fds |= !sent;
+        self.counters.rearmed += u64::from(sent);
+    }
+
+    /// Gives a completion to whom it belongs.
+    #[inline]
+    fn apply(&mut self, entry: &cqueue::Entry, on: &mut impl FnMut(Event)) {
+        self.counters.cqes += 1;
+        let data = entry.user_data();
+        #[expect(
+            clippy::cast_possible_truncation,
+            reason = "the fields of the user data"
+        )]
+        let (generation, index) = ((data >> 16) as u32, data as u16);
+        match data & KIND_MASK {
+            KIND_SLOT => self.apply_to_slot(generation, index, entry.result(), on),
+            KIND_WATCH => self.apply_to_watch(generation, index, entry, on),
+            KIND_CALL => self.apply_to_call(generation, index, entry.result(), on),
+            _ => {}
+        }
+    }
+
+    #[inline]
+    fn apply_to_slot(&mut self, generation: u32, index: u16, res: i32, on: &mut impl FnMut(Event)) {
+        let slot = match self.slots.get_mut(usize::from(index)) {
+            Some(s) if s.in_kernel() && u32::from(s.generation) == generation => s,
+            _ => {
+                self.counters.stale += 1;
+                return;
+            }
+        };
+        let disk = self
+            .disks
+            .get_mut(slot.disk)
+            .expect("a disk with requests in flight stays");
+        match slot.on_cqe(res, disk, self.memory.extents(index), &mut self.counters) {
+            Next::Done(result) => self.done(index, result, on),
+            Next::Issue => {
+                if !self.send(index) {
+                    self.unsent.push(index);
+                }
+            }
+        }
+    }
+
+    fn apply_to_watch(
+        &mut self,
+        generation: u32,
+        index: u16,
+        entry: &cqueue::Entry,
+        on: &mut impl FnMut(Event),
+    ) {
+        let watch = match self.watches.get_mut(index) {
+            Some(w) if w.generation == generation => w,
+            // The end of a watch that was given up.
+            _ => return,
+        };
+        let polled = watch.on_cqe(entry.result());
+        let whom = watch.whom;
+        let more = cqueue::more(entry.flags());
+        watch.armed = more;
+        match (polled, whom) {
+            (Polled::Ready, Watched::Kick(token)) => on(Event::Kick(token)),
+            (Polled::Ready, Watched::Waker) => on(Event::Message),
+            (Polled::Lost(error), Watched::Kick(token)) => on(Event::WatchLost { token, error }),
+            (Polled::Lost(_) | Polled::Nothing, _) => {}
+        }
+        let lost = matches!(polled, Polled::Lost(_));
+        if lost && more {
+            self.cancel(user_data(KIND_WATCH, generation, index));
+        } else if !lost && !more {
+            self.rearm(index);
+        }
+    }
+
+    fn apply_to_call(&mut self, generation: u32, index: u16, res: i32, on: &mut impl FnMut(Event)) {
+        let call = match self.calls.get_mut(index) {
+            Some(c) if c.generation == generation => c,
+            _ => return,
+        };
+        call.in_flight = false;
+        // EAGAIN: the counter is full, so the guest has been told.
+        if res < 0 && !matches!(-res, libc::EAGAIN | libc::EINTR) {
+            call.lost = true;
+            on(Event::CallLost {
+                token: call.token,
+                error: Errno(-res),
+            });
+        } else if call.again || res == -libc::EINTR {
+            self.send_call(index);
+        }
+    }
+
+    /// Frees a slot that never got on its way, or is done.
+    #[inline]
+    fn release(&mut self, index: u16) {
+        if let Some(bounce) = self.slots[usize::from(index)].release() {
+            self.memory.put_bounce(bounce);
+        }
+    }
+
+    #[inline]
+    fn done(&mut self, index: u16, result: Result<u64, Errno>, on: &mut impl FnMut(Event)) {
+        self.release(index);
+        let slot = &self.slots[usize::from(index)];
+        let tag = DriverTag {
+            index,
+            generation: slot.generation,
+        };
+        self.disks
+            .get_mut(slot.disk)
+            .expect("a disk with requests in flight stays")
+            .in_flight -= 1;
+        self.in_flight -= 1;
+        on(Event::Done { tag, result });
+    }
+}
+
+impl Drop for Engine {
+    /// Waits until nothing is in flight: the buffers are the guest's, and the kernel writes to them
+    /// until then. If the ring is broken its memory is leaked rather than freed under the kernel.
+    fn drop(&mut self) {
+        while self.in_flight > 0 {
+            let drained = self.wait(None).and_then(|()| self.reap(&mut |_| {}));
+            if let Err(error) = drained {
+                log::error!(
+                    "the ring broke with {} requests in flight: {error}",
+                    self.in_flight
+                );
+                self.memory.leak();
+                return;
+            }
+        }
+    }
+}

@@ -1,0 +1,120 @@
+//! What is behind a disk, as far as doing I/O on it goes.
+
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+
+use super::{BOUNCE_BYTES, memory};
+
+/// A regular file or a block device.
+#[derive(Debug)]
+pub struct FileTarget {
+    /// Open for reading, and for writing unless the disk is read-only.
+    pub file: OwnedFd,
+    /// The disk's size in bytes. Nothing beyond it is ever touched.
+    pub size_bytes: u64,
+    /// Opened with `O_DIRECT`.
+    pub direct: bool,
+    /// What `O_DIRECT` demands of a buffer's address, in bytes; a power of two, 4096 at most.
+    pub memory_align: u32,
+    /// What `O_DIRECT` demands of positions and lengths, in bytes; a power of two.
+    pub offset_align: u32,
+    /// A block device, which can be discarded in another way than a file can.
+    pub block_device: bool,
+    /// Flush and FUA do nothing (cache mode "unsafe").
+    pub ignore_flush: bool,
+}
+
+/// What is behind a disk.
+#[derive(Debug)]
+pub enum Target {
+    /// I/O through io_uring.
+    File(FileTarget),
+    /// Everything completes at once and nothing happens: reads leave the guest's buffers as they are,
+    /// as Linux' null_blk and QEMU's null-co do. For measurements.
+    Null {
+        /// The size the disk pretends to have, in bytes.
+        size_bytes: u64,
+    },
+}
+
+impl Target {
+    /// The size of the disk in bytes.
+    pub fn size_bytes(&self) -> u64 {
+        match self {
+            Target::File(file) => file.size_bytes,
+            Target::Null { size_bytes } => *size_bytes,
+        }
+    }
+}
+
+/// A target in an engine's table, with what was learned about it.
+#[derive(Debug)]
+pub(super) struct Disk {
+    pub(super) target: Target,
+    /// Its place in the table, which is its place in the registered file table too.
+    pub(super) index: u16,
+    /// The file's number; −1 for a null disk.
+    pub(super) fd: RawFd,
+    /// Commands of this disk that are not done.
+    pub(super) in_flight: u32,
+    /// What remains of the ways to do things: each is struck out when the disk refuses it.
+    pub(super) can: Abilities,
+    /// The SQE's fd is an index of the registered file table.
+    pub(super) registered: bool,
+}
+
+/// What a file system or device may refuse to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Abilities {
+    /// `RWF_DSYNC`
+    pub(super) dsync: bool,
+    /// `FALLOC_FL_PUNCH_HOLE`
+    pub(super) punch: bool,
+    /// `FALLOC_FL_ZERO_RANGE`
+    pub(super) zero_range: bool,
+    /// `BLOCK_URING_CMD_DISCARD` (block devices, Linux 6.12)
+    pub(super) discard: bool,
+}
+
+impl Disk {
+    pub(super) fn new(index: u16, target: Target) -> io::Result<Self> {
+        let (fd, block_device) = match &target {
+            Target::File(file) => {
+                if file.direct {
+                    check_alignment(file)?;
+                }
+                (file.file.as_raw_fd(), file.block_device)
+            }
+            Target::Null { .. } => (-1, false),
+        };
+        Ok(Disk {
+            target,
+            index,
+            fd,
+            in_flight: 0,
+            can: Abilities {
+                dsync: true,
+                punch: true,
+                zero_range: true,
+                discard: block_device,
+            },
+            registered: false,
+        })
+    }
+}
+
+fn check_alignment(file: &FileTarget) -> io::Result<()> {
+    let memory_ok =
+        file.memory_align.is_power_of_two() && file.memory_align as usize <= memory::PAGE_BYTES;
+    if !memory_ok || !file.offset_align.is_power_of_two() || file.offset_align > BOUNCE_BYTES {
+        return Err(io::Error::new(
+            io::ErrorKind::Unsupported,
+            format!(
+                "O_DIRECT here wants buffers aligned to {} bytes and positions aligned to {} bytes, \
+                 more than can be offered; use a cache mode without O_DIRECT",
+                file.memory_align, file.offset_align
+            ),
+        ));
+    }
+    Ok(())
+}

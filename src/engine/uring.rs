@@ -1,0 +1,242 @@
+//! The ring itself: how it is set up, and the only place that enters the kernel.
+
+use std::io;
+use std::mem::MaybeUninit;
+use std::time::Duration;
+
+use io_uring::types::{SubmitArgs, Timespec};
+use io_uring::{EnterFlags, IoUring, cqueue, squeue};
+
+use super::{EngineCounters, MAX_DISKS};
+
+/// How many completions are taken out of the ring at a time.
+pub(super) const REAP_BATCH: usize = 32;
+
+/// An io_uring with what the kernel could give.
+pub(super) struct Ring {
+    ring: IoUring,
+    pub(super) fixed_files: bool,
+    mode: &'static str,
+}
+
+impl std::fmt::Debug for Ring {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.describe())
+    }
+}
+
+impl Ring {
+    /// A ring with room for `sqes` entries to submit and `cqes` completions, for the calling thread
+    /// only.
+    pub(super) fn new(sqes: u32, cqes: u32) -> io::Result<Self> {
+        let mut builder = IoUring::builder();
+        builder.dontfork().setup_cqsize(cqes).setup_clamp();
+        let mut best = builder.clone();
+        best.setup_single_issuer()
+            .setup_defer_taskrun()
+            .setup_taskrun_flag()
+            .setup_submit_all();
+        let mut middle = builder.clone();
+        middle
+            .setup_coop_taskrun()
+            .setup_taskrun_flag()
+            .setup_submit_all();
+
+        let (ring, mode) = match best.build(sqes) {
+            Ok(ring) => (ring, "single issuer, deferred task running"),
+            // Flags an older kernel does not know.
+            Err(e) if e.raw_os_error() == Some(libc::EINVAL) => match middle.build(sqes) {
+                Ok(ring) => (ring, "cooperative task running (Linux older than 6.1)"),
+                Err(_) => (
+                    builder.build(sqes).map_err(unavailable)?,
+                    "plain (Linux older than 5.19: more interruptions)",
+                ),
+            },
+            Err(e) => return Err(unavailable(e)),
+        };
+        let params = ring.params();
+        // Completions are never lost, vectors are read at submission, waits have a timeout, and
+        // polls repeat (5.13 brought the latter together with resource tagging).
+        if !(params.is_feature_nodrop()
+            && params.is_feature_submit_stable()
+            && params.is_feature_ext_arg()
+            && params.is_feature_resource_tagging())
+        {
+            return Err(io::Error::new(
+                io::ErrorKind::Unsupported,
+                "this kernel's io_uring is too old; Linux 5.13 or later is needed",
+            ));
+        }
+        assert!(
+            params.cq_entries() >= cqes.min(65536),
+            "the kernel keeps the size asked for"
+        );
+        let fixed_files = ring
+            .submitter()
+            .register_files_sparse(u32::from(MAX_DISKS))
+            .is_ok();
+        Ok(Ring {
+            ring,
+            fixed_files,
+            mode,
+        })
+    }
+
+    /// What kind of ring it became, for a log line.
+    pub(super) fn describe(&self) -> String {
+        format!(
+            "io_uring: {}, {}, {} submission and {} completion entries",
+            self.mode,
+            if self.fixed_files {
+                "registered files"
+            } else {
+                "plain files"
+            },
+            self.ring.params().sq_entries(),
+            self.ring.params().cq_entries()
+        )
+    }
+
+    /// Puts a file into the registered table, or takes it out (−1).
+    pub(super) fn update_file(&self, index: u16, fd: i32) -> io::Result<()> {
+        self.ring
+            .submitter()
+            .register_files_update(u32::from(index), &[fd])
+            .map(drop)
+    }
+
+    /// Prepares an entry. When the queue is full it is submitted; false: that did not help now.
+    ///
+    /// # Safety
+    ///
+    /// What the entry names stays valid until its completion has been reaped.
+    #[inline]
+    pub(super) unsafe fn push(
+        &mut self,
+        entry: &squeue::Entry,
+        counters: &mut EngineCounters,
+    ) -> bool {
+        // SAFETY: passed on to our caller. Unsafe because the kernel works on addresses.
+        let mut pushed = unsafe { self.ring.submission().push(entry) }.is_ok();
+        if !pushed && self.submit(counters).is_ok() {
+            // SAFETY: as above.
+            pushed = unsafe { self.ring.submission().push(entry) }.is_ok();
+        }
+        counters.sqes += u64::from(pushed);
+        pushed
+    }
+
+    /// Whether entries wait to be submitted.
+    #[inline]
+    pub(super) fn has_queued(&mut self) -> bool {
+        !self.ring.submission().is_empty()
+    }
+
+    /// Whether completions can be had without the kernel.
+    #[inline]
+    pub(super) fn has_completions(&mut self) -> bool {
+        !self.ring.completion().is_empty()
+    }
+
+    /// Submits what is queued. Entries the kernel had no room for stay queued.
+    pub(super) fn submit(&mut self, counters: &mut EngineCounters) -> io::Result<()> {
+        while self.has_queued() {
+            counters.enters += 1;
+            match self.ring.submit() {
+                Ok(0) => break,
+                Ok(_) => {}
+                Err(e) if is_passing(&e) => {
+                    if e.raw_os_error() != Some(libc::EINTR) {
+                        break;
+                    }
+                }
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(())
+    }
+
+    /// Runs what the kernel put off until we ask, if it says that there is something.
+    #[inline]
+    pub(super) fn run_task_work(&mut self, counters: &mut EngineCounters) -> io::Result<()> {
+        let sq = self.ring.submission();
+        if sq.taskrun() || sq.cq_overflow() {
+            drop(sq);
+            return self.enter_events(counters);
+        }
+        Ok(())
+    }
+
+    /// Submits what is queued and lets completions that are due happen, without waiting.
+    pub(super) fn enter_events(&mut self, counters: &mut EngineCounters) -> io::Result<()> {
+        let queued = u32::try_from(self.ring.submission().len()).expect("at most the queue's size");
+        counters.enters += 1;
+        // SAFETY: no argument is passed, so no memory is named. Unsafe because the crate offers no
+        // other way to enter for events without waiting for one.
+        let entered = unsafe {
+            self.ring.submitter().enter::<libc::sigset_t>(
+                queued,
+                0,
+                EnterFlags::GETEVENTS.bits(),
+                None,
+            )
+        };
+        match entered {
+            Err(e) if !is_passing(&e) => Err(e),
+            _ => Ok(()),
+        }
+    }
+
+    /// Submits what is queued and waits for a completion, at most `timeout`.
+    pub(super) fn wait(
+        &mut self,
+        timeout: Option<Duration>,
+        counters: &mut EngineCounters,
+    ) -> io::Result<()> {
+        counters.enters += 1;
+        let entered = match timeout {
+            None => self.ring.submit_and_wait(1),
+            Some(timeout) => {
+                let timespec = Timespec::from(timeout);
+                self.ring
+                    .submitter()
+                    .submit_with_args(1, &SubmitArgs::new().timespec(&timespec))
+            }
+        };
+        match entered {
+            Err(e) if !is_passing(&e) && e.raw_os_error() != Some(libc::ETIME) => Err(e),
+            _ => Ok(()),
+        }
+    }
+
+    /// Takes up to [`REAP_BATCH`] completions out of the ring.
+    #[inline]
+    pub(super) fn take<'a>(
+        &mut self,
+        batch: &'a mut [MaybeUninit<cqueue::Entry>; REAP_BATCH],
+    ) -> &'a [cqueue::Entry] {
+        self.ring.completion().fill(batch)
+    }
+}
+
+/// Errors of `io_uring_enter` after which the same call is right again: a signal, no memory for the
+/// moment, completions to be reaped first.
+fn is_passing(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(libc::EINTR | libc::EAGAIN | libc::EBUSY)
+    )
+}
+
+fn unavailable(error: io::Error) -> io::Error {
+    let hint = match error.raw_os_error() {
+        Some(libc::EPERM) => "forbidden here; see the sysctl kernel.io_uring_disabled",
+        Some(libc::ENOSYS) => {
+            "not in this kernel, or filtered by a sandbox; Linux 5.13 or later is needed"
+        }
+        Some(libc::ENOMEM) => "no memory for its rings; raise the locked-memory limit (ulimit -l)",
+        Some(libc::EMFILE | libc::ENFILE) => "no file descriptor left; raise the limit (ulimit -n)",
+        _ => return error,
+    };
+    io::Error::new(error.kind(), format!("io_uring is {hint}: {error}"))
+}

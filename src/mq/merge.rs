@@ -1,0 +1,140 @@
+//! Joining requests that are neighbours on the disk.
+//!
+//! Only what is already there is looked at: the newest request of the same plug, the newest few of
+//! the same ctx. Nothing ever waits in order to be merged.
+
+use super::ids::RequestTag;
+use super::limits::{IOV_MAX, MAX_MERGED_BYTES};
+use super::request::Request;
+use super::table::{Fifo, Table};
+
+/// Whether a request became a part of another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Merged {
+    Yes,
+    No,
+}
+
+/// How two requests lie to each other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fit {
+    /// The late one begins where the early one ends.
+    Back,
+    /// The late one ends where the early one begins.
+    Front,
+    /// Neighbours, but not allowed to merge.
+    Refused,
+    /// No neighbours.
+    Apart,
+}
+
+fn fit(early: &Request, late: &Request, started: bool) -> Fit {
+    let place = if early.end() == late.sector {
+        Fit::Back
+    } else if late.end() == early.sector {
+        Fit::Front
+    } else {
+        return Fit::Apart;
+    };
+    let allowed = early.op == late.op
+        && early.op.moves_data()
+        && early.ioprio == late.ioprio
+        && !early.fua
+        && !late.fua
+        && !started
+        && early.bytes + late.bytes <= MAX_MERGED_BYTES
+        && early.segments + late.segments <= IOV_MAX;
+    if allowed { place } else { Fit::Refused }
+}
+
+/// Tries the newest requests of `list`, at most `lookback` of them, newest first. A neighbour that
+/// may not be merged with ends the search (blk_mq_attempt_bio_merge does the same).
+pub(super) fn into_newest<P>(
+    table: &mut Table<P>,
+    list: &Fifo,
+    tag: RequestTag,
+    lookback: usize,
+) -> Merged {
+    let late = table.get(tag).request;
+    if !late.op.moves_data() || late.fua || late.bytes == 0 {
+        return Merged::No;
+    }
+    let mut at = list.back();
+    for _ in 0..lookback {
+        let Some(early) = at else { break };
+        let entry = table.get(early);
+        match fit(&entry.request, &late, entry.started) {
+            Fit::Back => table.merge_back(early, tag),
+            Fit::Front => table.merge_front(early, tag),
+            Fit::Refused => return Merged::No,
+            Fit::Apart => {
+                at = table.older(early);
+                continue;
+            }
+        }
+        return Merged::Yes;
+    }
+    Merged::No
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::ids::Sector;
+    use super::super::request::{IoPrio, Op};
+    use super::*;
+
+    fn request(op: Op, sector: u64, sectors: u64) -> Request {
+        Request {
+            op,
+            sector: Sector(sector),
+            bytes: sectors * 512,
+            segments: 1,
+            ioprio: IoPrio(0x4004),
+            fua: false,
+            unmap: false,
+        }
+    }
+
+    #[test]
+    fn neighbours_fit_on_their_side() {
+        let at = request(Op::Read, 8, 8);
+        assert_eq!(fit(&at, &request(Op::Read, 16, 8), false), Fit::Back);
+        assert_eq!(fit(&at, &request(Op::Read, 0, 8), false), Fit::Front);
+        assert_eq!(fit(&at, &request(Op::Read, 17, 8), false), Fit::Apart);
+        assert_eq!(fit(&at, &request(Op::Read, 8, 8), false), Fit::Apart);
+    }
+
+    #[test]
+    fn what_differs_or_is_durable_or_started_or_large_is_refused() {
+        let at = request(Op::Write, 8, 8);
+        let next = request(Op::Write, 16, 8);
+        let differing = [
+            Request {
+                op: Op::Read,
+                ..next
+            },
+            Request { fua: true, ..next },
+            Request {
+                ioprio: IoPrio(0),
+                ..next
+            },
+            Request {
+                segments: IOV_MAX,
+                ..next
+            },
+            Request {
+                bytes: MAX_MERGED_BYTES,
+                ..next
+            },
+        ];
+        for late in differing {
+            assert_eq!(fit(&at, &late, false), Fit::Refused, "{late:?}");
+        }
+        assert_eq!(fit(&at, &next, true), Fit::Refused, "started");
+        assert_eq!(fit(&at, &next, false), Fit::Back);
+        for op in [Op::Flush, Op::Discard, Op::WriteZeroes] {
+            let (early, late) = (request(op, 8, 8), request(op, 16, 8));
+            assert_eq!(fit(&early, &late, false), Fit::Refused, "{op:?}");
+        }
+    }
+}

@@ -1,0 +1,351 @@
+//! blk-mq itself. Pure: no file descriptor, no guest address, no clock, no thread, no log.
+//!
+//! [`Mq`] is one worker's share of it: the hctxs of the virtqueues the worker owns, over all disks,
+//! and the driver tags they share. Where the kernel takes `ctx->lock` or `hctx->lock`, ownership
+//! does: one thread calls, so there is nothing to lock.
+//!
+//! The buffers of a request cross this module as an opaque payload `P`.
+
+#![forbid(unsafe_code)]
+
+mod ctx;
+mod hctx;
+pub mod ids;
+pub mod limits;
+pub mod map;
+mod merge;
+pub mod request;
+pub mod stats;
+mod table;
+pub mod tags;
+
+use std::collections::VecDeque;
+
+pub use self::hctx::{Busy, Driver, HctxConfig};
+use self::hctx::{Hctx, Want};
+use self::ids::{DriverTag, HctxId, RequestTag};
+use self::limits::{ACTIVITY_DECAY_NS, RESOURCE_DELAY_NS};
+use self::request::{Request, Status};
+use self::stats::HctxStats;
+pub use self::table::Parts;
+use self::tags::TagSet;
+
+/// Where an hctx stands that is not idle. It stands in one place at a time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Place {
+    Nowhere,
+    /// To be run in this turn.
+    Runnable,
+    /// Waits for a completion.
+    Waiting,
+    /// Waits for a time.
+    Delayed,
+}
+
+/// One worker's blk-mq.
+#[derive(Debug)]
+pub struct Mq<P> {
+    hctxs: Vec<Option<Member<P>>>,
+    tags: TagSet,
+    runnable: VecDeque<HctxId>,
+    waiting: VecDeque<HctxId>,
+    /// With a constant delay the list is in the order of the times.
+    delayed: VecDeque<(u64, HctxId)>,
+    completed_since_run: bool,
+    now_ns: u64,
+    next_decay_ns: u64,
+    stale_completions: u64,
+}
+
+#[derive(Debug)]
+struct Member<P> {
+    hctx: Hctx<P>,
+    place: Place,
+}
+
+impl<P> Mq<P> {
+    /// With `depth` driver tags, of which `reserved` are for flushes.
+    pub fn new(depth: u16, reserved: u16) -> Self {
+        Mq {
+            hctxs: Vec::new(),
+            tags: TagSet::new(depth, reserved),
+            runnable: VecDeque::new(),
+            waiting: VecDeque::new(),
+            delayed: VecDeque::new(),
+            completed_since_run: false,
+            now_ns: 0,
+            next_decay_ns: 0,
+            stale_completions: 0,
+        }
+    }
+
+    /// Adds an hctx; the only place, with [`Self::remove_hctx`], where memory is allocated.
+    pub fn add_hctx(&mut self, config: HctxConfig) -> HctxId {
+        let free = self.hctxs.iter().position(Option::is_none);
+        let index = free.unwrap_or(self.hctxs.len());
+        let id = HctxId(u16::try_from(index).expect("fewer hctxs than MAX_HCTXS"));
+        assert!(id.0 < limits::MAX_HCTXS, "more hctxs than MAX_HCTXS");
+        let member = Some(Member {
+            hctx: Hctx::new(id, config),
+            place: Place::Nowhere,
+        });
+        match free {
+            Some(index) => self.hctxs[index] = member,
+            None => self.hctxs.push(member),
+        }
+        // Each hctx is in at most one of the lists, so this is all they ever need.
+        let count = self.hctxs.len();
+        self.runnable.reserve(count);
+        self.waiting.reserve(count);
+        self.delayed.reserve(count);
+        id
+    }
+
+    /// Removes an hctx that has nothing in flight and says what it counted.
+    pub fn remove_hctx(&mut self, id: HctxId) -> HctxStats {
+        let member = self.hctxs[id.index()].take().expect("the hctx exists");
+        assert_eq!(
+            member.hctx.table.live(),
+            0,
+            "hctx {id} removed while in use"
+        );
+        if member.hctx.active {
+            self.tags.hctx_idled();
+        }
+        self.runnable.retain(|other| *other != id);
+        self.waiting.retain(|other| *other != id);
+        self.delayed.retain(|(_, other)| *other != id);
+        member.hctx.stats
+    }
+
+    #[inline]
+    fn member(&mut self, id: HctxId) -> &mut Member<P> {
+        self.hctxs[id.index()].as_mut().expect("the hctx exists")
+    }
+
+    fn hctx(&self, id: HctxId) -> &Hctx<P> {
+        &self.hctxs[id.index()]
+            .as_ref()
+            .expect("the hctx exists")
+            .hctx
+    }
+
+    /// Begins a turn at `now_ns`, a monotonic time in nanoseconds: the one clock reading the turn
+    /// gets. Delayed hctxs whose time has come become runnable.
+    pub fn start_turn(&mut self, now_ns: u64) {
+        self.now_ns = now_ns;
+        while let Some(&(at, id)) = self.delayed.front() {
+            if at > now_ns {
+                break;
+            }
+            self.delayed.pop_front();
+            self.member(id).place = Place::Runnable;
+            self.runnable.push_back(id);
+        }
+        if now_ns >= self.next_decay_ns {
+            self.next_decay_ns = now_ns + ACTIVITY_DECAY_NS;
+            self.decay();
+        }
+    }
+
+    /// An hctx that used no tag for a while no longer takes part in the sharing
+    /// (blk_mq_tag_idle; the kernel leaves it to the timeout worker).
+    fn decay(&mut self) {
+        for member in self.hctxs.iter_mut().flatten() {
+            let hctx = &mut member.hctx;
+            if hctx.active && !hctx.used_tags && hctx.held == 0 && !hctx.has_work() {
+                hctx.active = false;
+                self.tags.hctx_idled();
+            }
+            hctx.used_tags = false;
+        }
+    }
+
+    /// When the worker has to take a turn even if nothing happens, on the same clock.
+    pub fn next_deadline_ns(&self) -> Option<u64> {
+        self.delayed.front().map(|(at, _)| *at)
+    }
+
+    /// Takes a request a drain of `id`'s ring brought into the plug.
+    #[inline]
+    pub fn plug(
+        &mut self,
+        id: HctxId,
+        tag: RequestTag,
+        request: Request,
+        payload: P,
+        driver: &mut impl Driver<P>,
+    ) {
+        let member = self.hctxs[id.index()].as_mut().expect("the hctx exists");
+        let want = member
+            .hctx
+            .plug(tag, request, payload, &mut self.tags, driver);
+        self.place(id, want);
+    }
+
+    /// Ends the drain of `id`'s ring: its plug is issued directly or staged.
+    #[inline]
+    pub fn unplug(&mut self, id: HctxId, driver: &mut impl Driver<P>) {
+        let member = self.hctxs[id.index()].as_mut().expect("the hctx exists");
+        member.hctx.stats.batches += 1;
+        let want = member.hctx.unplug(&mut self.tags, driver);
+        self.place(id, want);
+    }
+
+    /// Runs every hctx that has work and a reason to believe that it can be done, in the order in
+    /// which they came to wait.
+    pub fn run(&mut self, driver: &mut impl Driver<P>) {
+        if self.completed_since_run {
+            self.completed_since_run = false;
+            // Those that waited longest are asked first. One that still gets nothing (it is at its
+            // share) goes to the end, and the next is asked: a wake-up is never swallowed.
+            for _ in 0..self.waiting.len() {
+                if self.tags.is_exhausted() {
+                    // Who waits is woken by the next completion.
+                    break;
+                }
+                let Some(id) = self.waiting.pop_front() else {
+                    break;
+                };
+                self.member(id).place = Place::Nowhere;
+                self.dispatch(id, driver);
+            }
+        }
+        for _ in 0..self.runnable.len() {
+            let Some(id) = self.runnable.pop_front() else {
+                break;
+            };
+            self.member(id).place = Place::Nowhere;
+            self.dispatch(id, driver);
+        }
+    }
+
+    /// Whether [`Self::run`] has something to do now.
+    #[inline]
+    pub fn must_run(&self) -> bool {
+        !self.runnable.is_empty() || (self.completed_since_run && !self.waiting.is_empty())
+    }
+
+    fn dispatch(&mut self, id: HctxId, driver: &mut impl Driver<P>) {
+        let member = self.hctxs[id.index()].as_mut().expect("the hctx exists");
+        let want = member.hctx.dispatch(&mut self.tags, driver);
+        self.place(id, want);
+    }
+
+    fn place(&mut self, id: HctxId, want: Want) {
+        // With nothing in flight no completion will come to wake anybody.
+        let want = match want {
+            Want::Completion if self.tags.in_use() == 0 => Want::Delay,
+            other => other,
+        };
+        let at = self.now_ns + RESOURCE_DELAY_NS;
+        let member = self.member(id);
+        if want == Want::Nothing || member.place != Place::Nowhere {
+            return;
+        }
+        match want {
+            Want::Nothing => {}
+            Want::Run => {
+                member.place = Place::Runnable;
+                self.runnable.push_back(id);
+            }
+            Want::Completion => {
+                member.place = Place::Waiting;
+                self.waiting.push_back(id);
+            }
+            Want::Delay => {
+                member.place = Place::Delayed;
+                self.delayed.push_back((at, id));
+            }
+        }
+    }
+
+    /// The engine is done with a driver tag. `finish` gets every request that ended: its hctx, its
+    /// payload, its status, and how many bytes were read for it.
+    ///
+    /// A completion nobody waits for (late, or twice) is counted and ignored.
+    #[inline]
+    pub fn complete(
+        &mut self,
+        tag: DriverTag,
+        result: Result<(), Status>,
+        mut finish: impl FnMut(HctxId, P, Status, u64),
+    ) {
+        let Some(owner) = self.tags.put(tag) else {
+            self.stale_completions += 1;
+            return;
+        };
+        self.completed_since_run = true;
+        let reserved = self.tags.is_reserved(tag);
+        let hctx = &mut self.member(owner.hctx).hctx;
+        if !reserved {
+            hctx.held -= 1;
+        }
+        let want = hctx.complete(owner.tag, result, |payload, status, read| {
+            finish(owner.hctx, payload, status, read);
+        });
+        self.place(owner.hctx, want);
+    }
+
+    /// Stops dispatching (blk_mq_quiesce_queue). Completions and insertions go on.
+    pub fn quiesce(&mut self, id: HctxId) {
+        self.member(id).hctx.quiesced = true;
+    }
+
+    /// Dispatches again, and at once if something was staged meanwhile.
+    pub fn unquiesce(&mut self, id: HctxId) {
+        let hctx = &mut self.member(id).hctx;
+        hctx.quiesced = false;
+        if hctx.has_work() {
+            self.place(id, Want::Run);
+        }
+    }
+
+    /// Changes how many vCPUs are mapped to an hctx, and with it its number of ctxs.
+    pub fn set_ctxs(&mut self, id: HctxId, count: u16) {
+        let hctx = &mut self.member(id).hctx;
+        hctx.set_ctxs(count);
+        if hctx.has_work() {
+            self.place(id, Want::Run);
+        }
+    }
+
+    /// Requests of an hctx that are not completed: staged, or with the engine.
+    #[inline]
+    pub fn in_flight(&self, id: HctxId) -> u16 {
+        self.hctx(id).table.live()
+    }
+
+    /// Requests of an hctx that wait to be dispatched.
+    pub fn staged(&self, id: HctxId) -> usize {
+        self.hctx(id).waiting()
+    }
+
+    /// How many ctxs an hctx has.
+    pub fn ctx_count(&self, id: HctxId) -> usize {
+        self.hctx(id).ctx_count()
+    }
+
+    /// The busy average of an hctx, 0 to 16: above 0, requests are dispatched one by one.
+    pub fn dispatch_busy(&self, id: HctxId) -> u32 {
+        self.hctx(id).dispatch_busy()
+    }
+
+    /// What an hctx counted so far.
+    pub fn stats(&self, id: HctxId) -> &HctxStats {
+        &self.hctx(id).stats
+    }
+
+    /// Completions that came for a driver tag nobody held.
+    pub fn stale_completions(&self) -> u64 {
+        self.stale_completions
+    }
+
+    /// The driver tags.
+    pub fn tags(&self) -> &TagSet {
+        &self.tags
+    }
+}
+
+#[cfg(test)]
+mod tests;

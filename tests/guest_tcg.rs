@@ -1,0 +1,288 @@
+//! Real Linux guests under QEMU's emulated processor, on disks that the daemon serves.
+
+mod guest_support;
+
+use std::time::Duration;
+
+use guest_support::{Daemon, Disk, Guest, MIB};
+
+/// Every kind of request on one queue, with the data compared after each, and both cache modes.
+#[test]
+fn one_queue_serves_every_kind_of_request() {
+    let disk = Disk::new(512 * MIB);
+    let daemon = Daemon::start(&disk, &[]);
+    let out = Guest::qemu(1, 1).disk(&disk).run(
+        r#"
+        same serial "$(cat /sys/block/vda/serial)" guest-test
+        same queues "$(ls /sys/block/vda/mq | wc -l)" 1
+
+        same 'cache at the start' "$(cat /sys/block/vda/cache_type)" 'write back'
+        verify random 32768 --ioengine=libaio --rw=randwrite --bsrange=512-1m --size=32m --fsync=16
+        verify sequential 32768 --ioengine=io_uring --rw=write --bsrange=512-1m --size=32m --fsync=16
+        verify small 4096 --ioengine=io_uring --rw=randwrite --bssplit=512/60:4k/30:64k/10 --size=4m
+
+        echo 'write through' >/sys/block/vda/cache_type
+        same 'cache_type' "$(cat /sys/block/vda/cache_type)" 'write through'
+        same 'the kernel agrees' "$(cat /sys/block/vda/queue/write_cache)" 'write through'
+        verify through 4096 --ioengine=libaio --rw=randwrite --bsrange=512-256k --size=4m --fsync=8
+        echo 'write back' >/sys/block/vda/cache_type
+        same 'cache_type again' "$(cat /sys/block/vda/cache_type)" 'write back'
+        verify back 4096 --ioengine=libaio --rw=randwrite --bsrange=512-256k --size=4m --fsync=8
+
+        # A pattern with two holes: one discarded, one zeroed by the device.
+        [ "$(cat /sys/block/vda/queue/discard_max_bytes)" -gt 0 ]
+        [ "$(cat /sys/block/vda/queue/write_zeroes_max_bytes)" -gt 0 ]
+        tr '\0' '\377' </dev/zero | dd of=/dev/vda bs=1M seek=64 count=64 iflag=fullblock oflag=direct 2>/dev/null
+        echo @@filled
+        blkdiscard -o $((72 << 20)) -l $((16 << 20)) /dev/vda
+        blkdiscard -z -o $((100 << 20)) -l $((8 << 20)) /dev/vda
+        {
+            tr '\0' '\377' </dev/zero | head -c $((8 << 20))
+            head -c $((16 << 20)) /dev/zero
+            tr '\0' '\377' </dev/zero | head -c $((12 << 20))
+            head -c $((8 << 20)) /dev/zero
+            tr '\0' '\377' </dev/zero | head -c $((20 << 20))
+        } | sha256sum | cut -d' ' -f1 >/tmp/expected
+        same 'holes' "$(dd if=/dev/vda bs=1M skip=64 count=64 iflag=direct 2>/dev/null | sha256sum | cut -d' ' -f1)" "$(cat /tmp/expected)"
+
+        # What the disk cannot do fails cleanly, and it goes on.
+        if dd if=/dev/zero of=/dev/vda bs=512 seek=$((512 * 2048)) count=1 oflag=direct 2>/dev/null; then exit 1; fi
+        echo "@@sha256 $(sha256 /dev/vda)"
+        "#,
+    );
+    assert_eq!(out.value("@@sha256"), disk.sha256());
+    let summary = daemon.stop();
+    summary.assert_no_errors();
+    for kind in ["read", "write", "flush", "discard", "write_zeroes"] {
+        assert!(summary.of(0, kind) > 0, "no {kind} request was counted");
+    }
+}
+
+/// A file system made, filled, trimmed and checked on two queues; guest and host agree on every byte.
+#[test]
+fn two_queues_carry_a_file_system() {
+    let disk = Disk::new(512 * MIB);
+    let daemon = Daemon::start(&disk, &[]);
+    let out = Guest::qemu(2, 2).disk(&disk).run(
+        r#"
+        same queues "$(ls /sys/block/vda/mq | wc -l)" 2
+        verify random 49152 --ioengine=libaio --rw=randwrite --bsrange=512-1m --size=24m --offset_increment=32m --numjobs=2 --fsync=16
+        verify sequential 49152 --ioengine=io_uring --rw=write --bsrange=512-1m --size=24m --offset_increment=32m --numjobs=2 --fsync=16
+        mkfs.ext4 -q /dev/vda
+        mkdir -p /mnt/disk
+        mount -t ext4 -o discard /dev/vda /mnt/disk
+        cp -r /tools/bin /mnt/disk/one
+        cp -r /tools/bin /mnt/disk/two &
+        mkdir /mnt/disk/many
+        for i in $(seq 500); do echo $i >/mnt/disk/many/$i; done
+        wait
+        sync
+        echo 3 >/proc/sys/vm/drop_caches
+        for file in /tools/bin/*; do
+            cmp "$file" "/mnt/disk/one/${file##*/}"
+            cmp "$file" "/mnt/disk/two/${file##*/}"
+        done
+        rm -r /mnt/disk/one
+        fstrim /mnt/disk
+        umount /mnt/disk
+        e2fsck -fn /dev/vda
+        echo "@@sha256 $(sha256 /dev/vda)"
+        "#,
+    );
+    assert_eq!(out.value("@@sha256"), disk.sha256());
+    let summary = daemon.stop();
+    summary.assert_no_errors();
+    assert!(
+        summary.sum("discard") > 0,
+        "fstrim reached the daemon as discards"
+    );
+    assert!(
+        (0..2).all(|queue| summary.of(queue, "write") > 0),
+        "both queues carried writes"
+    );
+}
+
+/// With as many queues as vCPUs, queue i is vCPU i's own: the daemon's count of each queue's bytes is
+/// exactly what the fio job that ran on that vCPU wrote.
+#[test]
+fn four_queues_each_serve_their_own_vcpu() {
+    let disk = Disk::new(512 * MIB);
+    let daemon = Daemon::start(&disk, &["--vcpus", "4"]);
+    Guest::qemu(4, 4).disk(&disk).run(
+        r#"
+        for queue in 0 1 2 3; do
+            same "mq/$queue" "$(cat /sys/block/vda/mq/$queue/cpu_list)" $queue
+        done
+        same scheduler "$(sed 's/.*\[\(.*\)\].*/\1/' /sys/block/vda/queue/scheduler)" none
+        for rw in randwrite write; do
+            for cpu in 0 1 2 3; do
+                mib=$((8 * (cpu + 1)))
+                verify $rw-$cpu $((mib * 1024)) --ioengine=libaio --rw=$rw --bsrange=512-1m --offset=$((cpu * 64))m --size=${mib}m \
+                    --cpus_allowed=$cpu --fsync=32 &
+                pids="${pids-} $!"
+            done
+            for pid in $pids; do wait $pid; done
+            pids=
+        done
+        "#,
+    );
+    let summary = daemon.stop();
+    summary.assert_no_errors();
+    for queue in 0..4 {
+        let written = 2 * 8 * (queue as u64 + 1) * MIB;
+        assert_eq!(
+            summary.of(queue, "bytes_written"),
+            written,
+            "bytes written through queue {queue}"
+        );
+        assert!(
+            summary.of(queue, "bytes_read") >= written,
+            "all of it was read back through queue {queue}"
+        );
+        assert!(
+            summary.of(queue, "flush") > 0,
+            "queue {queue} carried its job's flushes"
+        );
+        assert_eq!(summary.cpus(queue), [queue as u64]);
+        assert_eq!(summary.of(queue, "ctxs"), 1);
+    }
+}
+
+/// Four vCPUs on two queues: each queue has two ctxs and serves the two vCPUs the guest gave it.
+#[test]
+fn four_vcpus_share_two_queues() {
+    let disk = Disk::new(512 * MIB);
+    let daemon = Daemon::start(&disk, &["--vcpus", "4"]);
+    Guest::qemu(4, 2).disk(&disk).run(
+        r#"
+        same mq/0 "$(cat /sys/block/vda/mq/0/cpu_list)" '0, 1'
+        same mq/1 "$(cat /sys/block/vda/mq/1/cpu_list)" '2, 3'
+        for cpu in 0 1 2 3; do
+            mib=$((4 * (cpu + 1)))
+            verify randwrite-$cpu $((mib * 1024)) --ioengine=io_uring --rw=randwrite --bsrange=512-1m --offset=$((cpu * 64))m --size=${mib}m \
+                --cpus_allowed=$cpu --fsync=32 &
+            pids="${pids-} $!"
+        done
+        for pid in $pids; do wait $pid; done
+        "#,
+    );
+    let summary = daemon.stop();
+    summary.assert_no_errors();
+    assert_eq!(summary.cpus(0), [0, 1]);
+    assert_eq!(summary.cpus(1), [2, 3]);
+    assert_eq!((summary.of(0, "ctxs"), summary.of(1, "ctxs")), (2, 2));
+    assert_eq!(summary.of(0, "bytes_written"), (4 + 8) * MIB);
+    assert_eq!(summary.of(1, "bytes_written"), (12 + 16) * MIB);
+}
+
+/// A read-only disk says so, gives its bytes, and refuses to be written, beside one that can be.
+#[test]
+fn a_read_only_disk_stays_as_it_is() {
+    let (fixed, other) = (Disk::new(64 * MIB), Disk::new(64 * MIB));
+    fixed.fill();
+    let before = fixed.sha256();
+    let daemons = [
+        Daemon::start(&fixed, &["--read-only"]),
+        Daemon::start(&other, &[]),
+    ];
+    let out = Guest::qemu(1, 1).disk(&fixed).disk(&other).run(
+        r#"
+        same ro "$(cat /sys/block/vda/ro)" 1
+        same 'ro of the other' "$(cat /sys/block/vdb/ro)" 0
+        if dd if=/dev/zero of=/dev/vda bs=4k count=1 oflag=direct 2>/dev/null; then echo written; exit 1; fi
+        if blkdiscard /dev/vda 2>/dev/null; then echo discarded; exit 1; fi
+        if blkdiscard -z /dev/vda 2>/dev/null; then echo zeroed; exit 1; fi
+        dd if=/dev/vda of=/dev/vdb bs=1M iflag=direct oflag=direct 2>/dev/null
+        sync
+        echo "@@sha256 $(sha256 /dev/vda)"
+        "#,
+    );
+    assert_eq!(out.value("@@sha256"), before);
+    assert_eq!(fixed.sha256(), before, "the image is untouched");
+    assert_eq!(
+        other.sha256(),
+        before,
+        "the copy through two disks is the same"
+    );
+    let [fixed, other] = daemons.map(Daemon::stop);
+    fixed.assert_no_errors();
+    other.assert_no_errors();
+    assert_eq!(fixed.sum("write"), 0);
+}
+
+/// Two of four queues polled: they have no call fd, and all that is asked of them is served nevertheless.
+#[test]
+fn poll_queues_are_served_without_an_interrupt() {
+    let disk = Disk::new(512 * MIB);
+    let daemon = Daemon::start(&disk, &[]);
+    Guest::qemu(4, 4).disk(&disk).option("--module-args", "poll_queues=2").run(
+        r#"
+        same io_poll "$(cat /sys/block/vda/queue/io_poll)" 1
+        same queues "$(ls /sys/block/vda/mq | wc -l)" 4
+        verify polled 49152 --ioengine=io_uring --hipri --rw=randwrite --bsrange=512-256k --size=24m --offset_increment=64m --numjobs=2
+        verify pvsync2 2048 --ioengine=pvsync2 --hipri --rw=randwrite --bs=4k --size=2m
+        verify interrupts 16384 --ioengine=libaio --rw=randwrite --bsrange=512-1m --size=16m --fsync=16
+        "#,
+    );
+    let summary = daemon.stop();
+    summary.assert_no_errors();
+    let polled = summary.of(2, "bytes_written") + summary.of(3, "bytes_written");
+    assert!(
+        polled >= 48 * MIB,
+        "the polled writes went through the poll queues: {polled} bytes"
+    );
+    assert_eq!(
+        (summary.of(2, "calls"), summary.of(3, "calls")),
+        (0, 0),
+        "and nobody was called for them"
+    );
+}
+
+/// A daemon stopped in the midst of writing, and again of reading back, and started again: the guest waits,
+/// goes on and loses nothing.
+#[test]
+fn a_restarted_daemon_finds_its_guest_again() {
+    let disk = Disk::new(256 * MIB);
+    let mut first = Daemon::start(&disk, &[]);
+    let mut guest = Guest::qemu(2, 2).disk(&disk).start(
+        r#"
+        job='--ioengine=libaio --rw=randwrite --bsrange=512-256k --size=24m --offset_increment=64m --numjobs=2 --fsync=32'
+        echo @@writing
+        fio --name=restart --filename=/dev/vda --direct=1 --iodepth=32 --verify=crc32c --do_verify=0 --rate=4m --minimal $job >/tmp/out 2>&1 ||
+            { cat /tmp/out; exit 1; }
+        echo @@reading
+        fio --name=restart --filename=/dev/vda --direct=1 --iodepth=32 --verify=crc32c --verify_only --verify_fatal=1 --rate=4m --minimal $job >/tmp/out 2>&1 ||
+            { cat /tmp/out; exit 1; }
+        echo @@verified
+        "#,
+    );
+    guest.await_line("@@writing");
+    first.await_that("4 MiB of 48 are written", Duration::from_secs(120), |_| {
+        disk.allocated() >= 4 * MIB
+    });
+    let summary = first.stop();
+    summary.assert_no_errors();
+    assert!(
+        summary.sum("bytes_written") < 48 * MIB,
+        "it was stopped before all was written"
+    );
+
+    let second = Daemon::start(&disk, &[]);
+    guest.await_line("@@reading");
+    let summary = second.stop();
+    summary.assert_no_errors();
+    assert!(
+        summary.sum("bytes_written") > 0,
+        "the guest's writes went on"
+    );
+
+    let third = Daemon::start(&disk, &[]);
+    guest.await_line("@@verified");
+    guest.finish();
+    let summary = third.stop();
+    summary.assert_no_errors();
+    assert!(
+        summary.sum("bytes_read") > 24 * MIB,
+        "most was read back through the third daemon"
+    );
+}

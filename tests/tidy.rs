@@ -1,0 +1,841 @@
+//! The rules of the house, held by a test: who may know what, where `unsafe` may stand, how long a file
+//! may be, and that the documents point at things that exist.
+//!
+//! Each rule is a function from a file's path (relative to the repository) and its text to complaints.
+//! Beside each rule stands a test that shows it can fail.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Component, Path, PathBuf};
+
+use clap::CommandFactory;
+
+/// Files outside src/virtio and src/engine that may hold `unsafe`: those that make an owned descriptor
+/// from a number received from elsewhere.
+const FD_GLUE: &[&str] = &[
+    "src/daemon/server.rs",
+    "src/daemon/session.rs",
+    "src/daemon/session/",
+];
+
+/// Most lines of a file before its tests. The aim is 400; a little more is not worth a bad cut.
+const MOST_LINES: usize = 420;
+
+/// What `mq` does not touch: anything that makes it depend on the machine it runs on.
+const NOT_IN_MQ: &[&str] = &[
+    "std::fs",
+    "std::os",
+    "std::net",
+    "std::thread",
+    "std::io",
+    "std::env",
+    "std::process",
+    "std::sync",
+    "Instant::now",
+    "SystemTime",
+    "log",
+    "libc",
+    "rustix",
+    "io_uring",
+    "vm_memory",
+    "vhost",
+    "vhost_user_backend",
+    "virtio_queue",
+    "vmm_sys_util",
+];
+
+type Rule = fn(&str, &str) -> Vec<String>;
+
+// ---- reading source -----------------------------------------------------------------------------
+
+/// The text with comments and the insides of strings and characters replaced by blanks, so that what is
+/// left is code. Lines stay where they are.
+fn code_of(text: &str) -> String {
+    let chars: Vec<char> = text.chars().collect();
+    let mut code = String::with_capacity(text.len());
+    let mut i = 0;
+    // Copies up to `end` as blanks, keeping line ends.
+    let blank = |code: &mut String, from: usize, end: usize| {
+        code.extend(
+            chars[from..end]
+                .iter()
+                .map(|&c| if c == '\n' { '\n' } else { ' ' }),
+        );
+    };
+    while i < chars.len() {
+        let next = chars.get(i + 1).copied();
+        let before = i.checked_sub(1).map(|at| chars[at]);
+        let end = match chars[i] {
+            '/' if next == Some('/') => find(&chars, i, |rest| rest[0] == '\n'),
+            '/' if next == Some('*') => end_of_block_comment(&chars, i),
+            '"' => end_of_string(&chars, i + 1),
+            'r' if !before.is_some_and(is_word) || before == Some('b') => {
+                match end_of_raw_string(&chars, i) {
+                    Some(end) => end,
+                    None => i,
+                }
+            }
+            '\'' if next == Some('\\') => find(&chars, i + 3, |rest| rest[0] == '\'') + 1,
+            '\'' if chars.get(i + 2) == Some(&'\'') => i + 3,
+            _ => i,
+        };
+        let end = end.min(chars.len());
+        if end > i {
+            blank(&mut code, i, end);
+            i = end;
+        } else {
+            code.push(chars[i]);
+            i += 1;
+        }
+    }
+    code
+}
+
+/// The first place from `from` on where `found` says so, or the end.
+fn find(chars: &[char], from: usize, found: impl Fn(&[char]) -> bool) -> usize {
+    (from..chars.len())
+        .find(|&at| found(&chars[at..]))
+        .unwrap_or(chars.len())
+}
+
+fn end_of_block_comment(chars: &[char], start: usize) -> usize {
+    let mut depth = 0;
+    let mut at = start;
+    while at < chars.len() {
+        match (chars[at], chars.get(at + 1)) {
+            ('/', Some('*')) => (depth, at) = (depth + 1, at + 2),
+            ('*', Some('/')) => (depth, at) = (depth - 1, at + 2),
+            _ => at += 1,
+        }
+        if depth == 0 {
+            break;
+        }
+    }
+    at
+}
+
+fn end_of_string(chars: &[char], mut at: usize) -> usize {
+    while at < chars.len() && chars[at] != '"' {
+        at += if chars[at] == '\\' { 2 } else { 1 };
+    }
+    at + 1
+}
+
+fn end_of_raw_string(chars: &[char], start: usize) -> Option<usize> {
+    let hashes = chars[start + 1..].iter().take_while(|&&c| c == '#').count();
+    if chars.get(start + 1 + hashes) != Some(&'"') {
+        return None;
+    }
+    let close: Vec<char> = std::iter::once('"')
+        .chain(std::iter::repeat_n('#', hashes))
+        .collect();
+    Some(find(chars, start + 2 + hashes, |rest| rest.starts_with(&close)) + close.len())
+}
+
+fn is_word(c: char) -> bool {
+    c.is_alphanumeric() || c == '_'
+}
+
+/// Where `path` (one or more words joined by `::`) stands in `code` as words of its own.
+fn mentions(code: &str, path: &str) -> Vec<usize> {
+    code.match_indices(path)
+        .map(|(at, _)| at)
+        .filter(|&at| {
+            let before = code[..at].chars().next_back();
+            let after = code[at + path.len()..].chars().next();
+            !before.is_some_and(is_word) && !after.is_some_and(is_word)
+        })
+        .collect()
+}
+
+/// What follows `root::` anywhere in `code`, within groups too: `root::{a::b, c}` gives a and c.
+fn members(code: &str, root: &str) -> BTreeSet<String> {
+    let mut members = BTreeSet::new();
+    for at in mentions(code, root) {
+        let Some(rest) = code[at + root.len()..].trim_start().strip_prefix("::") else {
+            continue;
+        };
+        let rest = rest.trim_start();
+        let Some(group) = rest.strip_prefix('{') else {
+            members.insert(first_word(rest));
+            continue;
+        };
+        let mut depth = 0;
+        let mut item_begins = true;
+        for (at, c) in group.char_indices() {
+            match c {
+                '{' => depth += 1,
+                '}' if depth == 0 => break,
+                '}' => depth -= 1,
+                ',' if depth == 0 => item_begins = true,
+                c if is_word(c) && item_begins => {
+                    members.insert(first_word(&group[at..]));
+                    item_begins = false;
+                }
+                _ => {}
+            }
+        }
+    }
+    members
+}
+
+fn first_word(text: &str) -> String {
+    text.chars().take_while(|&c| is_word(c)).collect()
+}
+
+fn line_of(text: &str, at: usize) -> usize {
+    text[..at].matches('\n').count() + 1
+}
+
+// ---- the rules ----------------------------------------------------------------------------------
+
+/// `mq` is pure, and forbids `unsafe` itself.
+fn mq_is_pure(path: &str, text: &str) -> Vec<String> {
+    if !path.starts_with("src/mq/") {
+        return Vec::new();
+    }
+    let code = code_of(text);
+    let std_members = members(&code, "std");
+    let mut complaints: Vec<String> = NOT_IN_MQ
+        .iter()
+        .filter(|&&name| match name.strip_prefix("std::") {
+            Some(member) => std_members.contains(member),
+            // A crate's name is harmless as the name of something else (`stats.log`, `fn log`).
+            None if name.contains("::") || name == "SystemTime" => {
+                !mentions(&code, name).is_empty()
+            }
+            None => {
+                !members(&code, name).is_empty()
+                    || !mentions(&code, &format!("use {name}")).is_empty()
+            }
+        })
+        .map(|name| format!("{path}: mq is pure and does not use {name}"))
+        .collect();
+    if path == "src/mq/mod.rs" && !code.contains("#![forbid(unsafe_code)]") {
+        complaints.push(format!("{path}: #![forbid(unsafe_code)] is missing"));
+    }
+    complaints
+}
+
+/// The arrows point one way: daemon, control → virtio, engine → mq.
+fn arrows_point_one_way(path: &str, text: &str) -> Vec<String> {
+    let forbidden: &[&str] = if path.starts_with("src/mq/") {
+        &[
+            "virtio", "engine", "daemon", "control", "cli", "config", "error",
+        ]
+    } else if path.starts_with("src/virtio/") {
+        &["engine", "daemon", "control"]
+    } else if path.starts_with("src/engine/") {
+        &["virtio", "daemon", "control"]
+    } else {
+        return Vec::new();
+    };
+    let code = code_of(text);
+    let used: BTreeSet<String> = ["crate", "super", "vhost_user_blkmq"]
+        .iter()
+        .flat_map(|root| members(&code, root))
+        .collect();
+    forbidden
+        .iter()
+        .filter(|&&module| used.contains(module))
+        .map(|module| format!("{path}: must not know {module}"))
+        .collect()
+}
+
+/// `unsafe` stands where guest memory, the disk and descriptors are handled, and nowhere else.
+fn unsafe_is_confined(path: &str, text: &str) -> Vec<String> {
+    let may = ["src/virtio/", "src/engine/"]
+        .iter()
+        .any(|dir| path.starts_with(dir))
+        || FD_GLUE
+            .iter()
+            .any(|glue| path == *glue || glue.ends_with('/') && path.starts_with(glue));
+    if may || !path.starts_with("src/") {
+        return Vec::new();
+    }
+    let code = code_of(text);
+    mentions(&code, "unsafe")
+        .into_iter()
+        .map(|at| {
+            format!(
+                "{path}:{}: unsafe has no place in this file",
+                line_of(&code, at)
+            )
+        })
+        .collect()
+}
+
+/// Each unsafe block and impl has its argument above it, each unsafe function its contract.
+fn unsafe_is_argued(path: &str, text: &str) -> Vec<String> {
+    if !path.ends_with(".rs") {
+        return Vec::new();
+    }
+    let code = code_of(text);
+    let (lines, code_lines): (Vec<&str>, Vec<&str>) =
+        (text.lines().collect(), code.lines().collect());
+    let mut complaints = Vec::new();
+    for at in mentions(&code, "unsafe") {
+        let what = code[at + "unsafe".len()..].trim_start();
+        let (wanted, comment) = if what.starts_with('{') || what.starts_with("impl") {
+            (
+                "SAFETY:",
+                comment_above(&lines, &code_lines, line_of(&code, at) - 1),
+            )
+        } else if what.starts_with("fn") && !first_word(what[2..].trim_start()).is_empty() {
+            (
+                "# Safety",
+                comment_above(&lines, &code_lines, line_of(&code, at) - 1),
+            )
+        } else {
+            continue;
+        };
+        if !comment.contains(wanted) {
+            complaints.push(format!(
+                "{path}:{}: no {wanted:?} above this unsafe",
+                line_of(&code, at)
+            ));
+        }
+    }
+    complaints
+}
+
+/// The comment right above the statement or item that begins on or before line `line` (from 0).
+fn comment_above(lines: &[&str], code_lines: &[&str], mut line: usize) -> String {
+    // Up to the line where the statement begins: the one after a line that ends another.
+    while line > 0 {
+        let above = code_lines[line - 1].trim();
+        let is_comment = above.is_empty() && !lines[line - 1].trim().is_empty();
+        if is_comment || above.is_empty() || above.ends_with([';', '{', '}']) {
+            break;
+        }
+        line -= 1;
+    }
+    let is_comment = |line: &usize| lines[*line].trim_start().starts_with("//");
+    let first = (0..line)
+        .rev()
+        .take_while(is_comment)
+        .last()
+        .unwrap_or(line);
+    lines[first..line].join("\n")
+}
+
+/// A file can be read in one go.
+fn files_are_short(path: &str, text: &str) -> Vec<String> {
+    let tests = path.ends_with("/tests.rs") || path.contains("/tests/");
+    if !path.starts_with("src/") || tests {
+        return Vec::new();
+    }
+    let lines = match text.find("\n#[cfg(test)]\nmod ") {
+        Some(end) => text[..end].lines().count(),
+        None => text.lines().count(),
+    };
+    let complaint = format!("{path}: {lines} lines of production code; {MOST_LINES} are the most");
+    if lines > MOST_LINES {
+        vec![complaint]
+    } else {
+        Vec::new()
+    }
+}
+
+/// What is there is finished.
+fn nothing_is_left_to_do(path: &str, text: &str) -> Vec<String> {
+    if !path.starts_with("src/") {
+        return Vec::new();
+    }
+    let marks = ["TODO", "FIXME", "XXX", "todo!", "unimplemented!"];
+    marks
+        .iter()
+        .flat_map(|mark| text.match_indices(mark).map(move |(at, _)| (mark, at)))
+        .map(|(mark, at)| format!("{path}:{}: {mark}", line_of(text, at)))
+        .collect()
+}
+
+/// No file knows the machine it was written on.
+fn no_machine_is_named(path: &str, text: &str) -> Vec<String> {
+    // In parts, so that this file does not name what it looks for.
+    let homes = [
+        concat!("/ro", "ot/"),
+        concat!("/ho", "me/"),
+        concat!("/wo", "rk/"),
+        concat!("/Us", "ers/"),
+    ];
+    homes
+        .iter()
+        .flat_map(|home| text.match_indices(home))
+        .filter(|&(at, _)| {
+            // An absolute path, not the middle of a longer one or of a web address.
+            let before = text[..at].chars().next_back();
+            !before.is_some_and(|c| is_word(c) || ['.', '/', '-', '}', ')'].contains(&c))
+        })
+        .map(|(at, home)| {
+            format!(
+                "{path}:{}: a path of some machine: {home}",
+                line_of(text, at)
+            )
+        })
+        .collect()
+}
+
+/// The targets of the links in a Markdown text that name files, relative to the text's own file.
+fn linked_files(text: &str) -> Vec<&str> {
+    text.match_indices("](")
+        .filter_map(|(at, _)| text[at + 2..].split([')', ' ', '\n']).next())
+        .filter(|target| !target.contains("://") && !target.starts_with("mailto:"))
+        .filter_map(|target| target.split('#').next())
+        .filter(|target| !target.is_empty())
+        .collect()
+}
+
+/// `target` as seen from the file `from`, without `..` in it; `None` if it leaves the repository.
+fn resolved(from: &str, target: &str) -> Option<PathBuf> {
+    let mut path = PathBuf::new();
+    for part in Path::new(from).parent()?.join(target).components() {
+        match part {
+            Component::Normal(name) => path.push(name),
+            Component::CurDir => {}
+            Component::ParentDir => {
+                if !path.pop() {
+                    return None;
+                }
+            }
+            Component::RootDir | Component::Prefix(_) => return None,
+        }
+    }
+    Some(path)
+}
+
+/// Links between documents lead somewhere.
+fn links_lead_somewhere(path: &str, text: &str) -> Vec<String> {
+    if !path.ends_with(".md") {
+        return Vec::new();
+    }
+    linked_files(text)
+        .into_iter()
+        .filter(|target| !resolved(path, target).is_some_and(|file| root().join(file).exists()))
+        .map(|target| format!("{path}: the link to {target} leads nowhere"))
+        .collect()
+}
+
+/// Options of the program that `text` has no section for, and sections for options it does not have.
+fn options_and_text_agree(options: &BTreeSet<String>, text: &str) -> Vec<String> {
+    let sections: BTreeSet<String> = text
+        .lines()
+        .filter(|line| line.starts_with('#'))
+        .flat_map(|line| line.split('`').skip(1).step_by(2))
+        .filter_map(|heading| heading.strip_prefix("--"))
+        .map(|option| {
+            option
+                .split([' ', '[', '='])
+                .next()
+                .unwrap_or_default()
+                .to_owned()
+        })
+        .collect();
+    let missing = options
+        .difference(&sections)
+        .map(|option| format!("--{option} is not described"));
+    let unknown = sections
+        .difference(options)
+        .map(|option| format!("--{option} is no option"));
+    missing.chain(unknown).collect()
+}
+
+// ---- holding them -------------------------------------------------------------------------------
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// All text files of the repository that people write, by their path in it.
+fn files() -> Vec<(String, String)> {
+    let mut files = Vec::new();
+    for name in [
+        "src", "tests", "docs", "qemu", "benches", "fuzz", "examples", ".ci",
+    ] {
+        collect(&root().join(name), &mut files);
+    }
+    for name in ["Cargo.toml", "README.md", "CHANGELOG.md"] {
+        add(&root().join(name), &mut files);
+    }
+    assert!(
+        files.iter().any(|(path, _)| path == "src/lib.rs"),
+        "the sources were not found"
+    );
+    files
+}
+
+fn collect(dir: &Path, files: &mut Vec<(String, String)>) {
+    let Ok(entries) = fs::read_dir(dir) else {
+        return;
+    };
+    for entry in entries {
+        let path = entry.expect("an entry").path();
+        if path.is_dir() {
+            collect(&path, files);
+        } else {
+            add(&path, files);
+        }
+    }
+}
+
+fn add(path: &Path, files: &mut Vec<(String, String)>) {
+    // A missing file has nothing to say, and neither has one that is no text.
+    if let Ok(text) = fs::read_to_string(path) {
+        let relative = path.strip_prefix(root()).expect("it is in the repository");
+        files.push((
+            relative
+                .to_str()
+                .expect("a name of this repository")
+                .to_owned(),
+            text,
+        ));
+    }
+}
+
+fn hold(rule: Rule) {
+    let complaints: Vec<String> = files()
+        .iter()
+        .flat_map(|(path, text)| rule(path, text))
+        .collect();
+    assert!(complaints.is_empty(), "\n{}", complaints.join("\n"));
+}
+
+#[test]
+fn held_mq_is_pure() {
+    hold(mq_is_pure);
+}
+
+#[test]
+fn held_arrows_point_one_way() {
+    hold(arrows_point_one_way);
+}
+
+#[test]
+fn held_unsafe_is_confined() {
+    hold(unsafe_is_confined);
+}
+
+#[test]
+fn held_unsafe_is_argued() {
+    hold(unsafe_is_argued);
+}
+
+#[test]
+fn held_files_are_short() {
+    hold(files_are_short);
+}
+
+#[test]
+fn held_nothing_is_left_to_do() {
+    hold(nothing_is_left_to_do);
+}
+
+#[test]
+fn held_no_machine_is_named() {
+    hold(no_machine_is_named);
+}
+
+#[test]
+fn held_links_lead_somewhere() {
+    hold(links_lead_somewhere);
+}
+
+#[test]
+fn held_options_are_described() {
+    let mut command = vhost_user_blkmq::cli::Arguments::command();
+    // Adds --help and --version.
+    command.build();
+    let options: BTreeSet<String> = command
+        .get_arguments()
+        .filter_map(|arg| arg.get_long())
+        .map(str::to_owned)
+        .collect();
+    assert!(
+        options.len() > 15,
+        "the options were not found: {options:?}"
+    );
+    let text = fs::read_to_string(root().join("docs/OPTIONS.md")).expect("docs/OPTIONS.md");
+    let complaints = options_and_text_agree(&options, &text);
+    assert!(
+        complaints.is_empty(),
+        "docs/OPTIONS.md: {}",
+        complaints.join(", ")
+    );
+}
+
+// ---- showing that they can fail -----------------------------------------------------------------
+
+/// Whether the rule complains about this text in this file.
+#[track_caller]
+fn fails(rule: Rule, path: &str, text: &str) {
+    assert_ne!(
+        rule(path, text),
+        Vec::<String>::new(),
+        "{path} passes with:\n{text}"
+    );
+}
+
+#[track_caller]
+fn passes(rule: Rule, path: &str, text: &str) {
+    assert_eq!(
+        rule(path, text),
+        Vec::<String>::new(),
+        "{path} fails with:\n{text}"
+    );
+}
+
+#[test]
+fn code_is_told_from_comments_and_strings() {
+    let code = code_of(concat!(
+        "a /* x /* y */ z */ b // unsafe\n",
+        "\"un\\\"safe\" c r#\"unsafe \" \"# d '\\'' e '\"' f<'g>(br\"unsafe\") number\n",
+    ));
+    assert!(!code.contains("safe"), "{code:?}");
+    let words: Vec<&str> = code.split_whitespace().collect();
+    assert_eq!(words, ["a", "b", "c", "d", "e", "f<'g>(b", ")", "number"]);
+    assert_eq!(code.lines().count(), 2);
+}
+
+#[test]
+fn members_are_found_in_groups() {
+    let code = "use std::{fmt, collections::{BTreeMap, fs}, io::{self}}; std :: net::x(); mystd::os; std::mem";
+    let found: Vec<String> = members(code, "std").into_iter().collect();
+    assert_eq!(found, ["collections", "fmt", "io", "mem", "net"]);
+}
+
+#[test]
+fn mq_is_pure_can_fail() {
+    for line in [
+        "use std::fs;",
+        "use std::{fmt, thread};",
+        "use std::os::fd::RawFd;",
+        "let now = Instant::now();",
+        "log::warn!(\"no\");",
+        "use log::warn;",
+        "use libc::c_int;",
+        "fn f(e: rustix::io::Errno) {}",
+        "use io_uring::{opcode, types};",
+        "use vm_memory::GuestAddress;",
+    ] {
+        fails(mq_is_pure, "src/mq/ctx.rs", line);
+        passes(mq_is_pure, "src/engine/uring.rs", line);
+        passes(mq_is_pure, "src/mq/ctx.rs", &format!("// {line}"));
+    }
+    passes(
+        mq_is_pure,
+        "src/mq/trace.rs",
+        "use std::collections::VecDeque; self.log.push(catalog::item());",
+    );
+    fails(mq_is_pure, "src/mq/mod.rs", "pub mod map;");
+    passes(
+        mq_is_pure,
+        "src/mq/mod.rs",
+        "#![forbid(unsafe_code)]\npub mod map;",
+    );
+}
+
+#[test]
+fn arrows_point_one_way_can_fail() {
+    fails(
+        arrows_point_one_way,
+        "src/mq/hctx.rs",
+        "use crate::engine::Engine;",
+    );
+    fails(
+        arrows_point_one_way,
+        "src/mq/hctx.rs",
+        "use crate::{mq::ids, virtio::ring::Ring};",
+    );
+    fails(
+        arrows_point_one_way,
+        "src/mq/hctx.rs",
+        "use vhost_user_blkmq::config::Config;",
+    );
+    fails(
+        arrows_point_one_way,
+        "src/virtio/parse.rs",
+        "fn f(image: &crate::engine::disk::Image) {}",
+    );
+    fails(
+        arrows_point_one_way,
+        "src/virtio/parse.rs",
+        "use super::super::daemon::worker;",
+    );
+    fails(
+        arrows_point_one_way,
+        "src/engine/uring.rs",
+        "use crate::virtio::memory;",
+    );
+    passes(
+        arrows_point_one_way,
+        "src/engine/uring.rs",
+        "use crate::{config::CacheMode, mq::ids::DriverTag};",
+    );
+    passes(
+        arrows_point_one_way,
+        "src/virtio/ring.rs",
+        "// like crate::engine\nuse crate::mq::request;",
+    );
+    passes(
+        arrows_point_one_way,
+        "src/daemon/worker.rs",
+        "use crate::{engine, virtio};",
+    );
+}
+
+#[test]
+fn unsafe_is_confined_can_fail() {
+    let block = "fn f() {\n    unsafe { g() }\n}";
+    fails(unsafe_is_confined, "src/daemon/worker.rs", block);
+    fails(
+        unsafe_is_confined,
+        "src/config.rs",
+        "unsafe impl Send for Config {}",
+    );
+    for path in [
+        "src/virtio/ring.rs",
+        "src/engine/uring.rs",
+        FD_GLUE[0],
+        "tests/front_end.rs",
+    ] {
+        passes(unsafe_is_confined, path, block);
+    }
+    passes(
+        unsafe_is_confined,
+        "src/mq/mod.rs",
+        "#![forbid(unsafe_code)] // unsafe\nlet s = \"unsafe\";",
+    );
+}
+
+#[test]
+fn unsafe_is_argued_can_fail() {
+    fails(
+        unsafe_is_argued,
+        "src/a.rs",
+        "fn f() {\n    unsafe { g() }\n}",
+    );
+    fails(
+        unsafe_is_argued,
+        "src/a.rs",
+        "// SAFETY: h is fine.\nh();\nunsafe { g() }",
+    );
+    fails(
+        unsafe_is_argued,
+        "src/a.rs",
+        "// It is fine.\nlet x = unsafe { g() };",
+    );
+    fails(unsafe_is_argued, "src/a.rs", "unsafe impl Send for X {}");
+    fails(
+        unsafe_is_argued,
+        "src/a.rs",
+        "/// Does it.\npub unsafe fn f() {}",
+    );
+    passes(
+        unsafe_is_argued,
+        "src/a.rs",
+        "// SAFETY: it is fine,\n// because we said so.\nlet x = unsafe { g() };",
+    );
+    passes(
+        unsafe_is_argued,
+        "src/a.rs",
+        "// SAFETY: fine.\nlet x = h(\n    1,\n    unsafe { g() },\n);",
+    );
+    passes(
+        unsafe_is_argued,
+        "src/a.rs",
+        "// SAFETY: fine.\n#[allow(x)]\nunsafe impl Send for X {}",
+    );
+    passes(
+        unsafe_is_argued,
+        "src/a.rs",
+        "/// Does it.\n///\n/// # Safety\n///\n/// None.\npub unsafe fn f() {}",
+    );
+    passes(unsafe_is_argued, "src/a.rs", "type F = unsafe fn(u32);");
+}
+
+#[test]
+fn files_are_short_can_fail() {
+    let long = "let x = 1;\n".repeat(MOST_LINES);
+    passes(files_are_short, "src/a.rs", &long);
+    fails(files_are_short, "src/a.rs", &format!("{long}let y = 2;\n"));
+    passes(
+        files_are_short,
+        "src/a.rs",
+        &format!("{long}\n#[cfg(test)]\nmod tests {{\n{long}}}\n"),
+    );
+    passes(files_are_short, "src/a/tests.rs", &format!("{long}{long}"));
+}
+
+#[test]
+fn nothing_is_left_to_do_can_fail() {
+    for mark in [
+        "// TODO: more",
+        "// FIXME",
+        "/* XXX */",
+        "todo!()",
+        "unimplemented!(\"later\")",
+    ] {
+        fails(nothing_is_left_to_do, "src/a.rs", mark);
+    }
+    passes(
+        nothing_is_left_to_do,
+        "src/a.rs",
+        "// what is to do is done",
+    );
+}
+
+#[test]
+fn no_machine_is_named_can_fail() {
+    fails(
+        no_machine_is_named,
+        "docs/A.md",
+        concat!("see `/ro", "ot/notes`"),
+    );
+    fails(
+        no_machine_is_named,
+        "qemu/run",
+        concat!("cd /ho", "me/somebody/src"),
+    );
+    fails(
+        no_machine_is_named,
+        "src/a.rs",
+        concat!("\"/wo", "rk/main\""),
+    );
+    passes(
+        no_machine_is_named,
+        "docs/A.md",
+        concat!("https://example.org/wo", "rk/a, \"$dir/ro", "ot/x\""),
+    );
+}
+
+#[test]
+fn links_lead_somewhere_can_fail() {
+    fails(links_lead_somewhere, "docs/A.md", "[there](MISSING.md)");
+    fails(links_lead_somewhere, "docs/A.md", "[out](../../outside.md)");
+    fails(
+        links_lead_somewhere,
+        "README.md",
+        "[there](docs/MISSING.md#part)",
+    );
+    passes(
+        links_lead_somewhere,
+        "docs/A.md",
+        "[a](../Cargo.toml) [b](#part) [c](https://example.org/x)",
+    );
+    passes(links_lead_somewhere, "src/a.rs", "[no](MISSING.md)");
+}
+
+#[test]
+fn options_and_text_agree_can_fail() {
+    let options = BTreeSet::from(["size".to_owned(), "read-only".to_owned()]);
+    let good = "### `--size SIZE`\ntext\n### `--read-only[=on|off]`\n";
+    assert_eq!(options_and_text_agree(&options, good), Vec::<String>::new());
+    assert_eq!(
+        options_and_text_agree(&options, "### `--size`\n--read-only"),
+        ["--read-only is not described"]
+    );
+    assert_eq!(
+        options_and_text_agree(&options, &format!("{good}# `--old`")),
+        ["--old is no option"]
+    );
+}
