@@ -1,7 +1,7 @@
 //! For tests that look at a ring behind its driver's back, or break it.
 
-use super::{DESC, Queue, RawDesc, STATUS_UNWRITTEN, Slot, store_desc};
 use super::super::memory::GuestMemory;
+use super::{DESC, Queue, RawDesc, STATUS_UNWRITTEN, Slot, store_desc};
 use std::sync::atomic::Ordering;
 
 impl Queue {
