@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 pub struct ProcStats {
     /// Open file descriptors.
     pub fds: usize,
-    /// Threads.
+    /// Threads of the program; the kernel's io_uring threads are not counted.
     pub threads: usize,
     /// Resident memory in KiB.
     pub rss_kib: u64,
@@ -31,6 +31,11 @@ impl ProcStats {
         for task in entries(&proc.join("task")) {
             let Ok(tid) = task.parse() else { continue };
             let dir = proc.join("task").join(&task);
+            // The kernel's own threads for io_uring are listed here too. They come and go as the kernel pleases, wake
+            // every five seconds to see whether they are still needed, and make no system calls.
+            if text(&dir.join("comm")).starts_with("iou-") {
+                continue;
+            }
             let status = text(&dir.join("status"));
             let switches = field(&status, "voluntary_ctxt_switches:")
                 + field(&status, "nonvoluntary_ctxt_switches:");
