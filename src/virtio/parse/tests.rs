@@ -12,6 +12,9 @@ const STATUS: u64 = 0x3100;
 /// What status bytes are before anyone has written them.
 const UNTOUCHED: u8 = 0xee;
 
+/// Buffers or ranges: where each starts, and its bytes.
+type Pieces = Vec<(u64, u64)>;
+
 /// A guest and a ring of its own for chains of tests.
 struct Bench {
     guest: Guest,
@@ -84,7 +87,7 @@ impl Bench {
         kind: u32,
         sector: u64,
         buffers: &[(u64, u32, u16)],
-    ) -> (Request, Vec<(u64, u64)>, Vec<(u64, u64)>) {
+    ) -> (Request, Pieces, Pieces) {
         match self.chain(kind, sector, buffers) {
             Parsed::Request(request, io) => {
                 assert_eq!(self.guest.read(STATUS, 1), [UNTOUCHED]);

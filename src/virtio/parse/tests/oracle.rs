@@ -1,6 +1,11 @@
 //! The parser against a slow reading of the specification: chains as lists of single bytes, over a
 //! copy of the guest's memory. It shares nothing with the parser but the numbers in it.
 
+#![expect(
+    clippy::cast_possible_truncation,
+    reason = "the numbers of these tests are small"
+)]
+
 use std::collections::HashMap;
 
 use proptest::collection::vec;
@@ -93,7 +98,7 @@ impl Oracle<'_> {
             let at = table.checked_add(16 * u64::from(index))?;
             let (address, bytes, flags, next) = self.descriptor(at)?;
             if flags & INDIRECT != 0 {
-                let fits = bytes > 0 && bytes % 16 == 0 && bytes / 16 <= u64::from(LIMIT);
+                let fits = bytes > 0 && bytes.is_multiple_of(16) && bytes / 16 <= u64::from(LIMIT);
                 if inside || flags & NEXT != 0 || !fits {
                     return None;
                 }
@@ -212,10 +217,6 @@ impl Oracle<'_> {
         start % block == 0 && bytes % block == 0 && start + bytes <= capacity
     }
 
-    #[expect(
-        clippy::type_complexity,
-        reason = "ranges and whether they may be unmapped"
-    )]
     fn ranges(
         &self,
         kind: u32,
@@ -232,7 +233,7 @@ impl Oracle<'_> {
         };
         let limits = limits.ok_or(2)?;
         let count = out.len() / 16;
-        if count == 0 || out.len() % 16 != 0 || count > usize::from(limits.max_ranges) {
+        if count == 0 || !out.len().is_multiple_of(16) || count > usize::from(limits.max_ranges) {
             return Err(1);
         }
         let bytes: Vec<u8> = out.iter().map(|b| self.byte(b.address).unwrap()).collect();
@@ -617,7 +618,7 @@ impl Case {
         }
         if split < total {
             let len = 16 * (total - split) as u32;
-            let flags = INDIRECT | if total % 2 == 0 { W } else { 0 };
+            let flags = INDIRECT | if total.is_multiple_of(2) { W } else { 0 };
             let whole = Descriptor {
                 addr: table,
                 len,
