@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use vhost_user_blkmq::cli::{self, Invocation};
 use vhost_user_blkmq::config::Config;
-use vhost_user_blkmq::engine::disk::Image;
+use vhost_user_blkmq::daemon::server;
 use vhost_user_blkmq::error::StartError;
 
 fn main() -> ExitCode {
@@ -28,10 +28,9 @@ fn run() -> Result<(), StartError> {
         Invocation::Serve(arguments) => arguments,
     };
     let config = Config::from_arguments(*arguments)?;
-    config
-        .disks
-        .iter()
-        .map(Image::open)
-        .collect::<Result<Vec<_>, _>>()?;
-    Ok(())
+    env_logger::Builder::new()
+        .filter_level(config.log)
+        .format_target(false)
+        .init();
+    server::run(config)
 }

@@ -2,5 +2,19 @@
 
 mod support;
 
+#[path = "native/bad_requests.rs"]
+mod bad_requests;
+#[path = "native/config_space.rs"]
+mod config_space;
 #[path = "native/io.rs"]
 mod io;
+#[path = "native/load.rs"]
+mod load;
+#[path = "native/other_drivers.rs"]
+mod other_drivers;
+#[path = "native/ranges.rs"]
+mod ranges;
+#[path = "native/rings.rs"]
+mod rings;
+#[path = "native/sessions.rs"]
+mod sessions;

@@ -1,6 +1,7 @@
 //! The device, as vhost-user-backend sees it: features, configuration space, memory. Rings are
 //! [`super::vring`]'s.
 
+use std::fmt;
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -17,11 +18,18 @@ use crate::virtio::memory::MemoryTable;
 use super::vring::{GuestMemory, SessionState, Vring};
 
 /// One session's device.
-#[derive(Debug)]
 pub struct DeviceBackend {
     session: Arc<SessionState>,
     /// Kept open: the front end takes its closing for the device's end.
     channel: Mutex<Option<BackendChannel>>,
+}
+
+impl fmt::Debug for DeviceBackend {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("DeviceBackend")
+            .field("session", &self.session)
+            .finish_non_exhaustive()
+    }
 }
 
 impl DeviceBackend {
@@ -52,8 +60,8 @@ impl VhostUserBackend for DeviceBackend {
 
     fn acked_features(&self, acked: u64) {
         // A front end that only negotiates for itself acknowledges no device features yet.
-        if acked & features::VERSION_1 != 0 && !features::allows_write_back(acked) {
-            self.session.disk().set_write_through(true);
+        if acked & features::VERSION_1 != 0 {
+            self.session.disk().driver_acknowledged(acked);
         }
     }
 
@@ -95,10 +103,7 @@ impl VhostUserBackend for DeviceBackend {
     }
 
     fn set_backend_req_fd(&self, channel: BackendChannel) {
-        *self
-            .channel
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner) = Some(channel);
+        *self.channel.lock().unwrap_or_else(PoisonError::into_inner) = Some(channel);
     }
 
     fn queues_per_thread(&self) -> Vec<u64> {

@@ -28,11 +28,21 @@ pub struct Disk {
     image: Image,
     shape: DiskShape,
     space: ConfigSpace,
-    /// Writes are durable when they complete. It belongs to the disk, not to a session: a guest
-    /// that chose write-through still believes in it after its front end has reconnected.
+    /// Writes are durable when they complete: what follows from the two below. The workers look here.
     write_through: Arc<AtomicBool>,
+    cache: Mutex<CacheState>,
     workers: Vec<WorkerHandle>,
     queues: Mutex<QueuesInUse>,
+}
+
+/// Why writes may have to be durable when they complete.
+#[derive(Debug)]
+struct CacheState {
+    /// The guest chose it, or the user did before. It belongs to the disk, not to a session: a guest
+    /// that chose write-through still believes in it after its front end has reconnected.
+    chosen: bool,
+    /// The driver that is active now can neither flush nor choose (firmware, for instance).
+    flushless: bool,
 }
 
 /// Which queues are started, and the map that follows from their number.
@@ -59,6 +69,10 @@ impl Disk {
         let disk = Disk {
             id,
             write_through: Arc::new(AtomicBool::new(config.cache.is_write_through())),
+            cache: Mutex::new(CacheState {
+                chosen: config.cache.is_write_through(),
+                flushless: false,
+            }),
             config,
             image,
             shape,
@@ -92,7 +106,7 @@ impl Disk {
     /// `size` bytes of the configuration space from `offset`.
     pub fn read_config(&self, offset: u32, size: u32) -> Vec<u8> {
         let space = ConfigSpace {
-            writeback: !self.write_through.load(Ordering::Relaxed),
+            writeback: !self.lock_cache().chosen,
             ..self.space
         };
         space.read(offset, size)
@@ -105,30 +119,53 @@ impl Disk {
     /// Anything but a valid cache mode; the disk does not change.
     pub fn write_config(&self, offset: u32, bytes: &[u8]) -> Result<(), ConfigError> {
         let mode = self.space.write(offset, bytes)?;
-        self.set_write_through(mode == WriteCache::WriteThrough);
+        let chosen = mode == WriteCache::WriteThrough;
+        log::info!(
+            "disk {}: the guest chose {}",
+            self.config.serial,
+            if chosen {
+                "write-through"
+            } else {
+                "write-back"
+            }
+        );
+        self.change_cache(|cache| cache.chosen = chosen);
         Ok(())
     }
 
+    /// A driver acknowledged these features. One that can neither flush nor choose the cache mode
+    /// relies on write-through (virtio 1.3, section 5.2.6.2).
+    pub fn driver_acknowledged(&self, acked: u64) {
+        self.change_cache(|cache| cache.flushless = !features::allows_write_back(acked));
+    }
+
     /// Changes the cache mode, and returns when it holds for all that the guest sends from now on.
-    pub fn set_write_through(&self, write_through: bool) {
-        let before = self.write_through.swap(write_through, Ordering::Relaxed);
-        if write_through && !before {
-            log::info!("disk {}: write-through", self.config.serial);
+    fn change_cache(&self, change: impl FnOnce(&mut CacheState)) {
+        let mut cache = self.lock_cache();
+        change(&mut cache);
+        let now = cache.chosen || cache.flushless;
+        let before = self.write_through.swap(now, Ordering::Relaxed);
+        if now && !before {
             // What completed in write-back mode was not promised to be durable, but a guest that
             // changes the mode counts on it from here on.
             self.sync();
-        } else if before && !write_through {
-            log::info!("disk {}: write-back", self.config.serial);
         }
     }
 
+    fn lock_cache(&self) -> MutexGuard<'_, CacheState> {
+        self.cache.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Makes all completed writes durable.
-    pub fn sync(&self) {
+    fn sync(&self) {
         if self.image.read_only || self.config.cache.ignores_flush() {
             return;
         }
         if let Err(error) = self.image.file.sync_data() {
-            log::error!("disk {}: cannot sync the image: {error}", self.config.serial);
+            log::error!(
+                "disk {}: cannot sync the image: {error}",
+                self.config.serial
+            );
         }
     }
 

@@ -13,8 +13,8 @@ use std::sync::mpsc::{self, Receiver, Sender, SyncSender};
 use crate::engine::{Target, Waker};
 use crate::mq::ids::{DiskId, QueueId, WorkerId};
 use crate::virtio::memory::MemoryTable;
-use crate::virtio::parse::DiskShape;
 use crate::virtio::ring::{RingError, RingSetup};
+use crate::virtio::shape::DiskShape;
 
 use super::report::QueueReport;
 

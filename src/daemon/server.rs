@@ -16,7 +16,7 @@ use crate::config::{Config, SocketSource, SummaryFormat};
 use crate::engine::disk::Image;
 use crate::error::StartError;
 use crate::mq::ids::{DiskId, QueueId};
-use crate::mq::limits::MAX_RING_SIZE;
+use crate::mq::limits::{MAX_HCTXS, MAX_RING_SIZE};
 
 use super::backend::DeviceBackend;
 use super::disk::{Disk, worker_id};
@@ -135,9 +135,7 @@ fn watch_signals(events: Sender<Happened>) -> io::Result<signal_hook::iterator::
     Ok(handle)
 }
 
-fn start_workers(
-    config: &Config,
-) -> Result<(Vec<WorkerHandle>, Vec<JoinHandle<()>>), StartError> {
+fn start_workers(config: &Config) -> Result<(Vec<WorkerHandle>, Vec<JoinHandle<()>>), StartError> {
     let queues: usize = config
         .disks
         .iter()
@@ -145,13 +143,20 @@ fn start_workers(
         .sum();
     let mut handles = Vec::new();
     let mut threads = Vec::new();
-    for index in 0..config.workers.min(queues) {
+    let count = config.workers.min(queues);
+    // Each disk begins with another worker, so one may get a queue of each disk more than its share.
+    let rings = u16::try_from(queues / count + config.disks.len())
+        .unwrap_or(MAX_HCTXS)
+        .min(MAX_HCTXS);
+    for index in 0..count {
         let (handle, thread) =
-            worker::spawn(worker_id(index), config.poll_us).map_err(|source| StartError::System {
-                what: format!("start worker {index}"),
-                source,
-                advice: "check that io_uring is allowed (sysctl kernel.io_uring_disabled) \
+            worker::spawn(worker_id(index), rings, config.poll_us).map_err(|source| {
+                StartError::System {
+                    what: format!("start worker {index}"),
+                    source,
+                    advice: "check that io_uring is allowed (sysctl kernel.io_uring_disabled) \
                          and that the limit of locked memory is not tiny (ulimit -l)",
+                }
             })?;
         handles.push(handle);
         threads.push(thread);

@@ -31,6 +31,7 @@ mod memory;
 mod notifier;
 mod refusal;
 mod rules;
+mod shape;
 mod wire;
 
 use std::io;

@@ -1,5 +1,6 @@
 //! The sockets front ends connect to, and the one inside the process.
 
+use std::fmt;
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
@@ -191,10 +192,17 @@ impl Stop {
 /// The crate only takes connections from a listener, so there is one that nobody else can reach:
 /// its file is gone from the file system before anybody is served, and it is connected to through
 /// a descriptor of the file.
-#[derive(Debug)]
 pub struct Junction {
     listener: Mutex<Listener>,
     file: OwnedFd,
+}
+
+impl fmt::Debug for Junction {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Junction")
+            .field("file", &self.file)
+            .finish_non_exhaustive()
+    }
 }
 
 impl Junction {
@@ -205,7 +213,8 @@ impl Junction {
     /// The directory for temporary files cannot be written to.
     pub fn new() -> io::Result<Junction> {
         // Readable by this user only, and removed when it goes out of scope.
-        let directory = TempDir::new().map_err(|error| io::Error::from_raw_os_error(error.errno()))?;
+        let directory =
+            TempDir::new().map_err(|error| io::Error::from_raw_os_error(error.errno()))?;
         let path = directory.as_path().join("junction");
         let listener = UnixListener::bind(&path)?;
         let file = rustix::fs::open(&path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
@@ -303,7 +312,10 @@ mod tests {
         ));
         assert!(matches!(
             Door::inherit(fd(file.into())),
-            Err(StartError::BadFd { why: "is not a socket", .. })
+            Err(StartError::BadFd {
+                why: "is not a socket",
+                ..
+            })
         ));
         assert!(Door::inherit(-1).is_err());
         assert!(Door::inherit(1).is_err());

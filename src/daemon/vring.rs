@@ -51,10 +51,7 @@ impl SessionState {
 
     /// Uses `memory` for rings that start from now on, and for those that run.
     pub fn set_memory(&self, memory: Arc<MemoryTable>) {
-        *self
-            .memory
-            .write()
-            .unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&memory));
+        *self.memory.write().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&memory));
         // All workers freeze at once; then each is waited for.
         let answers: Vec<_> = self
             .disk
@@ -281,10 +278,7 @@ impl VringT<GuestMemory> for Vring {
         let session = BINDING
             .with_borrow(Clone::clone)
             .expect("rings are made within bind()");
-        let mut rings = session
-            .rings
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let mut rings = session.rings.lock().unwrap_or_else(PoisonError::into_inner);
         let queue = QueueId(u16::try_from(rings.len()).expect("at most MAX_QUEUES"));
         let vring = Vring {
             inner,

@@ -21,15 +21,16 @@ use std::sync::mpsc::{self, Receiver};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use crate::engine::{DiskSlot, Engine, Errno, Event};
+use crate::engine::{DiskSlot, Engine, Errno, Event, Waker};
 use crate::mq::Mq;
 use crate::mq::ids::{HctxId, RequestTag, WorkerId};
-use crate::mq::limits::{DRIVER_TAGS, MAX_HCTXS, RESERVED_TAGS};
+use crate::mq::limits::{DRIVER_TAGS, RESERVED_TAGS};
 use crate::mq::request::Status;
-use crate::virtio::parse::{DiskShape, Parsed, parse};
+use crate::virtio::parse::{Parsed, parse};
 use crate::virtio::pool::SegmentPool;
 use crate::virtio::receipt::GuestIo;
 use crate::virtio::ring::RingError;
+use crate::virtio::shape::DiskShape;
 
 use self::control::Pending;
 use self::driver::EngineDriver;
@@ -77,21 +78,21 @@ struct Worker {
     leaving: bool,
 }
 
-/// Starts worker `id` on a thread of its own.
+/// Starts worker `id` on a thread of its own, for `rings` virtqueues at most.
 ///
 /// # Errors
 ///
 /// The thread or its io_uring could not be created.
-pub fn spawn(id: WorkerId, poll_us: u32) -> io::Result<(WorkerHandle, JoinHandle<()>)> {
+pub fn spawn(id: WorkerId, rings: u16, poll_us: u32) -> io::Result<(WorkerHandle, JoinHandle<()>)> {
     let (ready, outcome) = mpsc::sync_channel(1);
     let thread = thread::Builder::new()
         .name(format!("worker-{id}"))
         .spawn(move || {
             // The ring belongs to the thread that makes it (IORING_SETUP_SINGLE_ISSUER).
-            match Engine::new(DRIVER_TAGS, MAX_HCTXS) {
-                Ok(engine) => {
+            match make_engine(rings) {
+                Ok((engine, waker)) => {
                     log::debug!("worker {id}: {}", engine.describe());
-                    let (handle, inbox) = WorkerHandle::new(id, engine.waker());
+                    let (handle, inbox) = WorkerHandle::new(id, waker);
                     let _ = ready.send(Ok(handle));
                     Worker::new(id, engine, inbox, poll_us).run();
                 }
@@ -105,6 +106,13 @@ pub fn spawn(id: WorkerId, poll_us: u32) -> io::Result<(WorkerHandle, JoinHandle
         Ok(Err(error)) => Err(error),
         Err(_) => Err(io::Error::other("the worker's thread ended at its start")),
     }
+}
+
+fn make_engine(rings: u16) -> io::Result<(Engine, Waker)> {
+    let mut engine = Engine::new(DRIVER_TAGS, rings)?;
+    let waker = Waker::new()?;
+    engine.watch_waker(&waker)?;
+    Ok((engine, waker))
 }
 
 impl Worker {
@@ -174,7 +182,7 @@ impl Worker {
         let mut found = false;
         let mut room = false;
         let mut failure = None;
-        engine.reap(&mut |event| match event {
+        let reaped = engine.reap(&mut |event| match event {
             Event::Done { tag, result } => {
                 found = true;
                 room = true;
@@ -208,6 +216,9 @@ impl Worker {
                 log::warn!("{}: the call fd cannot be written: {error}", port.id);
             }
         });
+        if let Err(error) = reaped {
+            self.engine_broken(&error);
+        }
         if room {
             for hctx in &self.hot {
                 open_port(&mut self.ports, *hctx).no_room = false;
@@ -381,14 +392,22 @@ impl Worker {
         let timeout = self.timeout();
         self.spin.sleeps(self.now_ns);
         if let Err(error) = self.engine.wait(timeout) {
-            panic!("worker {}: io_uring_enter failed: {error}", self.id);
+            self.engine_broken(&error);
         }
     }
 
     fn commit(&mut self) {
         if let Err(error) = self.engine.commit_rqs() {
-            panic!("worker {}: io_uring_enter failed: {error}", self.id);
+            self.engine_broken(&error);
         }
+    }
+
+    /// io_uring_enter fails for good only when we misuse it, and then no request ends any more: the
+    /// process stops loudly, so that whoever supervises it starts another.
+    #[cold]
+    fn engine_broken(&self, error: &io::Error) -> ! {
+        log::error!("worker {}: the io_uring is unusable: {error}", self.id);
+        std::process::abort()
     }
 
     /// Asks for kicks on every hot ring; true if requests came in meanwhile. Rings that cannot kick
@@ -402,7 +421,7 @@ impl Worker {
                 port.hot = false;
                 return false;
             }
-            if port.no_room || port.kick.is_none() {
+            if port.no_room || !port.has_kick {
                 return true;
             }
             if port.ring.arm_kicks() {
@@ -424,7 +443,7 @@ impl Worker {
         let kickless = self.hot.iter().any(|hctx| {
             self.ports[hctx.index()]
                 .as_ref()
-                .is_some_and(|port| port.kick.is_none())
+                .is_some_and(|port| !port.has_kick)
         });
         match (deadline, kickless) {
             (Some(deadline), true) => Some(deadline.min(KICKLESS_POLL)),

@@ -215,6 +215,11 @@ impl Engine {
         Ok(reaped)
     }
 
+    /// Whether [`Self::reap`] has something to report without a system call.
+    pub fn has_events(&mut self) -> bool {
+        !self.ready.is_empty() || self.ring.has_completions()
+    }
+
     /// Submits what is queued and sleeps until there is something to reap, a signal comes, or
     /// `timeout` is over. Returns at once if there is something to reap already.
     pub fn wait(&mut self, timeout: Option<Duration>) -> io::Result<()> {

@@ -223,7 +223,7 @@ mod tests {
         assert_eq!(config.read(32, 1), [1]);
         assert_eq!(config.read(60, 3), [0; 3]);
         assert_eq!(config.read(u32::MAX, 2), [0; 2]);
-        assert_eq!(config.read(0, 0), []);
+        assert!(config.read(0, 0).is_empty());
     }
 
     #[test]

@@ -18,3 +18,6 @@ pub mod pool;
 pub mod receipt;
 pub mod ring;
 pub mod shape;
+
+#[cfg(test)]
+mod testing;

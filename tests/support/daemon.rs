@@ -317,7 +317,9 @@ impl Daemon {
 
     /// Asks the program to end and returns its exit status, standard output and standard error.
     pub fn terminate(mut self) -> (ExitStatus, String, String) {
-        self.signal(Signal::TERM);
+        if self.is_running() {
+            self.signal(Signal::TERM);
+        }
         let status = self.wait_exit();
         for reader in self.readers.drain(..) {
             reader.join().expect("pipe readers do not panic");
@@ -347,7 +349,7 @@ impl Daemon {
     }
 
     /// Waits until `settled` holds for what the kernel says; panics with the last word after the deadline.
-    pub fn wait_stats(&self, settled: impl Fn(&ProcStats) -> bool) -> ProcStats {
+    pub fn wait_stats(&self, mut settled: impl FnMut(&ProcStats) -> bool) -> ProcStats {
         let deadline = Instant::now() + DEADLINE;
         loop {
             let stats = self.stats();

@@ -104,6 +104,8 @@ pub struct Setup {
     pub memory: Vec<(u64, usize)>,
     /// One ADD_MEM_REG a region instead of one SET_MEM_TABLE.
     pub add_regions: bool,
+    /// Queues that get a call eventfd before there is memory, as QEMU does it.
+    pub early_calls: usize,
     /// Features to take if offered.
     pub features: u64,
     /// Protocol features to take if offered.
@@ -115,6 +117,7 @@ impl Default for Setup {
         Self {
             memory: vec![(0, 64 << 20)],
             add_regions: false,
+            early_calls: 0,
             features: features::KNOWN,
             protocol: protocol::KNOWN,
         }
@@ -199,6 +202,10 @@ impl Front {
             max_queues,
             socket,
         };
+        for index in 0..setup.early_calls {
+            let call = Event::new().map_err(vhost::Error::IOError)?;
+            front.send_call(index, Some(&call))?;
+        }
         front.send_memory(setup.add_regions)?;
         Ok(front)
     }

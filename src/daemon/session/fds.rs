@@ -5,6 +5,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::OnceLock;
 
 use rustix::fs::{FileType, Mode, OFlags, fcntl_getfl, fstat, open, readlinkat};
+use rustix::net::sockopt::{socket_domain, socket_type};
 use rustix::net::{AddressFamily, SocketType};
 
 /// What stands behind a file descriptor, as far as a session cares.
@@ -15,6 +16,8 @@ pub(super) enum FdKind {
     Pipe {
         writable: bool,
     },
+    /// A stream socket of the Unix domain.
+    UnixStream,
     /// A regular file: memfd, hugetlbfs, shared memory, a file on disk.
     File {
         bytes: u64,
@@ -51,6 +54,12 @@ impl FdKind {
                 read_write,
             },
             FileType::CharacterDevice => FdKind::Device { read_write },
+            FileType::Socket
+                if socket_domain(fd)? == AddressFamily::UNIX
+                    && socket_type(fd)? == SocketType::STREAM =>
+            {
+                FdKind::UnixStream
+            }
             _ => FdKind::Other(link),
         })
     }
@@ -61,6 +70,7 @@ impl FdKind {
             FdKind::Eventfd => "an eventfd".into(),
             FdKind::Pipe { writable: true } => "a pipe".into(),
             FdKind::Pipe { writable: false } => "the reading end of a pipe".into(),
+            FdKind::UnixStream => "a Unix stream socket".into(),
             FdKind::File {
                 read_write: true, ..
             } => "a file".into(),
@@ -70,18 +80,6 @@ impl FdKind {
             FdKind::Other(name) => name.clone(),
         }
     }
-}
-
-/// Whether `fd` is a stream socket of the Unix domain, and what it is where not.
-pub(super) fn is_unix_stream(fd: &OwnedFd) -> io::Result<Result<(), String>> {
-    let is_socket = FileType::from_raw_mode(fstat(fd)?.st_mode) == FileType::Socket;
-    if is_socket
-        && rustix::net::sockopt::socket_domain(fd)? == AddressFamily::UNIX
-        && rustix::net::sockopt::socket_type(fd)? == SocketType::STREAM
-    {
-        return Ok(Ok(()));
-    }
-    Ok(Err(link(fd)?))
 }
 
 /// Opens `/proc/self/fd`, which tells an eventfd from other anonymous inodes; `fstat` does not.
@@ -163,25 +161,14 @@ mod tests {
             FdKind::of(&epoll).unwrap(),
             FdKind::Other("anon_inode:[eventpoll]".into())
         );
-        let (stream, _peer) = UnixStream::pair().unwrap();
-        assert!(matches!(
-            FdKind::of(&stream.into()).unwrap(),
-            FdKind::Other(_)
-        ));
-    }
 
-    #[test]
-    fn only_unix_streams_are_channels() {
         let (stream, _peer) = UnixStream::pair().unwrap();
-        assert_eq!(is_unix_stream(&stream.into()).unwrap(), Ok(()));
+        assert_eq!(FdKind::of(&stream.into()).unwrap(), FdKind::UnixStream);
         let (datagram, _peer) = UnixDatagram::pair().unwrap();
-        assert!(is_unix_stream(&datagram.into()).unwrap().is_err());
         let tcp = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        assert!(is_unix_stream(&tcp.into()).unwrap().is_err());
-        let event = eventfd(0, EventfdFlags::empty()).unwrap();
-        assert_eq!(
-            is_unix_stream(&event).unwrap(),
-            Err("anon_inode:[eventfd]".into())
-        );
+        for other in [OwnedFd::from(datagram), tcp.into()] {
+            let kind = FdKind::of(&other).unwrap();
+            assert!(kind.describe().starts_with("socket:["), "{kind:?}");
+        }
     }
 }

@@ -11,90 +11,25 @@ use vhost::vhost_user::message::{
     VhostUserVringAddrFlags,
 };
 
-use super::fds::{FdKind, is_unix_stream};
+use super::fds::FdKind;
 use super::memory::{REGION_BYTES, Region, RegionTable};
 use super::notifier::Channel;
 use super::refusal::Reason;
+use super::shape::{
+    CONFIG_HEADER_BYTES, SINGLE_HEADER_BYTES, Shape, TABLE_HEADER_BYTES, U64_BYTES,
+};
 use super::wire::{
     FLAG_NEED_REPLY, FLAG_REPLY, Header, MAX_FDS, Message, VERSION, VERSION_MASK, u32_at, u64_at,
 };
 use super::{CONFIG_SPACE_BYTES, SessionLimits};
 
-type Protocol = VhostUserProtocolFeatures;
-
-/// Bytes of a u64 payload.
-const U64_BYTES: usize = 8;
-/// Bytes of a vring state: queue index and value, each a `u32`.
-const VRING_STATE_BYTES: usize = 8;
-/// Bytes of a vring address description.
-const VRING_ADDR_BYTES: usize = 40;
-/// Bytes in front of the regions of SET_MEM_TABLE: their number and padding.
-const TABLE_HEADER_BYTES: usize = 8;
-/// Bytes in front of the region of ADD_MEM_REG and REM_MEM_REG: padding.
-const SINGLE_HEADER_BYTES: usize = 8;
-/// Bytes in front of the contents of GET_CONFIG and SET_CONFIG: offset, size and flags.
-const CONFIG_HEADER_BYTES: usize = 12;
 /// Bits of the payload of SET_VRING_KICK, CALL and ERR that hold the queue index.
 const VRING_INDEX_MASK: u64 = 0xff;
 /// The bit that says that no descriptor is attached.
 const VRING_NO_FD: u64 = 0x100;
 
-/// The shape of a request: bytes of payload, and the protocol feature that brings it.
-struct Shape {
-    least: usize,
-    most: usize,
-    needs: Option<(Protocol, &'static str)>,
-}
-
-impl Shape {
-    /// The shape of each request there is. What is not here is refused.
-    fn of(request: FrontendReq) -> Option<Shape> {
-        use FrontendReq as R;
-        let (least, most) = match request {
-            R::GET_FEATURES
-            | R::SET_OWNER
-            | R::RESET_OWNER
-            | R::GET_PROTOCOL_FEATURES
-            | R::GET_QUEUE_NUM
-            | R::SET_BACKEND_REQ_FD
-            | R::RESET_DEVICE
-            | R::GET_MAX_MEM_SLOTS => (0, 0),
-            R::SET_FEATURES
-            | R::SET_PROTOCOL_FEATURES
-            | R::SET_VRING_KICK
-            | R::SET_VRING_CALL
-            | R::SET_VRING_ERR => (U64_BYTES, U64_BYTES),
-            R::SET_VRING_NUM | R::SET_VRING_BASE | R::GET_VRING_BASE | R::SET_VRING_ENABLE => {
-                (VRING_STATE_BYTES, VRING_STATE_BYTES)
-            }
-            R::SET_VRING_ADDR => (VRING_ADDR_BYTES, VRING_ADDR_BYTES),
-            R::SET_MEM_TABLE => (
-                TABLE_HEADER_BYTES + REGION_BYTES,
-                TABLE_HEADER_BYTES + REGION_BYTES * MAX_FDS,
-            ),
-            R::ADD_MEM_REG | R::REM_MEM_REG => {
-                let bytes = SINGLE_HEADER_BYTES + REGION_BYTES;
-                (bytes, bytes)
-            }
-            R::GET_CONFIG | R::SET_CONFIG => (
-                CONFIG_HEADER_BYTES + 1,
-                CONFIG_HEADER_BYTES + CONFIG_SPACE_BYTES as usize,
-            ),
-            _ => return None,
-        };
-        let needs = match request {
-            R::GET_QUEUE_NUM => Some((Protocol::MQ, "MQ")),
-            R::SET_BACKEND_REQ_FD => Some((Protocol::BACKEND_REQ, "BACKEND_REQ")),
-            R::RESET_DEVICE => Some((Protocol::RESET_DEVICE, "RESET_DEVICE")),
-            R::GET_CONFIG | R::SET_CONFIG => Some((Protocol::CONFIG, "CONFIG")),
-            R::GET_MAX_MEM_SLOTS | R::ADD_MEM_REG | R::REM_MEM_REG => {
-                Some((Protocol::CONFIGURE_MEM_SLOTS, "CONFIGURE_MEM_SLOTS"))
-            }
-            _ => None,
-        };
-        Some(Shape { least, most, needs })
-    }
-}
+/// What a call or an error may be written to.
+const WRITTEN: &str = "an eventfd, a pipe to write or a Unix stream socket";
 
 /// One session's rules and what they remember.
 #[derive(Debug)]
@@ -228,7 +163,8 @@ impl Rules {
 
     fn set_protocol_features(&mut self, features: u64) -> Result<(), Reason> {
         self.protocol_acked = offered(features, self.protocol_offered)?;
-        let both = (Protocol::BACKEND_REQ | Protocol::CONFIG).bits();
+        let both =
+            (VhostUserProtocolFeatures::BACKEND_REQ | VhostUserProtocolFeatures::CONFIG).bits();
         self.channel.set_negotiated(features & both == both);
         Ok(())
     }
@@ -236,9 +172,10 @@ impl Rules {
     fn set_channel(&self, message: &Message) -> Result<(), Reason> {
         let examine = |error: std::io::Error| Reason::Examine(error.to_string());
         let fd = &message.fds[0];
-        is_unix_stream(fd)
-            .map_err(examine)?
-            .map_err(Reason::ChannelKind)?;
+        match FdKind::of(fd).map_err(examine)? {
+            FdKind::UnixStream => {}
+            other => return Err(Reason::ChannelKind(other.describe())),
+        }
         let duplicate = fd.as_fd().try_clone_to_owned().map_err(examine)?;
         self.channel.set_socket(duplicate);
         Ok(())
@@ -257,14 +194,16 @@ impl Rules {
             });
         }
         let want = TABLE_HEADER_BYTES + regions * REGION_BYTES;
-        if message.payload.len() != want {
+        // User-Mode Linux sends room for two regions and says that there is one. The crate behind
+        // wants no more than the regions there are.
+        if message.payload.len() < want {
             return Err(Reason::PayloadContents {
                 got: message.payload.len(),
                 want,
             });
         }
         expect_fds(&message, regions)?;
-        let mut table: Vec<_> = message.payload[TABLE_HEADER_BYTES..]
+        let mut table: Vec<_> = message.payload[TABLE_HEADER_BYTES..want]
             .chunks_exact(REGION_BYTES)
             .map(|bytes| (Region::decode(bytes), bytes.to_vec()))
             .zip(message.fds.drain(..))
@@ -280,6 +219,7 @@ impl Rules {
         // The crate behind refuses padding that is not zero; the protocol does not say it is.
         message.payload[4..TABLE_HEADER_BYTES].fill(0);
         message.payload.truncate(TABLE_HEADER_BYTES);
+        message.header.size = u32::try_from(want).expect("at most MAX_FDS regions");
         for ((_, bytes), fd) in table {
             message.payload.extend_from_slice(&bytes);
             message.fds.push(fd);
@@ -321,16 +261,17 @@ impl Rules {
             return Ok(());
         };
         let kind = FdKind::of(fd).map_err(|error| Reason::Examine(error.to_string()))?;
-        let (role, pipe_too, expected) = match request {
+        let (role, read, expected) = match request {
             // A kick is read, and a pipe at its end reads as an endless one.
-            FrontendReq::SET_VRING_KICK => ("kick", false, "an eventfd"),
-            // Where there is no eventfd, an interrupt is a pipe that is written (User-Mode Linux).
-            FrontendReq::SET_VRING_CALL => ("call", true, "an eventfd or a pipe to write"),
-            _ => ("error", true, "an eventfd or a pipe to write"),
+            FrontendReq::SET_VRING_KICK => ("kick", true, "an eventfd"),
+            // A call is written. User-Mode Linux, which gets no SIGIO from an eventfd, has its
+            // pipes for this, and they are socket pairs.
+            FrontendReq::SET_VRING_CALL => ("call", false, WRITTEN),
+            _ => ("error", false, WRITTEN),
         };
         match kind {
             FdKind::Eventfd => Ok(()),
-            FdKind::Pipe { writable: true } if pipe_too => Ok(()),
+            FdKind::Pipe { writable: true } | FdKind::UnixStream if !read => Ok(()),
             other => Err(Reason::FdKind {
                 queue,
                 role,

@@ -5,7 +5,7 @@ use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::thread::JoinHandle;
+use std::sync::mpsc;
 use std::time::Duration;
 
 use rustix::event::{EventfdFlags, eventfd};
@@ -276,13 +276,30 @@ fn refuse(messages: Vec<Sent>, text: &str) {
     assert_eq!(found.len(), all.len() - 1, "{line}");
 }
 
+/// The end of a guard on a thread of its own. It comes, or the test fails; it is never waited for
+/// without end.
+struct Ending(mpsc::Receiver<SessionEnd>);
+
+impl Ending {
+    fn of(guard: Guard) -> Ending {
+        let (ended, ending) = mpsc::channel();
+        std::thread::spawn(move || ended.send(guard.run()));
+        Ending(ending)
+    }
+
+    #[track_caller]
+    fn join(self) -> SessionEnd {
+        self.0.recv_timeout(DEADLINE).expect("the session ends")
+    }
+}
+
 /// A guard on a thread of its own, with its way to be stopped.
 struct Running {
     front_end: UnixStream,
     device: UnixStream,
     stop: OwnedFd,
     notifier: ConfigNotifier,
-    thread: JoinHandle<SessionEnd>,
+    thread: Ending,
 }
 
 fn running() -> Running {
@@ -300,7 +317,7 @@ fn running() -> Running {
         device,
         stop,
         notifier,
-        thread: std::thread::spawn(move || guard.run()),
+        thread: Ending::of(guard),
     }
 }
 

@@ -148,7 +148,7 @@ impl Worker {
         self.ports[hctx.index()] = Some(Port {
             id,
             ring,
-            kick: None,
+            has_kick: false,
             call: Call::None,
             err: None,
             gates: Gates {
@@ -177,12 +177,12 @@ impl Worker {
         let port = self.ports[hctx.index()].as_mut().expect("the port exists");
         match role {
             FdRole::Kick => {
-                if port.kick.take().is_some() {
+                if std::mem::take(&mut port.has_kick) {
                     self.engine.unwatch(token);
                 }
                 if let Some(fd) = fd {
-                    match self.engine.watch(&fd, token) {
-                        Ok(()) => port.kick = Some(fd),
+                    match self.engine.watch(fd, token) {
+                        Ok(()) => port.has_kick = true,
                         Err(error) => {
                             log::warn!("{}: the kick fd cannot be watched: {error}", port.id);
                         }
@@ -324,10 +324,7 @@ fn own_nonblocking(fd: OwnedFd) -> OwnedFd {
     if !is_pipe || is_nonblocking(&fd) {
         return fd;
     }
-    let path = format!(
-        "/proc/self/fd/{}",
-        std::os::fd::AsRawFd::as_raw_fd(&fd)
-    );
+    let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&fd));
     let flags = OFlags::WRONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
     rustix::fs::open(path, flags, Mode::empty()).unwrap_or(fd)
 }

@@ -31,8 +31,8 @@ impl Driver<GuestIo> for EngineDriver<'_> {
             Op::Flush => Payload::None,
             Op::Discard | Op::WriteZeroes => {
                 extents = first.ranges().iter().map(|range| Extent {
-                    offset: range.offset,
-                    len: range.len,
+                    offset: range.offset_bytes,
+                    len: range.len_bytes,
                 });
                 Payload::Extents(&mut extents)
             }

@@ -38,8 +38,8 @@ pub(super) struct Gates {
 pub(super) struct Port {
     pub id: RingId,
     pub ring: Ring,
-    /// Kept open as long as the engine watches it.
-    pub kick: Option<OwnedFd>,
+    /// The engine watches its kick eventfd.
+    pub has_kick: bool,
     pub call: Call,
     pub err: Option<OwnedFd>,
     pub gates: Gates,

@@ -32,6 +32,12 @@ impl Ring {
         }
     }
 
+    /// Makes the next [`Ring::should_call`] decide as the first one does: whoever waits for calls has
+    /// been replaced, and the new one was told nothing yet.
+    pub fn request_call(&mut self) {
+        self.must_call = true;
+    }
+
     /// Asks the driver not to kick. With EVENT_IDX there is nothing to write: the driver kicks
     /// only when it passes the index of the last [`Ring::arm_kicks`].
     #[inline]

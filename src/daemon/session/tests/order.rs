@@ -93,7 +93,7 @@ fn cloud_hypervisor_and_firecracker() {
 #[test]
 fn user_mode_linux() {
     let user = 0x6000_0000;
-    let (_reader, call) = rustix::pipe::pipe().unwrap();
+    let (_reader, call) = UnixStream::pair().unwrap();
     let mut messages = vec![
         plain(R::SET_OWNER),
         plain(R::GET_FEATURES),

@@ -169,7 +169,7 @@ fn run(messages: Vec<Sent>, cuts: &[usize]) -> (SessionEnd, Vec<Found>) {
         }
     }
     drop(front_end);
-    (thread.join().unwrap(), find_all(&device))
+    (thread.join(), find_all(&device))
 }
 
 proptest! {

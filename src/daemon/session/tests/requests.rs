@@ -116,7 +116,7 @@ fn features_that_were_not_offered_are_refused() {
         send(&front_end, &u64s(set, &[0b0100]));
         assert_eq!(find(&device).unwrap().payload, 0b0100_u64.to_ne_bytes());
         send(&front_end, &u64s(set, &[0b1110]));
-        let end = thread.join().unwrap();
+        let end = thread.join();
         assert!(
             end.to_string()
                 .contains(&format!("{set:?}: feature bits 0x8 were never offered")),
@@ -281,6 +281,11 @@ fn a_kick_is_an_eventfd() {
         "SET_VRING_KICK: queue 1: the kick descriptor is a pipe, expected an eventfd",
     );
     refuse(vec![kick(reader)], "reading end of a pipe");
+    let (socket, _peer) = UnixStream::pair().unwrap();
+    refuse(
+        vec![kick(socket.into())],
+        "is a Unix stream socket, expected an eventfd",
+    );
     refuse(
         vec![kick(file_of(8).into())],
         "is a file, expected an eventfd",
@@ -288,18 +293,20 @@ fn a_kick_is_an_eventfd() {
 }
 
 #[test]
-fn a_call_or_an_error_is_an_eventfd_or_a_pipe_to_write() {
+fn a_call_or_an_error_is_an_eventfd_or_something_to_write() {
     for (request, role) in [(R::SET_VRING_CALL, "call"), (R::SET_VRING_ERR, "error")] {
         let (reader, writer) = rustix::pipe::pipe().unwrap();
         pass(vec![u64s(request, &[0]).with(event())]);
         pass(vec![u64s(request, &[0]).with(writer)]);
+        let (socket, _peer) = UnixStream::pair().unwrap();
+        pass(vec![u64s(request, &[0]).with(socket)]);
         refuse(
             vec![u64s(request, &[0]).with(reader)],
             &format!("the {role} descriptor is the reading end of a pipe"),
         );
-        let (socket, _peer) = UnixStream::pair().unwrap();
+        let (datagram, _peer) = std::os::unix::net::UnixDatagram::pair().unwrap();
         refuse(
-            vec![u64s(request, &[0]).with(socket)],
+            vec![u64s(request, &[0]).with(datagram)],
             &format!("the {role} descriptor is socket:"),
         );
     }
@@ -402,6 +409,17 @@ fn a_memory_table_reaches_the_device_by_guest_address_with_its_files() {
         })
         .collect();
     assert_eq!(lengths, [sizes[1], sizes[2], sizes[0]]);
+}
+
+#[test]
+fn a_memory_table_with_room_to_spare_is_cut_to_its_regions() {
+    let region = [0, PAGE, 0x7000_0000, 0];
+    let mut message = mem_table(&[region, [0; 4]]).with(file_of(PAGE));
+    message.bytes[12..16].copy_from_slice(&1_u32.to_ne_bytes());
+    let (end, found) = exchange(vec![message, plain(R::SET_OWNER)]);
+    assert!(matches!(end, SessionEnd::FrontEndLeft), "{end}");
+    assert_eq!(found[0].payload, mem_table(&[region]).bytes[12..]);
+    assert_eq!(found[1].request, u32::from(R::SET_OWNER));
 }
 
 #[test]
@@ -601,7 +619,7 @@ fn a_channel_is_a_unix_stream_socket_and_carries_config_changes() {
     refuse(vec![plain(R::SET_BACKEND_REQ_FD)], "0 file descriptors");
     refuse(
         vec![channel(event())],
-        "the back-end channel is anon_inode:[eventfd]",
+        "the back-end channel is an eventfd, expected a stream socket",
     );
     let (datagram, _peer) = std::os::unix::net::UnixDatagram::pair().unwrap();
     refuse(vec![channel(datagram.into())], "expected a stream socket");
@@ -637,7 +655,7 @@ fn a_channel_is_a_unix_stream_socket_and_carries_config_changes() {
     assert!(!notifier.config_changed().unwrap());
 
     drop(front_end);
-    assert!(matches!(thread.join().unwrap(), SessionEnd::FrontEndLeft));
+    assert!(matches!(thread.join(), SessionEnd::FrontEndLeft));
     assert!(!notifier.config_changed().unwrap());
     assert!(find(&ours).is_none(), "the duplicate is closed");
 }

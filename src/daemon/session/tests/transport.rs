@@ -25,10 +25,7 @@ fn a_message_in_pieces_reaches_the_device_whole() {
         }
     }
     drop(bench.front_end);
-    assert!(matches!(
-        bench.thread.join().unwrap(),
-        SessionEnd::FrontEndLeft
-    ));
+    assert!(matches!(bench.thread.join(), SessionEnd::FrontEndLeft));
 }
 
 #[test]
@@ -119,7 +116,7 @@ fn a_bad_header_ends_the_session_before_its_payload_comes() {
         let bench = running();
         let bytes: Vec<u8> = header.iter().flat_map(|w| w.to_ne_bytes()).collect();
         send_segment(&bench.front_end, &bytes, &[]).unwrap();
-        let end = bench.thread.join().unwrap();
+        let end = bench.thread.join();
         assert!(end.to_string().contains(text), "{end}");
         assert!(find(&bench.device).is_none());
         assert!(find(&bench.front_end).is_none(), "the front end is told");
@@ -149,7 +146,7 @@ fn too_many_descriptors_end_the_session_and_are_closed() {
             let fds = vec![writer.as_fd(); 30];
             send_segment(&bench.front_end, &[0], &fds).unwrap();
         }
-        let end = bench.thread.join().unwrap();
+        let end = bench.thread.join();
         assert!(
             end.to_string().contains("more than 32 file descriptors"),
             "{end}"
@@ -199,7 +196,7 @@ fn the_stop_event_ends_a_session_that_waits() {
             send_segment(&bench.front_end, &message.bytes[..begun], &[]).unwrap();
         }
         signal(&bench.stop);
-        assert!(matches!(bench.thread.join().unwrap(), SessionEnd::Stopped));
+        assert!(matches!(bench.thread.join(), SessionEnd::Stopped));
         assert!(find(&bench.device).is_none(), "the device sees the end");
         assert!(
             find(&bench.front_end).is_none(),
@@ -245,10 +242,7 @@ fn a_device_that_does_not_read_pushes_back_and_loses_nothing() {
         );
     }
     drop(bench.front_end);
-    assert!(matches!(
-        bench.thread.join().unwrap(),
-        SessionEnd::FrontEndLeft
-    ));
+    assert!(matches!(bench.thread.join(), SessionEnd::FrontEndLeft));
     assert!(find(&bench.device).is_none());
 }
 
@@ -266,10 +260,7 @@ fn a_front_end_that_does_not_read_pushes_back_and_loses_nothing() {
         assert_eq!(find(&bench.front_end).unwrap().request, 8);
     }
     drop(bench.device);
-    assert!(matches!(
-        bench.thread.join().unwrap(),
-        SessionEnd::BackendClosed
-    ));
+    assert!(matches!(bench.thread.join(), SessionEnd::BackendClosed));
 }
 
 #[test]
@@ -278,7 +269,7 @@ fn a_session_whose_peers_do_not_read_can_be_stopped() {
     flood(&bench.front_end, &u32s(R::SET_VRING_NUM, &[0, 64]));
     flood(&bench.device, &raw(8, 5, &0_u64.to_ne_bytes()));
     signal(&bench.stop);
-    assert!(matches!(bench.thread.join().unwrap(), SessionEnd::Stopped));
+    assert!(matches!(bench.thread.join(), SessionEnd::Stopped));
 }
 
 #[test]
@@ -286,10 +277,7 @@ fn a_front_end_that_leaves_is_noticed_while_the_device_does_not_read() {
     let bench = running();
     flood(&bench.front_end, &u32s(R::SET_VRING_NUM, &[0, 64]));
     drop(bench.front_end);
-    assert!(matches!(
-        bench.thread.join().unwrap(),
-        SessionEnd::FrontEndLeft
-    ));
+    assert!(matches!(bench.thread.join(), SessionEnd::FrontEndLeft));
 }
 
 /// Clock ticks of CPU that the thread `tid` has used, from /proc.
@@ -310,12 +298,13 @@ fn a_device_that_leaves_a_front_end_that_does_not_read_costs_no_cpu() {
     let (backend, device) = UnixStream::pair().unwrap();
     let stop = event();
     let guard = Guard::new(vmm, backend, limits(), stop.try_clone().unwrap()).unwrap();
-    let (send_tid, tid) = std::sync::mpsc::channel();
-    let thread = std::thread::spawn(move || {
+    let (ended, ending) = mpsc::channel();
+    let (send_tid, tid) = mpsc::channel();
+    std::thread::spawn(move || {
         send_tid
             .send(rustix::thread::gettid().as_raw_nonzero().get())
             .unwrap();
-        guard.run()
+        ended.send(guard.run())
     });
     let tid = tid.recv().unwrap();
     flood(&device, &raw(8, 5, &0_u64.to_ne_bytes()));
@@ -325,7 +314,7 @@ fn a_device_that_leaves_a_front_end_that_does_not_read_costs_no_cpu() {
     // 300 ms of spinning would be 30 ticks.
     assert!(cpu_ticks(tid) - before < 10, "the guard spins");
     drop(front_end);
-    assert!(matches!(thread.join().unwrap(), SessionEnd::FrontEndLeft));
+    assert!(matches!(Ending(ending).join(), SessionEnd::FrontEndLeft));
 }
 
 #[test]
@@ -337,10 +326,7 @@ fn the_devices_last_words_are_heard() {
     drop(bench.device);
     assert_eq!(find(&bench.front_end).unwrap().payload, 1_u64.to_ne_bytes());
     assert!(find(&bench.front_end).is_none());
-    assert!(matches!(
-        bench.thread.join().unwrap(),
-        SessionEnd::BackendClosed
-    ));
+    assert!(matches!(bench.thread.join(), SessionEnd::BackendClosed));
 }
 
 #[test]
@@ -350,7 +336,7 @@ fn a_device_that_sends_no_answers_is_our_own_fault() {
         let words = [1, flags, size];
         let bytes: Vec<u8> = words.iter().flat_map(|w: &u32| w.to_ne_bytes()).collect();
         send_segment(&bench.device, &bytes, &[]).unwrap();
-        let end = bench.thread.join().unwrap();
+        let end = bench.thread.join();
         assert!(matches!(end, SessionEnd::Io(_)), "{end}");
         assert!(end.to_string().contains("no answer"), "{end}");
     }
@@ -408,4 +394,33 @@ fn descriptors_lost_for_want_of_numbers_end_the_session() {
             .contains("file descriptors were lost: raise"),
         "{end}"
     );
+}
+
+#[test]
+fn a_message_that_leaves_in_parts_hands_its_descriptors_over_once() {
+    use crate::daemon::session::wire::{Header, Message};
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let payload = vec![7; 1 << 20];
+    let mut queue = SendQueue::default();
+    queue.push(Message {
+        header: Header {
+            request: 1,
+            flags: 5,
+            size: 1 << 20,
+        },
+        payload,
+        fds: vec![event()],
+    });
+    let (mut bytes, mut fds, mut flushes) = (0, 0, 0);
+    while bytes < 12 + (1 << 20) {
+        assert_eq!(queue.flush(&ours).unwrap(), Flushed::Open);
+        flushes += 1;
+        let mut part = vec![0; 64 << 10];
+        let (got, received) = recv_segment(&theirs, &mut part);
+        bytes += got;
+        fds += received.len();
+    }
+    assert!(queue.is_empty());
+    assert!(flushes > 1);
+    assert_eq!(fds, 1);
 }

@@ -92,7 +92,7 @@ struct Whole {
     disk: Arc<Disk>,
     daemon: VhostUserDaemon<Arc<Disk>>,
     notifier: ConfigNotifier,
-    guard: JoinHandle<SessionEnd>,
+    guard: Ending,
 }
 
 fn whole() -> Whole {
@@ -116,7 +116,7 @@ fn whole() -> Whole {
         disk,
         daemon,
         notifier,
-        guard: std::thread::spawn(move || guard.run()),
+        guard: Ending::of(guard),
     }
 }
 
@@ -211,7 +211,7 @@ fn the_crates_front_end_and_daemon_talk_through_the_guard() {
 
     front_end.reset_device().unwrap();
     drop(front_end);
-    assert!(matches!(guard.join().unwrap(), SessionEnd::FrontEndLeft));
+    assert!(matches!(guard.join(), SessionEnd::FrontEndLeft));
     // The daemon's thread ends with the session.
     let _ = daemon.wait();
 }
@@ -237,7 +237,7 @@ fn a_request_that_fails_in_the_daemon_is_answered_and_ends_the_session() {
         answer,
         vhost::Error::VhostUserProtocol(vhost::vhost_user::Error::BackendInternalError)
     ));
-    assert!(matches!(guard.join().unwrap(), SessionEnd::BackendClosed));
+    assert!(matches!(guard.join(), SessionEnd::BackendClosed));
     let _ = daemon.wait();
 }
 
@@ -250,7 +250,7 @@ fn a_refused_request_ends_the_daemons_session_too() {
         ..
     } = whole();
     front_end.set_vring_num(0, 100).unwrap();
-    let end = guard.join().unwrap();
+    let end = guard.join();
     assert_eq!(
         end.to_string(),
         "the front end's message was refused: SET_VRING_NUM: queue 0: size 100 is no power of two \
