@@ -11,36 +11,33 @@
 
 mod control;
 mod driver;
+mod intake;
 mod port;
+mod rest;
 mod spin;
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::{self, Receiver};
 use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use crate::engine::{DiskSlot, Engine, Errno, Event, Waker};
 use crate::mq::Mq;
-use crate::mq::ids::{HctxId, RequestTag, WorkerId};
+use crate::mq::ids::{HctxId, WorkerId};
 use crate::mq::limits::{DRIVER_TAGS, RESERVED_TAGS};
 use crate::mq::request::Status;
-use crate::virtio::parse::{Parsed, parse};
 use crate::virtio::pool::SegmentPool;
 use crate::virtio::receipt::GuestIo;
-use crate::virtio::ring::RingError;
 use crate::virtio::shape::DiskShape;
 
 use self::control::Pending;
 use self::driver::EngineDriver;
-use self::port::{Call, Port, write_one};
+use self::port::Port;
 use self::spin::Spin;
 use super::message::{Message, WorkerHandle};
 use super::report::QueueReport;
-
-/// How often a ring without a kick eventfd is looked at.
-const KICKLESS_POLL: Duration = Duration::from_micros(100);
 
 /// At most one line about failed I/O in this time.
 const ERROR_LOG_INTERVAL_NS: u64 = 1_000_000_000;
@@ -252,203 +249,12 @@ impl Worker {
         }
     }
 
-    /// Takes what is available on every hot ring. One drain is one plug.
-    fn drain(&mut self) -> bool {
-        let mut found = false;
-        for at in 0..self.hot.len() {
-            let hctx = self.hot[at];
-            let port = open_port(&mut self.ports, hctx);
-            if !port.is_open() || port.no_room {
-                continue;
-            }
-            match self.drain_ring(hctx) {
-                Ok(any) => found |= any,
-                Err(error) => self.break_ring(hctx, &error),
-            }
-        }
-        found
-    }
-
-    fn drain_ring(&mut self, hctx: HctxId) -> Result<bool, RingError> {
-        let port = self.ports[hctx.index()].as_mut().expect("hot ports exist");
-        if port.ring.available()? == 0 {
-            return Ok(false);
-        }
-        port.ring.suppress_kicks();
-        let disk = self.disks[port.id.disk.index()]
-            .as_ref()
-            .expect("rings belong to disks that were added");
-        // A guest that turns write-through on waits for the answer, so what it sends after that is
-        // drained after this load.
-        let write_through = disk.write_through.load(Ordering::Relaxed);
-        let mut driver = EngineDriver {
-            engine: &mut self.engine,
-            slots: &self.slots,
-        };
-        let mut outcome = Ok(());
-        loop {
-            let head = match port.ring.pop_head() {
-                Ok(Some(head)) => head,
-                Ok(None) => break,
-                Err(error) => {
-                    outcome = Err(error);
-                    break;
-                }
-            };
-            match parse(
-                &mut port.ring,
-                head,
-                &disk.shape,
-                write_through,
-                &mut self.pool,
-            ) {
-                Ok(Parsed::Request(request, io)) => {
-                    let tag = RequestTag(io.head());
-                    self.mq.plug(hctx, tag, request, io, &mut driver);
-                }
-                Ok(Parsed::Done(used)) => {
-                    port.ring.put_used(used);
-                    port.stats.answered += 1;
-                    touch(&mut self.touched, port, hctx);
-                }
-                Ok(Parsed::NoRoom(head)) => {
-                    port.ring.unpop(head);
-                    port.no_room = true;
-                    break;
-                }
-                Err(error) => {
-                    outcome = Err(error);
-                    break;
-                }
-            }
-        }
-        self.mq.unplug(hctx, &mut driver);
-        outcome.map(|()| true)
-    }
-
-    /// The guest broke the rules in a way that leaves nothing to answer: the ring stops, its
-    /// requests in flight end, other rings go on.
-    #[cold]
-    fn break_ring(&mut self, hctx: HctxId, error: &RingError) {
-        let port = open_port(&mut self.ports, hctx);
-        log::warn!("{}: stopped: {error}", port.id);
-        port.gates.broken = true;
-        port.signal_error();
-    }
-
     fn run_hctxs(&mut self) {
         if self.mq.must_run() {
             self.mq.run(&mut EngineDriver {
                 engine: &mut self.engine,
                 slots: &self.slots,
             });
-        }
-    }
-
-    /// Tells the guests, at most once for each ring.
-    fn notify(&mut self) {
-        while let Some(hctx) = self.touched.pop() {
-            let port = self.ports[hctx.index()]
-                .as_mut()
-                .expect("touched ports exist");
-            port.touched = false;
-            port.ring.publish();
-            if !port.ring.should_call() {
-                continue;
-            }
-            match &port.call {
-                Call::None => continue,
-                Call::Direct(fd) => {
-                    if let Err(error) = write_one(fd) {
-                        log::warn!("{}: the call fd cannot be written: {error}", port.id);
-                        port.call = Call::None;
-                        continue;
-                    }
-                }
-                Call::Engine(slot) => self.engine.call(*slot),
-            }
-            port.stats.calls += 1;
-        }
-    }
-
-    /// Ends the turn: submits what was queued, tells the guests, and, when there is nothing left to
-    /// do and looking on is not worth it, sleeps. All that is waited for arrives in the engine.
-    fn wait(&mut self, progress: bool) {
-        let busy = self.engine.has_events() || self.mq.must_run() || self.has_mail;
-        if busy || (progress && self.spin.is_on()) || self.spin.again(self.now_ns) {
-            self.commit();
-            self.notify();
-            if !progress {
-                std::hint::spin_loop();
-            }
-            return;
-        }
-        // What was queued is submitted by the same call that sleeps, so the guests are told first.
-        self.notify();
-        if self.arm() {
-            self.commit();
-            return;
-        }
-        let timeout = self.timeout();
-        self.spin.sleeps(self.now_ns);
-        if let Err(error) = self.engine.wait(timeout) {
-            self.engine_broken(&error);
-        }
-    }
-
-    fn commit(&mut self) {
-        if let Err(error) = self.engine.commit_rqs() {
-            self.engine_broken(&error);
-        }
-    }
-
-    /// io_uring_enter fails for good only when we misuse it, and then no request ends any more: the
-    /// process stops loudly, so that whoever supervises it starts another.
-    #[cold]
-    fn engine_broken(&self, error: &io::Error) -> ! {
-        log::error!("worker {}: the io_uring is unusable: {error}", self.id);
-        std::process::abort()
-    }
-
-    /// Asks for kicks on every hot ring; true if requests came in meanwhile. Rings that cannot kick
-    /// stay hot, and so do those that wait for room.
-    fn arm(&mut self) -> bool {
-        let mut more = false;
-        let ports = &mut self.ports;
-        self.hot.retain(|hctx| {
-            let port = open_port(ports, *hctx);
-            if !port.is_open() {
-                port.hot = false;
-                return false;
-            }
-            if port.no_room || !port.has_kick {
-                return true;
-            }
-            if port.ring.arm_kicks() {
-                more = true;
-                return true;
-            }
-            port.hot = false;
-            false
-        });
-        more
-    }
-
-    fn timeout(&self) -> Option<Duration> {
-        let deadline = self
-            .mq
-            .next_deadline_ns()
-            .map(|at| Duration::from_nanos(at.saturating_sub(self.now_ns)));
-        // Only rings without a kick fd are still hot, or such that a completion will wake.
-        let kickless = self.hot.iter().any(|hctx| {
-            self.ports[hctx.index()]
-                .as_ref()
-                .is_some_and(|port| !port.has_kick)
-        });
-        match (deadline, kickless) {
-            (Some(deadline), true) => Some(deadline.min(KICKLESS_POLL)),
-            (None, true) => Some(KICKLESS_POLL),
-            (deadline, false) => deadline,
         }
     }
 }

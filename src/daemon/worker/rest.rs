@@ -1,0 +1,119 @@
+//! The end of a turn: telling the guests, submitting, sleeping.
+
+use std::io;
+use std::time::Duration;
+
+use super::port::{Call, write_one};
+use super::{Worker, open_port};
+
+/// How often a ring without a kick eventfd is looked at.
+const KICKLESS_POLL: Duration = Duration::from_micros(100);
+
+impl Worker {
+    /// Tells the guests, at most once for each ring.
+    pub(super) fn notify(&mut self) {
+        while let Some(hctx) = self.touched.pop() {
+            let port = self.ports[hctx.index()]
+                .as_mut()
+                .expect("touched ports exist");
+            port.touched = false;
+            port.ring.publish();
+            if !port.ring.should_call() {
+                continue;
+            }
+            match &port.call {
+                Call::None => continue,
+                Call::Direct(fd) => {
+                    if let Err(error) = write_one(fd) {
+                        log::warn!("{}: the call fd cannot be written: {error}", port.id);
+                        port.call = Call::None;
+                        continue;
+                    }
+                }
+                Call::Engine(slot) => self.engine.call(*slot),
+            }
+            port.stats.calls += 1;
+        }
+    }
+
+    /// Ends the turn: submits what was queued, tells the guests, and, when there is nothing left to
+    /// do and looking on is not worth it, sleeps. All that is waited for arrives in the engine.
+    pub(super) fn wait(&mut self, progress: bool) {
+        let busy = self.engine.has_events() || self.mq.must_run() || self.has_mail;
+        if busy || (progress && self.spin.is_on()) || self.spin.again(self.now_ns) {
+            self.commit();
+            self.notify();
+            if !progress {
+                std::hint::spin_loop();
+            }
+            return;
+        }
+        // What was queued is submitted by the same call that sleeps, so the guests are told first.
+        self.notify();
+        if self.arm() {
+            self.commit();
+            return;
+        }
+        let timeout = self.timeout();
+        self.spin.sleeps(self.now_ns);
+        if let Err(error) = self.engine.wait(timeout) {
+            self.engine_broken(&error);
+        }
+    }
+
+    fn commit(&mut self) {
+        if let Err(error) = self.engine.commit_rqs() {
+            self.engine_broken(&error);
+        }
+    }
+
+    /// io_uring_enter fails for good only when we misuse it, and then no request ends any more: the
+    /// process stops loudly, so that whoever supervises it starts another.
+    #[cold]
+    pub(super) fn engine_broken(&self, error: &io::Error) -> ! {
+        log::error!("worker {}: the io_uring is unusable: {error}", self.id);
+        std::process::abort()
+    }
+
+    /// Asks for kicks on every hot ring; true if requests came in meanwhile. Rings that cannot kick
+    /// stay hot, and so do those that wait for room.
+    fn arm(&mut self) -> bool {
+        let mut more = false;
+        let ports = &mut self.ports;
+        self.hot.retain(|hctx| {
+            let port = open_port(ports, *hctx);
+            if !port.is_open() {
+                port.hot = false;
+                return false;
+            }
+            if port.no_room || !port.has_kick {
+                return true;
+            }
+            if port.ring.arm_kicks() {
+                more = true;
+                return true;
+            }
+            port.hot = false;
+            false
+        });
+        more
+    }
+
+    fn timeout(&self) -> Option<Duration> {
+        let deadline = self
+            .mq
+            .next_deadline_ns()
+            .map(|at| Duration::from_nanos(at.saturating_sub(self.now_ns)));
+        // Only rings without a kick fd are still hot, or such that a completion will wake.
+        let kickless = self.hot.iter().any(|hctx| {
+            self.ports[hctx.index()]
+                .as_ref()
+                .is_some_and(|port| !port.has_kick)
+        });
+        match (deadline, kickless) {
+            (Some(deadline), true) => Some(deadline.min(KICKLESS_POLL)),
+            (None, true) => Some(KICKLESS_POLL),
+            (deadline, false) => deadline,
+        }
+    }
+}
