@@ -118,7 +118,7 @@ fn four_queues_each_serve_their_own_vcpu() {
             for cpu in 0 1 2 3; do
                 mib=$((8 * (cpu + 1)))
                 verify $rw-$cpu $((mib * 1024)) --ioengine=libaio --rw=$rw --bsrange=512-1m --offset=$((cpu * 64))m --size=${mib}m \
-                    --cpus_allowed=$cpu --fsync=32 &
+                    --cpus_allowed=$cpu --fsync=4 &
                 pids="${pids-} $!"
             done
             for pid in $pids; do wait $pid; done
@@ -160,7 +160,7 @@ fn four_vcpus_share_two_queues() {
         for cpu in 0 1 2 3; do
             mib=$((4 * (cpu + 1)))
             verify randwrite-$cpu $((mib * 1024)) --ioengine=io_uring --rw=randwrite --bsrange=512-1m --offset=$((cpu * 64))m --size=${mib}m \
-                --cpus_allowed=$cpu --fsync=32 &
+                --cpus_allowed=$cpu --fsync=4 &
             pids="${pids-} $!"
         done
         for pid in $pids; do wait $pid; done
@@ -210,7 +210,7 @@ fn a_read_only_disk_stays_as_it_is() {
     assert_eq!(fixed.sum("write"), 0);
 }
 
-/// Two of four queues polled: they have no call fd, and all that is asked of them is served nevertheless.
+/// Two of four queues polled: nobody waits for their calls, and all that is asked of them is served.
 #[test]
 fn poll_queues_are_served_without_an_interrupt() {
     let disk = Disk::new(512 * MIB);
@@ -231,10 +231,11 @@ fn poll_queues_are_served_without_an_interrupt() {
         polled >= 48 * MIB,
         "the polled writes went through the poll queues: {polled} bytes"
     );
-    assert_eq!(
-        (summary.of(2, "calls"), summary.of(3, "calls")),
-        (0, 0),
-        "and nobody was called for them"
+    // Their driver never moves used_event on from 0, so it asks for the first completion's call at most.
+    let calls = (summary.of(2, "calls"), summary.of(3, "calls"));
+    assert!(
+        calls.0 <= 1 && calls.1 <= 1,
+        "calls on poll queues: {calls:?}"
     );
 }
 

@@ -1,5 +1,10 @@
 //! The daemon over a real socket, driven by a front end without a virtual machine, with the data verified.
 
+#![allow(
+    clippy::cast_possible_truncation,
+    reason = "test code: sizes and offsets are small and known"
+)]
+
 mod support;
 
 #[path = "native/bad_requests.rs"]

@@ -205,7 +205,7 @@ impl Engine {
             let entries = self.ring.take(&mut batch);
             reaped += entries.len();
             for entry in entries {
-                self.apply(entry, on);
+                self.apply(entry.user_data(), entry.result(), entry.flags(), on);
             }
             if entries.len() < REAP_BATCH {
                 break;
@@ -416,18 +416,17 @@ impl Engine {
 
     /// Gives a completion to whom it belongs.
     #[inline]
-    fn apply(&mut self, entry: &cqueue::Entry, on: &mut impl FnMut(Event)) {
+    fn apply(&mut self, data: u64, res: i32, flags: u32, on: &mut impl FnMut(Event)) {
         self.counters.cqes += 1;
-        let data = entry.user_data();
         #[expect(
             clippy::cast_possible_truncation,
             reason = "the fields of the user data"
         )]
         let (generation, index) = ((data >> 16) as u32, data as u16);
         match data & KIND_MASK {
-            KIND_SLOT => self.apply_to_slot(generation, index, entry.result(), on),
-            KIND_WATCH => self.apply_to_watch(generation, index, entry, on),
-            KIND_CALL => self.apply_to_call(generation, index, entry.result(), on),
+            KIND_SLOT => self.apply_to_slot(generation, index, res, on),
+            KIND_WATCH => self.apply_to_watch(generation, index, (res, flags), on),
+            KIND_CALL => self.apply_to_call(generation, index, res, on),
             _ => {}
         }
     }
@@ -459,7 +458,7 @@ impl Engine {
         &mut self,
         generation: u32,
         index: u16,
-        entry: &cqueue::Entry,
+        (res, flags): (i32, u32),
         on: &mut impl FnMut(Event),
     ) {
         let watch = match self.watches.get_mut(index) {
@@ -467,9 +466,9 @@ impl Engine {
             // The end of a watch that was given up.
             _ => return,
         };
-        let polled = watch.on_cqe(entry.result());
+        let polled = watch.on_cqe(res);
         let whom = watch.whom;
-        let more = cqueue::more(entry.flags());
+        let more = cqueue::more(flags);
         watch.armed = more;
         match (polled, whom) {
             (Polled::Ready, Watched::Kick(token)) => on(Event::Kick(token)),
@@ -543,5 +542,38 @@ impl Drop for Engine {
                 return;
             }
         }
+    }
+}
+
+#[cfg(test)]
+impl Engine {
+    /// Feeds a completion as if the kernel had sent it.
+    pub(super) fn feed_slot(&mut self, tag: DriverTag, res: i32, on: &mut impl FnMut(Event)) {
+        self.apply(
+            user_data(KIND_SLOT, u32::from(tag.generation), tag.index),
+            res,
+            0,
+            on,
+        );
+    }
+
+    /// The same for the watch with this token.
+    pub(super) fn feed_watch(
+        &mut self,
+        token: u32,
+        res: i32,
+        flags: u32,
+        on: &mut impl FnMut(Event),
+    ) {
+        let index = self
+            .watches
+            .find(|w| w.whom == Watched::Kick(token))
+            .expect("a watch");
+        let generation = self.watches.get(index).expect("found").generation;
+        self.apply(user_data(KIND_WATCH, generation, index), res, flags, on);
+    }
+
+    pub(super) fn memory_free_bounces(&self) -> usize {
+        self.memory.free_bounces()
     }
 }

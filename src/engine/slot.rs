@@ -329,9 +329,8 @@ impl Slot {
             return Next::Issue;
         }
         match self.stage {
-            Stage::Transfer
-                if errno == libc::EOPNOTSUPP && self.fua && !self.unsynced && disk.can.dsync =>
-            {
+            // Asked for with RWF_DSYNC, maybe together with others: see `transfer_sqe`.
+            Stage::Transfer if errno == libc::EOPNOTSUPP && self.fua && !self.unsynced => {
                 disk.can.dsync = false;
                 Next::Issue
             }
@@ -602,3 +601,6 @@ impl Abilities {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -11,7 +11,7 @@ use super::abi::{
 };
 use super::chain::{self, Layout};
 use super::pool::{Segment, SegmentPool};
-use super::receipt::{GuestIo, Receipt};
+use super::receipt::{self, GuestIo, Slot};
 use super::ring::{Head, Ring, RingError, Used};
 use super::shape::DiskShape;
 use crate::mq::ids::Sector;
@@ -64,11 +64,20 @@ struct Plain {
 impl Plain {
     #[inline]
     fn into_parsed(self, ring: &mut Ring, head: Head, write_through: bool) -> Parsed {
-        let segments = ring.inline_segments(&head);
-        let receipt = Receipt::new(ring.commit(head), self.status);
-        // SAFETY: `plain` filled that many inline segments of this head with buffers; they belong
-        // to it until the receipt is finished. Unsafe because that is this module's logic.
-        let io = unsafe { GuestIo::new(receipt, segments, self.segments, false) };
+        let slot = ring.slot(&head);
+        let head = ring.commit(head);
+        // SAFETY: `plain` found the status byte and filled that many inline segments of this head
+        // with buffers. Unsafe because that is this module's logic.
+        let io = unsafe {
+            GuestIo::new(
+                slot,
+                head,
+                self.status,
+                Slot::inline(slot),
+                self.segments,
+                false,
+            )
+        };
         Parsed::Request(
             Request {
                 op: self.op,
@@ -121,7 +130,8 @@ fn plain(ring: &mut Ring, head: &Head, shape: &DiskShape) -> Option<Plain> {
         _ => return None,
     };
 
-    let inline = ring.inline_segments(head);
+    // SAFETY: a slot of the ring's. Unsafe because of raw pointers.
+    let inline = unsafe { Slot::inline(ring.slot(head)) };
     let (mut next, mut segments, mut total) = (first.next, 0, 0);
     let status = loop {
         if next >= len {
@@ -206,13 +216,18 @@ fn any(
     };
     let (request, segments) = match verdict {
         Verdict::Answer(status, bytes) => {
-            let receipt = Receipt::new(ring.commit(head), layout.status);
-            return Ok(Parsed::Done(receipt.finish(status, bytes)));
+            let head = ring.commit(head);
+            // SAFETY: the walk found the status byte in the guest's memory, which the ring keeps.
+            // Unsafe because the compiler does not see that.
+            let used = unsafe { receipt::answer(head, layout.status, status, bytes) };
+            return Ok(Parsed::Done(used));
         }
         Verdict::Request(request, segments) => (request, segments),
     };
+    let slot = ring.slot(&head);
     let room = if request.segments <= INLINE_SEGMENTS {
-        ring.inline_segments(&head)
+        // SAFETY: a slot of the ring's. Unsafe because of raw pointers.
+        unsafe { Slot::inline(slot) }
     } else if let Some(buffer) = pool.lend() {
         buffer
     } else {
@@ -224,11 +239,11 @@ fn any(
         unsafe { room.add(i).write(*segment) };
     }
     let ranges = matches!(request.op, Op::Discard | Op::WriteZeroes);
-    let receipt = Receipt::new(ring.commit(head), layout.status);
-    // SAFETY: that many segments were just written, extents if it has ranges and buffers if not,
-    // inline up to INLINE_SEGMENTS and from the pool for more. Unsafe because that is this
-    // module's logic.
-    let io = unsafe { GuestIo::new(receipt, room, request.segments, ranges) };
+    let head = ring.commit(head);
+    // SAFETY: the walk found the status byte; that many segments were just written, extents if it
+    // has ranges and buffers if not, inline up to INLINE_SEGMENTS and from the pool for more.
+    // Unsafe because that is this module's logic.
+    let io = unsafe { GuestIo::new(slot, head, layout.status, room, request.segments, ranges) };
     Ok(Parsed::Request(request, io))
 }
 

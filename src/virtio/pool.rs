@@ -5,7 +5,7 @@ use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::fmt;
 use std::ptr::NonNull;
 
-use crate::mq::limits::{BIG_REQUESTS, INLINE_SEGMENTS, MAX_SEGMENTS};
+use crate::mq::limits::{BIG_REQUESTS, MAX_SEGMENTS};
 
 /// A range of the disk, of a discard or write-zeroes request.
 #[repr(C)]
@@ -39,49 +39,51 @@ impl Segment {
     }
 }
 
-/// An allocation of segments, reached through raw pointers because requests point into it while
-/// its owner hands out more of it.
-pub(super) struct Segments {
-    first: NonNull<Segment>,
+/// A zeroed allocation, reached through raw pointers because requests point into it while its
+/// owner hands out more of it.
+pub(super) struct RawTable<T> {
+    first: NonNull<T>,
     count: usize,
 }
 
-// SAFETY: plain memory with one owner. Unsafe because raw pointers carry no such promise.
-unsafe impl Send for Segments {}
+// SAFETY: plain memory with one owner, who decides what is in it. Unsafe because raw pointers
+// carry no such promise.
+unsafe impl<T> Send for RawTable<T> {}
 
-impl Segments {
-    /// `count` zeroed segments; the system gives pages for them only when they are touched.
+impl<T> RawTable<T> {
+    /// Room for `count` of them; the system gives pages for it only when they are touched.
     pub(super) fn new(count: usize) -> Self {
         let layout = Self::layout(count);
         // SAFETY: the layout is not empty, see there. Unsafe because no safe call leaves a large
         // zeroed allocation untouched.
-        let first = unsafe { alloc_zeroed(layout) }.cast::<Segment>();
+        let first = unsafe { alloc_zeroed(layout) }.cast::<T>();
         match NonNull::new(first) {
-            Some(first) => Segments { first, count },
+            Some(first) => RawTable { first, count },
             None => handle_alloc_error(layout),
         }
     }
 
     fn layout(count: usize) -> Layout {
-        assert!(count > 0);
-        Layout::array::<Segment>(count).expect("limits keep it small")
+        let layout = Layout::array::<T>(count).expect("limits keep it small");
+        assert!(layout.size() > 0);
+        layout
     }
 
-    /// The segment at `index`, and all after it, to write to.
+    /// Where the one at `index` is.
     #[inline]
-    pub(super) fn at(&self, index: usize) -> NonNull<Segment> {
+    pub(super) fn at(&self, index: usize) -> NonNull<T> {
         assert!(index < self.count);
         // SAFETY: in bounds, as just asserted. Unsafe because of raw pointers, see the type.
         unsafe { self.first.add(index) }
     }
 
-    /// Gives the memory up for good: someone may still write to it.
+    /// Gives the memory up for good: someone may still use it.
     pub(super) fn leak(&mut self) {
         self.count = 0;
     }
 }
 
-impl Drop for Segments {
+impl<T> Drop for RawTable<T> {
     fn drop(&mut self) {
         if self.count > 0 {
             // SAFETY: allocated in `new` with this very layout, and not leaked. Unsafe because
@@ -100,9 +102,10 @@ const _: () = assert!(
     "the pool keeps one bit for each in a u64"
 );
 
-/// A worker's room for requests of more than [`INLINE_SEGMENTS`] segments.
+/// A worker's room for requests of more than
+/// [`INLINE_SEGMENTS`](crate::mq::limits::INLINE_SEGMENTS) segments.
 pub struct SegmentPool {
-    buffers: Segments,
+    buffers: RawTable<Segment>,
     /// One bit for each buffer that nobody has.
     free: u64,
     /// Where a chain is laid out before it is known how much of it is data.
@@ -119,7 +122,7 @@ impl SegmentPool {
             len_bytes: 0,
         };
         SegmentPool {
-            buffers: Segments::new(usize::from(BIG_REQUESTS) * usize::from(MAX_SEGMENTS)),
+            buffers: RawTable::new(usize::from(BIG_REQUESTS) * usize::from(MAX_SEGMENTS)),
             free: Self::ALL_FREE,
             scratch: vec![Segment { extent: none }; SCRATCH_SEGMENTS].into_boxed_slice(),
         }
@@ -182,9 +185,4 @@ impl Drop for SegmentPool {
             self.buffers.leak();
         }
     }
-}
-
-/// Inline segments of a ring, as a count of segments.
-pub(super) fn inline_index(head: u16) -> usize {
-    usize::from(head) * usize::from(INLINE_SEGMENTS)
 }

@@ -32,101 +32,105 @@ fn wire(status: Status) -> u8 {
     }
 }
 
-/// Stands for one chain that the guest waits for. Dropping it unfinished is a bug.
-#[must_use]
-pub struct Receipt {
-    status: NonNull<u8>,
-    head: u16,
-}
-
-impl Receipt {
-    /// For the chain at `head`, whose status byte is `status`.
-    #[inline]
-    pub(super) fn new(head: u16, status: NonNull<u8>) -> Self {
-        Receipt { status, head }
-    }
-
-    /// The chain's head.
-    pub fn head(&self) -> u16 {
-        self.head
-    }
-
-    /// Writes the status byte and makes the used element. `bytes` is how much data was really
-    /// written to guest memory: zero for anything but a read that succeeded, at least in part.
-    #[inline]
-    pub fn finish(self, status: Status, bytes: u32) -> Used {
-        // SAFETY: `parse` found this byte in the ring's guest memory, which the ring keeps as long
-        // as the chain is in flight, that is until the element made here is put. Unsafe because
-        // the memory is the guest's too.
-        unsafe { self.status.write_volatile(wire(status)) };
-        // `parse` rejects requests whose data and status do not fit into 32 bits.
-        let used = Used::new(self.head, bytes.saturating_add(1));
-        std::mem::forget(self);
-        used
-    }
-}
-
-#[cfg(debug_assertions)]
-impl Drop for Receipt {
-    fn drop(&mut self) {
-        if !std::thread::panicking() {
-            panic!("the request at head {} was dropped unfinished", self.head);
-        }
-    }
-}
-
-impl fmt::Debug for Receipt {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Receipt")
-            .field("head", &self.head)
-            .finish_non_exhaustive()
-    }
-}
-
-/// A request's buffers or ranges, and its receipt: what crosses `mq` without being looked into.
+/// Ends a chain: writes its status and makes the used element, which counts `bytes` of data and
+/// the status byte.
 ///
-/// The addresses stay valid until it is finished: its ring keeps the guest memory, and neither the
-/// ring nor the pool frees the segments of a request in flight, even when dropped.
-#[must_use]
-pub struct GuestIo {
+/// # Safety
+///
+/// `byte` is mapped and writable.
+#[inline]
+pub(super) unsafe fn answer(head: u16, byte: NonNull<u8>, status: Status, bytes: u32) -> Used {
+    // SAFETY: the caller vouches for it. Unsafe because the memory is the guest's too.
+    unsafe { byte.write_volatile(wire(status)) };
+    // `parse` rejects requests whose data and status do not fit into 32 bits.
+    Used::new(head, bytes.saturating_add(1))
+}
+
+/// A ring's room for one chain in flight.
+#[repr(C)]
+pub(super) struct Slot {
+    status: NonNull<u8>,
     segments: NonNull<Segment>,
-    receipt: Receipt,
+    head: u16,
     count: u16,
     /// The segments are [`Extent`]s, not buffers.
     ranges: bool,
+    inline: [Segment; INLINE_SEGMENTS as usize],
 }
 
-// SAFETY: it alone refers to its segments and its status byte until it is finished, and guest
-// memory can be reached from any thread. Unsafe because raw pointers carry no such promise.
-unsafe impl Send for GuestIo {}
-// SAFETY: as for GuestIo, with only the status byte. Unsafe for the same reason.
-unsafe impl Send for Receipt {}
-
-impl GuestIo {
+impl Slot {
+    /// Room for [`INLINE_SEGMENTS`] segments.
+    ///
     /// # Safety
     ///
-    /// The first `count` of `segments` are initialized, as extents if `ranges` says so and as
-    /// buffers if not, and neither move nor change until this is finished. If there are more than
-    /// [`INLINE_SEGMENTS`], they are in a buffer of the pool that `finish` will be given.
+    /// `slot` points to memory for a slot.
+    #[inline]
+    pub(super) unsafe fn inline(slot: NonNull<Slot>) -> NonNull<Segment> {
+        // SAFETY: within the memory the caller vouches for. Unsafe because the slot need not be
+        // initialized, so no reference may be made of it.
+        unsafe { NonNull::new_unchecked(&raw mut (*slot.as_ptr()).inline).cast() }
+    }
+}
+
+/// A request's buffers or ranges, and the right to answer it, once: what crosses `mq` without
+/// being looked into. Dropping it unfinished is a bug.
+///
+/// The addresses stay valid until it is finished: its ring keeps the guest memory, and neither the
+/// ring nor the pool frees what a request in flight points to, even when dropped.
+///
+/// It is no more than a pointer, because it is moved often: a request goes from the parser to
+/// `mq`, from there to the engine, and back.
+#[must_use]
+pub struct GuestIo {
+    slot: NonNull<Slot>,
+}
+
+// SAFETY: it alone refers to its slot, its segments and its status byte until it is finished, and
+// guest memory can be reached from any thread. Unsafe because raw pointers carry no such promise.
+unsafe impl Send for GuestIo {}
+
+impl GuestIo {
+    /// For the chain at `head`, whose status byte is `status`.
+    ///
+    /// # Safety
+    ///
+    /// `slot` is the head's in its ring, and the head is in flight. `status` is mapped as long as
+    /// it is. The first `count` of `segments` are initialized, as extents if `ranges` says so and
+    /// as buffers if not, and neither move nor change until this is finished. If there are more
+    /// than [`INLINE_SEGMENTS`], they are in a buffer of the pool that `finish` will be given.
     #[inline]
     pub(super) unsafe fn new(
-        receipt: Receipt,
+        slot: NonNull<Slot>,
+        head: u16,
+        status: NonNull<u8>,
         segments: NonNull<Segment>,
         count: u16,
         ranges: bool,
     ) -> Self {
-        GuestIo {
-            segments,
-            receipt,
-            count,
-            ranges,
+        let at = slot.as_ptr();
+        // SAFETY: the slot is ours to write, as the caller vouches. Unsafe because it need not be
+        // initialized, so no reference may be made of it.
+        unsafe {
+            (*at).status = status;
+            (*at).segments = segments;
+            (*at).head = head;
+            (*at).count = count;
+            (*at).ranges = ranges;
         }
+        GuestIo { slot }
+    }
+
+    #[inline]
+    fn slot(&self) -> &Slot {
+        // SAFETY: `new` initialized it (and zeroes are segments too), it lives until this is
+        // finished, and nobody writes it. Unsafe because it lies in memory of the ring's.
+        unsafe { self.slot.as_ref() }
     }
 
     /// The chain's head.
     #[inline]
     pub fn head(&self) -> u16 {
-        self.receipt.head
+        self.slot().head
     }
 
     /// The host buffers of the data, in order; empty for a flush, a discard or a write-zeroes.
@@ -134,45 +138,63 @@ impl GuestIo {
     /// at it.
     #[inline]
     pub fn iovecs(&self) -> &[libc::iovec] {
-        if self.ranges {
+        let slot = self.slot();
+        if slot.ranges {
             return &[];
         }
         // SAFETY: initialized as buffers and immutable, by the contract of `new`; a segment has
-        // an iovec's layout. Unsafe because the room is shared by address with the ring or pool.
+        // an iovec's layout. Unsafe because they may lie in memory of the pool's.
         unsafe {
-            std::slice::from_raw_parts(self.segments.as_ptr().cast(), usize::from(self.count))
+            std::slice::from_raw_parts(slot.segments.as_ptr().cast(), usize::from(slot.count))
         }
     }
 
     /// The ranges of a discard or a write-zeroes, as the guest listed them, without empty ones;
     /// empty for everything else.
     pub fn ranges(&self) -> &[Extent] {
-        if !self.ranges {
+        let slot = self.slot();
+        if !slot.ranges {
             return &[];
         }
         // SAFETY: as in `iovecs`, for extents. Unsafe for the same reason.
         unsafe {
-            std::slice::from_raw_parts(self.segments.as_ptr().cast(), usize::from(self.count))
+            std::slice::from_raw_parts(slot.segments.as_ptr().cast(), usize::from(slot.count))
         }
     }
 
-    /// Writes the status byte and makes the used element, as [`Receipt::finish`] does. `pool` is
-    /// the one the request was parsed with.
+    /// Writes the status byte and makes the used element. `bytes` is how much data was really
+    /// written to guest memory: zero for anything but a read that succeeded, at least in part.
+    /// `pool` is the one the request was parsed with.
     #[inline]
     pub fn finish(self, status: Status, bytes: u32, pool: &mut SegmentPool) -> Used {
-        if self.count > INLINE_SEGMENTS {
-            pool.give_back(self.segments);
+        let slot = self.slot();
+        if slot.count > INLINE_SEGMENTS {
+            pool.give_back(slot.segments);
         }
-        self.receipt.finish(status, bytes)
+        // SAFETY: the byte is mapped as long as the head is in flight, that is until the element
+        // made here is put. Unsafe because the compiler does not see that.
+        let used = unsafe { answer(slot.head, slot.status, status, bytes) };
+        std::mem::forget(self);
+        used
+    }
+}
+
+#[cfg(debug_assertions)]
+impl Drop for GuestIo {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            panic!("the request at head {} was dropped unfinished", self.head());
+        }
     }
 }
 
 impl fmt::Debug for GuestIo {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let slot = self.slot();
         f.debug_struct("GuestIo")
-            .field("head", &self.receipt.head)
-            .field("segments", &self.count)
-            .field("ranges", &self.ranges)
+            .field("head", &slot.head)
+            .field("segments", &slot.count)
+            .field("ranges", &slot.ranges)
             .finish_non_exhaustive()
     }
 }

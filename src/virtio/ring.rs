@@ -13,8 +13,9 @@ use std::sync::atomic::{AtomicU16, Ordering};
 
 use super::abi::{self, Descriptor};
 use super::memory::{MemoryTable, Region};
-use super::pool::{Segment, Segments, inline_index};
-use crate::mq::limits::{INLINE_SEGMENTS, MAX_RING_SIZE};
+use super::pool::RawTable;
+use super::receipt::Slot;
+use crate::mq::limits::MAX_RING_SIZE;
 
 mod error;
 mod notify;
@@ -150,8 +151,8 @@ pub struct Ring {
     in_flight: u16,
     /// One bit for each head, set from pop to put.
     in_flight_heads: Box<[u64]>,
-    /// [`INLINE_SEGMENTS`] for each head.
-    inline: Segments,
+    /// One for each head; in use while it is in flight.
+    slots: RawTable<Slot>,
     pub(super) memory: Arc<MemoryTable>,
     /// The region headers, status bytes and indirect tables were last found in.
     pub(super) meta_region: Region,
@@ -201,7 +202,7 @@ impl Ring {
             last_head: NO_HEAD,
             in_flight: 0,
             in_flight_heads: vec![0; usize::from(size).div_ceil(64)].into_boxed_slice(),
-            inline: Segments::new(inline_index(size)),
+            slots: RawTable::new(usize::from(size)),
             memory,
             meta_region: Region::NONE,
             data_region: Region::NONE,
@@ -355,11 +356,10 @@ impl Ring {
         })
     }
 
-    /// Room for [`INLINE_SEGMENTS`] segments that belongs to the chain at `head`.
+    /// The slot of the chain at `head`.
     #[inline]
-    pub(super) fn inline_segments(&self, head: &Head) -> NonNull<Segment> {
-        const _: () = assert!(INLINE_SEGMENTS > 0);
-        self.inline.at(inline_index(head.0))
+    pub(super) fn slot(&self, head: &Head) -> NonNull<Slot> {
+        self.slots.at(usize::from(head.0))
     }
 
     /// From now on the chain popped last can only be answered.
@@ -404,10 +404,10 @@ impl Ring {
 
 impl Drop for Ring {
     fn drop(&mut self) {
-        // Requests still point into the inline segments and the guest's memory, and the kernel may
+        // Requests still point into their slots and the guest's memory, and the kernel may
         // still use both.
         if self.in_flight > 0 {
-            self.inline.leak();
+            self.slots.leak();
             mem::forget(Arc::clone(&self.memory));
         }
     }

@@ -1,8 +1,10 @@
 //! Requests no good driver sends: each gets its answer, and the disk goes on.
 
 use crate::support::disk::{Range, kind, status};
+use crate::support::front::request::SET_VRING_ERR;
 use crate::support::*;
 use std::fs;
+use std::os::fd::AsFd;
 
 const DISK: u64 = 1 << 20;
 const SECTORS: u64 = DISK / SECTOR;
@@ -86,11 +88,6 @@ fn bad_reads_and_writes_are_errors() {
             "a short header",
             Request::read(0, &[]).split_header(&[8]),
             failed,
-        ),
-        (
-            "no status byte",
-            Request::write(0, &[r(512)]).no_status(),
-            (0xff, 0),
         ),
     ];
     for sector in [
@@ -215,15 +212,49 @@ fn bad_ranges_and_flushes_are_refused() {
         unsupported,
     ));
     cases.push((
-        "a flush of a sector",
+        "a flush whose sector is not 0, which says nothing",
         Request::new(kind::FLUSH, 8, &[]),
-        failed,
+        (status::OK, 1),
     ));
     check(&mut disk, cases);
     assert!(
         disk.read_all(0) == content,
         "no bad request changed anything"
     );
+}
+
+#[test]
+fn a_chain_that_cannot_be_answered_stops_its_queue_only() {
+    let content = Rng::new(34).bytes(DISK as usize);
+    let daemon = Daemon::start(&Spec::image_of(&content));
+    let mut disk = Disk::attach(daemon.socket(), 2);
+    let gpa = disk.mem().alloc(4096, 4096);
+    for round in 0..3 {
+        let err = Event::new().expect("an eventfd");
+        disk.front
+            .send_vring_fd(SET_VRING_ERR, 0, Some(err.as_fd()))
+            .expect("the error eventfd is set");
+        let request = Request::write(0, &[Seg::readable(gpa, 512)]).no_status();
+        request.push(&mut disk.queues[0], 0);
+        disk.queues[0].publish();
+        assert_eq!(err.wait(DEADLINE), 1, "the front end is told");
+        assert!(
+            daemon.wait_for_message("queue 0: stopped"),
+            "and so is the log"
+        );
+        assert!(disk.read(1, 0, 4096) == content[..4096], "queue 1 goes on");
+        assert!(disk.queues[0].reap().is_none(), "nothing came back");
+        // The driver resets its queue and starts again.
+        disk.front.stop(0).expect("the ring stops");
+        disk.queues[0].reset(0);
+        disk.front.start(&disk.queues[0]).expect("the ring starts");
+        disk.front.enable(0, true).expect("the ring is enabled");
+        assert!(
+            disk.read(0, 0, 4096) == content[..4096],
+            "round {round}: queue 0 is back"
+        );
+    }
+    assert!(disk.read_all(1) == content, "nothing was written");
 }
 
 #[test]

@@ -1,6 +1,5 @@
 //! What the disk costs: nothing when idle, little when busy.
 
-use crate::support::daemon::ProcStats;
 use crate::support::disk::{kind, status};
 use crate::support::*;
 use std::io::{BufRead, BufReader};

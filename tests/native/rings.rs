@@ -222,15 +222,19 @@ fn a_reset_device_starts_again() {
     }
 }
 
-/// Reads `count` sectors in one batch without sleeping, then stops the ring, after which no call can come any more.
+/// Reads `count` sectors in one batch without sleeping, and counts the calls that brings.
 fn calls_for(disk: &mut Disk, count: u64, ready: impl Fn(&mut Queue)) -> u64 {
     let gpa = disk.mem().alloc(512, 512);
     let queue = &mut disk.queues[0];
-    let stale = queue.call_fd().expect("a call eventfd").take();
-    assert!(
-        stale <= 1,
-        "at most the call that starting a ring may bring"
-    );
+    // A back end may call when it is given the eventfd, and for its first request in any case: both are behind us
+    // once a request that asked for its call has got it.
+    queue.call_fd().expect("a call eventfd").take();
+    queue.arm(0);
+    push_reads(queue, gpa, 1);
+    queue.publish();
+    assert!(queue.wait_call(DEADLINE) > 0, "the call that was asked for");
+    assert_ok(&[finish(queue)]);
+
     ready(queue);
     push_reads(queue, gpa, count);
     queue.publish();
@@ -238,13 +242,11 @@ fn calls_for(disk: &mut Disk, count: u64, ready: impl Fn(&mut Queue)) -> u64 {
         let done = queue.spin(DEADLINE).expect("a completion");
         assert_eq!(done.status, status::OK);
     }
+    // The used index is published before the call; after the ring has stopped no call can come any more.
     disk.front.stop(0).expect("the ring stops");
     let calls = disk.queues[0].call_fd().expect("a call eventfd").take();
     disk.front.start(&disk.queues[0]).expect("the ring starts");
     disk.front.enable(0, true).expect("the ring is enabled");
-    // One request more, so that a call brought by the start has come before the next round.
-    disk.queues[0].arm(0);
-    disk.read(0, 0, 512);
     calls
 }
 

@@ -1,17 +1,19 @@
 //! Starts and stops the program under test, and reads what it and the kernel say about it.
 
 use super::DEADLINE;
-use rustix::process::{Pid, Signal, kill_process};
-use serde::Deserialize;
-use std::collections::BTreeMap;
+use super::proc_stats::ProcStats;
+use super::summary::Summary;
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open, pidfd_send_signal};
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Condvar, Mutex, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
+
+const QSD: &str = "qemu-storage-daemon";
 
 /// Which disk to serve, and how.
 #[derive(Clone, Debug)]
@@ -20,6 +22,7 @@ pub struct Spec {
     queues: usize,
     queue_size: u16,
     read_only: bool,
+    lifetime: Duration,
     args: Vec<String>,
 }
 
@@ -58,6 +61,7 @@ impl Spec {
             queues: 4,
             queue_size: 1024,
             read_only: false,
+            lifetime: Duration::from_secs(120),
             args: Vec::new(),
         }
     }
@@ -80,6 +84,13 @@ impl Spec {
         self
     }
 
+    /// How long the program may run before it is taken for hung and killed (default two minutes). `vhost`'s front end
+    /// has no time limit of its own, and a killed back end turns its waiting into an error.
+    pub fn lifetime(mut self, lifetime: Duration) -> Self {
+        self.lifetime = lifetime;
+        self
+    }
+
     /// More arguments, for our own program only.
     pub fn args<S: Into<String>>(mut self, args: impl IntoIterator<Item = S>) -> Self {
         self.args.extend(args.into_iter().map(Into::into));
@@ -96,6 +107,7 @@ pub struct Daemon {
     image: Option<PathBuf>,
     stderr: Arc<Lines>,
     readers: Vec<JoinHandle<()>>,
+    watchdog: mpsc::Sender<()>,
     stdout: Arc<Lines>,
     ours: bool,
 }
@@ -139,7 +151,7 @@ impl Lines {
 impl Daemon {
     /// True if the tests run against QEMU's storage daemon instead of ours.
     pub fn is_peer() -> bool {
-        std::env::var("BLKMQ_TEST_BACKEND").is_ok_and(|name| name == "qemu-storage-daemon")
+        std::env::var("BLKMQ_TEST_BACKEND").is_ok_and(|name| name == QSD)
     }
 
     /// Starts the program the tests are about and waits until it listens. Panics with its messages if it does not.
@@ -174,7 +186,7 @@ impl Daemon {
             command.arg("--read-only");
         }
         command.args(&spec.args);
-        let daemon = Self::spawn(command, dir, socket, image, true);
+        let daemon = Self::spawn(command, dir, socket, image, spec.lifetime);
         if !daemon.stderr.wait_for("listening on") {
             panic!("the daemon does not listen:\n{}", daemon.stderr());
         }
@@ -198,7 +210,7 @@ impl Daemon {
             }
             (None, _) => unreachable!("only the null engine has no image"),
         };
-        let mut command = Command::new("qemu-storage-daemon");
+        let mut command = Command::new(QSD);
         command
             .arg("--blockdev")
             .arg(node)
@@ -211,7 +223,7 @@ impl Daemon {
             ))
             .arg("--pidfile")
             .arg(&ready);
-        let daemon = Self::spawn(command, dir, socket, image, false);
+        let daemon = Self::spawn(command, dir, socket, image, spec.lifetime);
         let deadline = Instant::now() + DEADLINE;
         while !ready.exists() {
             assert!(
@@ -229,7 +241,7 @@ impl Daemon {
         dir: TempDir,
         socket: PathBuf,
         image: Option<PathBuf>,
-        ours: bool,
+        lifetime: Duration,
     ) -> Self {
         let mut child = command
             .stdin(Stdio::null())
@@ -237,6 +249,7 @@ impl Daemon {
             .stderr(Stdio::piped())
             .spawn()
             .unwrap_or_else(|error| panic!("{command:?}: {error}"));
+        let ours = command.get_program() != QSD;
         let stdout = Arc::new(Lines::default());
         let stderr = Arc::new(Lines::default());
         let readers = vec![
@@ -244,6 +257,7 @@ impl Daemon {
             stderr.collect(child.stderr.take().expect("stderr is a pipe")),
         ];
         Self {
+            watchdog: watch(child.id(), lifetime),
             child,
             dir,
             socket,
@@ -295,9 +309,7 @@ impl Daemon {
 
     /// Sends a signal.
     pub fn signal(&self, signal: Signal) {
-        let pid = i32::try_from(self.pid()).expect("process numbers have 31 bits");
-        let pid = Pid::from_raw(pid).expect("a child's number is not 0");
-        kill_process(pid, signal).expect("a child takes signals");
+        kill_process(pid_of(self.pid()), signal).expect("a child takes signals");
     }
 
     /// Asks the program to end, waits for it, and takes its summary apart.
@@ -365,6 +377,24 @@ impl Daemon {
     }
 }
 
+/// Kills process `pid` unless the sender it returns is dropped within `lifetime`.
+fn watch(pid: u32, lifetime: Duration) -> mpsc::Sender<()> {
+    let (alive, gone) = mpsc::channel();
+    let process = pidfd_open(pid_of(pid), PidfdFlags::empty()).expect("a child has a pidfd");
+    std::thread::spawn(move || {
+        if gone.recv_timeout(lifetime) == Err(mpsc::RecvTimeoutError::Timeout) {
+            // Already ended is as good.
+            let _ = pidfd_send_signal(&process, Signal::KILL);
+        }
+    });
+    alive
+}
+
+fn pid_of(pid: u32) -> Pid {
+    let pid = i32::try_from(pid).expect("process numbers have 31 bits");
+    Pid::from_raw(pid).expect("a child's number is not 0")
+}
+
 impl Drop for Daemon {
     fn drop(&mut self) {
         if self.is_running() {
@@ -390,149 +420,5 @@ impl Spec {
         };
         made.unwrap_or_else(|error| panic!("{}: {error}", path.display()));
         Some(path)
-    }
-}
-
-/// What `/proc` says about a process.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct ProcStats {
-    /// Open file descriptors.
-    pub fds: usize,
-    /// Threads.
-    pub threads: usize,
-    /// Resident memory in KiB.
-    pub rss_kib: u64,
-    /// Context switches of each thread, voluntary and not.
-    pub switches: BTreeMap<u32, u64>,
-    /// User and system time of each thread in clock ticks.
-    pub ticks: BTreeMap<u32, u64>,
-}
-
-impl ProcStats {
-    /// Looks at process `pid`.
-    pub fn of(pid: u32) -> Self {
-        let proc = PathBuf::from(format!("/proc/{pid}"));
-        let mut stats = Self {
-            fds: entries(&proc.join("fd")).len(),
-            rss_kib: field(&text(&proc.join("status")), "VmRSS:"),
-            ..Self::default()
-        };
-        for task in entries(&proc.join("task")) {
-            let Ok(tid) = task.parse() else { continue };
-            let dir = proc.join("task").join(&task);
-            let status = text(&dir.join("status"));
-            let switches = field(&status, "voluntary_ctxt_switches:")
-                + field(&status, "nonvoluntary_ctxt_switches:");
-            stats.switches.insert(tid, switches);
-            // The name in parentheses may hold anything; utime and stime are the 12th and 13th fields after it.
-            let stat = text(&dir.join("stat"));
-            let after = stat.rsplit_once(')').map_or("", |(_, after)| after);
-            let ticks = after
-                .split_whitespace()
-                .skip(11)
-                .take(2)
-                .filter_map(|ticks| ticks.parse::<u64>().ok())
-                .sum();
-            stats.ticks.insert(tid, ticks);
-            stats.threads += 1;
-        }
-        stats
-    }
-}
-
-fn entries(dir: &Path) -> Vec<String> {
-    // A thread may end while it is looked at: what is gone is not listed.
-    fs::read_dir(dir).map_or_else(
-        |_| Vec::new(),
-        |entries| {
-            entries
-                .filter_map(Result::ok)
-                .map(|entry| entry.file_name().to_string_lossy().into_owned())
-                .collect()
-        },
-    )
-}
-
-fn text(path: &Path) -> String {
-    fs::read_to_string(path).unwrap_or_default()
-}
-
-fn field(status: &str, name: &str) -> u64 {
-    status
-        .lines()
-        .find_map(|line| line.strip_prefix(name))
-        .and_then(|rest| rest.split_whitespace().next()?.parse().ok())
-        .unwrap_or(0)
-}
-
-/// The program's own account of what it did (`--summary json`).
-#[derive(Clone, Debug, Default, Deserialize)]
-pub struct Summary {
-    /// One entry a disk.
-    pub disks: Vec<DiskSummary>,
-}
-
-/// One disk's account.
-#[derive(Clone, Debug, Default, Deserialize)]
-pub struct DiskSummary {
-    /// Serial number.
-    pub serial: String,
-    /// One entry a queue.
-    pub queues: Vec<QueueSummary>,
-}
-
-/// One queue's account.
-#[derive(Clone, Debug, Default, Deserialize)]
-#[serde(default)]
-pub struct QueueSummary {
-    /// Index of the queue.
-    pub queue: usize,
-    /// vCPUs the queue belongs to.
-    pub cpus: Vec<usize>,
-    /// Software contexts.
-    pub ctxs: usize,
-    /// Worker that owns it.
-    pub worker: usize,
-    /// Requests completed.
-    pub requests: u64,
-    /// Reads.
-    pub read: u64,
-    /// Writes.
-    pub write: u64,
-    /// Flushes.
-    pub flush: u64,
-    /// Discards.
-    pub discard: u64,
-    /// Write-zeroes.
-    pub write_zeroes: u64,
-    /// Bytes read.
-    pub bytes_read: u64,
-    /// Bytes written.
-    pub bytes_written: u64,
-    /// Drains that brought something.
-    pub batches: u64,
-    /// Requests issued without being staged.
-    pub direct: u64,
-    /// Requests staged first.
-    pub staged: u64,
-    /// Requests merged into another one.
-    pub merged: u64,
-    /// Requests failed.
-    pub errors: u64,
-    /// Kicks received.
-    pub kicks: u64,
-    /// Calls sent.
-    pub calls: u64,
-}
-
-impl Summary {
-    /// The queues of the first disk.
-    pub fn queues(&self) -> &[QueueSummary] {
-        &self.disks.first().expect("the summary has a disk").queues
-    }
-
-    /// The sum of a counter over the first disk's queues.
-    pub fn total(&self, counter: impl Fn(&QueueSummary) -> u64) -> u64 {
-        self.queues().iter().map(counter).sum()
     }
 }

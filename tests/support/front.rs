@@ -253,9 +253,10 @@ impl Front {
         Queue::new(&self.mem, index, setup).map_err(vhost::Error::IOError)
     }
 
-    /// NUM, BASE, ADDR, CALL and KICK for a queue; not ENABLE.
+    /// NUM, BASE, ADDR, CALL and KICK for a queue; not ENABLE. The base is the used index, as QEMU has it: everything
+    /// after it has yet to be answered.
     pub fn start(&mut self, queue: &Queue) -> Result<()> {
-        self.set_ring(queue, queue.avail_idx())?;
+        self.set_ring(queue, queue.device_used_idx())?;
         self.send_call(queue.index, queue.call_fd())?;
         self.send_kick(queue)
     }
