@@ -1,4 +1,20 @@
 //! A vhost-user-blk backend whose data path is Linux blk-mq, rebuilt in user space.
+//!
+//! ```text
+//!   front end (QEMU, Cloud Hypervisor, …)             guest memory
+//!        │ vhost-user                                     │
+//!        ▼                                                ▼
+//!   daemon/session ─▶ daemon/backend, vring ─▶ daemon/worker: one thread
+//!                          messages                │
+//!                                     virtio: ring, parse, receipt
+//!                                                  │ Request + GuestIo
+//!                                     mq: plug, ctx, hctx, tags
+//!                                                  │ driver tag
+//!                                     engine: io_uring ─▶ image
+//! ```
+//!
+//! Arrows of knowledge point one way: `daemon → {virtio, engine} → mq`. `docs/ARCHITECTURE.md` says
+//! why each part is as it is.
 
 #![cfg_attr(test, allow(clippy::cast_possible_truncation))]
 

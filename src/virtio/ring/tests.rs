@@ -204,7 +204,7 @@ fn calls_follow_used_event() {
                 let guest = Guest::new(SIZE);
                 guest.set(USED + 2, base);
                 let mut ring = guest.ring();
-                assert!(ring.should_call(), "the first decision is yes");
+                assert_eq!(ring.should_call(), base != 0, "yes if it was served before");
                 assert!(!ring.should_call());
                 for head in 0..count {
                     guest.offer(head);
@@ -229,7 +229,7 @@ fn calls_follow_used_event() {
 fn a_decision_covers_all_batches_since_the_last_one() {
     let guest = Guest::new(4);
     let mut ring = guest.ring();
-    assert!(ring.should_call());
+    assert!(!ring.should_call(), "nobody waits for anything");
     guest.set(guest.used_event(), 1);
     for _ in 0..3 {
         guest.offer(0);
@@ -246,6 +246,34 @@ fn a_decision_covers_all_batches_since_the_last_one() {
     }
     assert!(ring.should_call());
     assert!(!ring.should_call());
+}
+
+#[test]
+fn who_takes_over_a_served_ring_calls_once() {
+    let mut guest = Guest::new(4);
+    guest.setup.next_avail = 3;
+    guest.set(guest.used_event(), 9);
+    let mut ring = guest.ring();
+    assert!(
+        ring.should_call(),
+        "the one before may have died before its call"
+    );
+    assert!(!ring.should_call());
+    ring.request_call();
+    assert!(ring.should_call(), "the call fd was replaced");
+}
+
+#[test]
+fn a_fresh_ring_owes_no_call_to_a_new_call_fd() {
+    let guest = Guest::new(4);
+    let mut ring = guest.ring();
+    ring.request_call();
+    assert!(!ring.should_call());
+    guest.offer(0);
+    turn_around(&mut ring);
+    ring.publish();
+    ring.request_call();
+    assert!(ring.should_call());
 }
 
 #[test]
