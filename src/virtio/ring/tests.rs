@@ -4,7 +4,7 @@ use crate::virtio::abi::{DESC_WRITE, request_type};
 use crate::virtio::parse::{Parsed, parse};
 use crate::virtio::pool::SegmentPool;
 use crate::virtio::testing::{AVAIL, DESC, Guest, USED, shape};
-use std::sync::atomic::fence;
+use std::sync::atomic::{AtomicU32, fence};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::time::Duration;
 
@@ -523,4 +523,73 @@ fn no_wake_up_is_lost_with_event_idx() {
 #[test]
 fn no_wake_up_is_lost_with_flags() {
     sleep_and_wake(false);
+}
+
+/// Lets two threads begin each round at the same moment, as nearly as two cores can.
+fn rounds(own: &AtomicU32, other: &AtomicU32, count: u32, mut round: impl FnMut(u32)) {
+    for number in 1..=count {
+        own.store(number, Ordering::Release);
+        let mut spins = 0_u32;
+        while other.load(Ordering::Acquire) < number {
+            spins += 1;
+            if spins.is_multiple_of(4096) {
+                std::thread::yield_now();
+            }
+            std::hint::spin_loop();
+        }
+        round(number - 1);
+    }
+}
+
+/// The two places where both sides write their own word and read the other's: at least one of
+/// them sees the other, which on every machine takes a fence on both sides.
+#[test]
+fn one_of_two_who_look_at_each_other_sees_the_other() {
+    const ROUNDS: u32 = 30_000;
+    let guest = Guest::new(4);
+    let mut ring = guest.ring();
+    let _first = ring.should_call();
+    let (device_round, driver_round) = (AtomicU32::new(0), AtomicU32::new(0));
+    let (mut looks_again, mut calls) = (Vec::new(), Vec::new());
+    let (mut kicks, mut sees_used) = (Vec::new(), Vec::new());
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            // Even rounds: a chain is offered while kicks are armed. Odd ones: it is used while
+            // the driver arms calls.
+            rounds(&device_round, &driver_round, ROUNDS, |round| {
+                if round.is_multiple_of(2) {
+                    looks_again.push(ring.arm_kicks());
+                } else {
+                    turn_around(&mut ring);
+                    ring.publish();
+                    calls.push(ring.should_call());
+                }
+            });
+        });
+        scope.spawn(|| {
+            let mut count = 0_u16;
+            rounds(&driver_round, &device_round, ROUNDS, |round| {
+                if round.is_multiple_of(2) {
+                    guest.offer(count % 4);
+                    fence(Ordering::SeqCst);
+                    kicks.push(guest.get(guest.avail_event()) == count);
+                } else {
+                    guest.set(guest.used_event(), count);
+                    fence(Ordering::SeqCst);
+                    count = count.wrapping_add(1);
+                    sees_used.push(guest.used_index() == count);
+                }
+            });
+        });
+    });
+    for round in 0..usize::try_from(ROUNDS / 2).unwrap() {
+        assert!(
+            looks_again[round] || kicks[round],
+            "the kick of round {round} was lost"
+        );
+        assert!(
+            calls[round] || sees_used[round],
+            "the call of round {round} was lost"
+        );
+    }
 }
