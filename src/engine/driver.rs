@@ -12,7 +12,7 @@ use super::slot::{Next, Slot, Stage};
 use super::start::start;
 use super::target::{Disk, Target};
 use super::uring::{REAP_BATCH, Ring};
-use super::watch::{Call, CallSlot, Polled, Table, Waker, Watch, Watched};
+use super::watch::{Call, CallSlot, Polled, Table, Waker, Watch, Watched, check_pollable};
 use super::{Busy, Command, DiskSlot, EngineCounters, Errno, Event, MAX_DISKS};
 use crate::mq::ids::DriverTag;
 
@@ -234,7 +234,7 @@ impl Engine {
     }
 
     /// Watches an eventfd: each write to it becomes an [`Event::Kick`] with this token. It is never
-    /// read. A count it has already is reported, too.
+    /// read. A count it has already is reported, too. `InvalidInput` for files and devices.
     pub fn watch(&mut self, fd: OwnedFd, token: u32) -> io::Result<()> {
         self.arm(fd, Watched::Kick(token))
     }
@@ -245,6 +245,7 @@ impl Engine {
     }
 
     fn arm(&mut self, fd: OwnedFd, whom: Watched) -> io::Result<()> {
+        check_pollable(&fd)?;
         let index = self.watches.vacant()?;
         self.generation = self.generation.wrapping_add(1);
         let watch = Watch::new(fd, whom, self.generation);

@@ -417,8 +417,8 @@ impl Slot {
     }
 
     /// The bytes of the next bounced piece.
-    fn piece(&self) -> usize {
-        (self.total - self.done).min(u64::from(BOUNCE_BYTES)) as usize
+    fn piece(&self) -> u32 {
+        u32::try_from(self.total - self.done).map_or(BOUNCE_BYTES, |left| left.min(BOUNCE_BYTES))
     }
 
     /// Copies `bytes` between the bounce buffer and the front of the segments.
@@ -499,12 +499,9 @@ impl Slot {
         let single = if let Some(bounce) = self.bounce {
             let piece = self.piece();
             if self.op == Op::Write {
-                self.copy_bounced(piece, false);
+                self.copy_bounced(piece as usize, false);
             }
-            Some((
-                bounce.base.as_ptr(),
-                u32::try_from(piece).expect("a bounce buffer's size"),
-            ))
+            Some((bounce.base.as_ptr(), piece))
         } else if self.segment_count == 1 {
             // SAFETY: one segment is there (`start_transfer`'s contract). Unsafe as in `advance`.
             let segment = unsafe { *self.segments };

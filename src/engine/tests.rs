@@ -694,16 +694,13 @@ fn a_hang_up_is_reported_once_and_does_not_spin() {
 }
 
 #[test]
-fn what_cannot_be_polled_is_reported() {
+fn what_cannot_be_polled_is_refused() {
     let mut engine = engine(4);
-    engine
+    let error = engine
         .watch(tempfile::tempfile().unwrap().into(), 9)
-        .unwrap();
-    let events = reap_until(&mut engine, |events| !events.is_empty());
-    assert!(
-        matches!(events[..], [Event::WatchLost { token: 9, .. }]),
-        "{events:?}"
-    );
+        .unwrap_err();
+    assert_eq!(error.kind(), std::io::ErrorKind::InvalidInput);
+    assert!(engine.unwatch(9).is_none());
 }
 
 #[test]
