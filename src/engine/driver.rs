@@ -133,7 +133,7 @@ impl Engine {
     /// # Safety
     ///
     /// Until the tag's [`Event::Done`], the buffers must be valid to be read (write) or written
-    /// (read), and so must be the array of a [`Payload::Buffers`], which must not change.
+    /// (read), and so must be the array of a [`super::Payload::Buffers`], which must not change.
     pub unsafe fn queue_rq(
         &mut self,
         disk: DiskSlot,
