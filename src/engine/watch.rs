@@ -165,6 +165,10 @@ impl Call {
         })
     }
 
+    pub(super) fn into_fd(self) -> OwnedFd {
+        self.fd
+    }
+
     /// Adds one to the counter. Through the ring whatever the fd's flags say: they belong to the
     /// front end, which may change them while we look away, and a worker never blocks on its fd.
     /// A blocking fd costs a kernel thread's work; left to itself io_uring would first try 128 times.

@@ -38,13 +38,26 @@ impl Engine {
         self.ring.submit(&mut self.counters)
     }
 
-    /// Ends a watch and gives the fd back; `None` if nothing is watched with this token. No
+    /// Ends a watch and gives the fd back; `None` if nothing is watched with this token, or there is
+    /// no file descriptor number left to give it back under. No
     /// [`Event::Kick`] with the token comes after this, and the ring has let go of the fd.
     pub fn unwatch(&mut self, token: u32) -> Option<OwnedFd> {
         let index = self.watches.find(|w| w.whom == Watched::Kick(token))?;
         let watch = self.watches.take(index)?;
         self.cancel(user_data(KIND_WATCH, watch.generation, index));
-        Some(watch.into_fd())
+        let fd = watch.into_fd();
+        let theirs = fd.try_clone().ok();
+        self.close_or_leak(fd);
+        theirs
+    }
+
+    /// Closes an fd unless an entry that the kernel would not take yet may name it: the number must
+    /// not become somebody else's before that.
+    fn close_or_leak(&mut self, fd: OwnedFd) {
+        if self.ring.has_queued() {
+            log::warn!("io_uring takes no entries; a file descriptor stays open");
+            std::mem::forget(fd);
+        }
     }
 
     /// Adds a call fd, an eventfd or a pipe, blocking or not.
@@ -104,10 +117,13 @@ impl Engine {
         }
         // What is queued names the fd by number: let it go before the number does.
         let _ = self.ring.submit(&mut self.counters);
-        let call = self.calls.take(slot.index);
-        if call.is_some_and(|c| c.in_flight) {
+        let Some(call) = self.calls.take(slot.index) else {
+            return;
+        };
+        if call.in_flight {
             self.cancel(user_data(KIND_CALL, slot.generation, slot.index));
         }
+        self.close_or_leak(call.into_fd());
     }
 
     /// Makes the kernel let go of an entry's fd. Its last completion is ignored by generation.
