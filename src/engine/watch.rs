@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use io_uring::{opcode, squeue, types};
 use rustix::event::{EventfdFlags, PollFlags, eventfd};
-use rustix::fs::OFlags;
+use rustix::fs::{FileType, OFlags};
 
 use super::Errno;
 
@@ -115,6 +115,20 @@ impl Watch {
     }
 }
 
+/// Refuses what has no readiness to wait for. Files and many devices are always ready: a poll on
+/// them ends at once, each time it is armed.
+pub(super) fn check_pollable(fd: &OwnedFd) -> io::Result<()> {
+    let kind = FileType::from_raw_mode(rustix::fs::fstat(fd)?.st_mode);
+    // An eventfd is an anonymous inode, which has no type.
+    if matches!(kind, FileType::Unknown | FileType::Fifo | FileType::Socket) {
+        return Ok(());
+    }
+    Err(io::Error::new(
+        io::ErrorKind::InvalidInput,
+        "neither an eventfd nor a pipe nor a socket",
+    ))
+}
+
 /// A call fd of an engine, as [`super::Engine::add_call`] numbers it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct CallSlot {
@@ -149,6 +163,10 @@ impl Call {
             lost: false,
             blocking,
         })
+    }
+
+    pub(super) fn into_fd(self) -> OwnedFd {
+        self.fd
     }
 
     /// Adds one to the counter. Through the ring whatever the fd's flags say: they belong to the

@@ -5,6 +5,8 @@ use std::fs::File;
 use io_uring::opcode as op;
 
 use super::*;
+use crate::engine::ZERO_BYTES;
+use crate::engine::target::FileTarget;
 use crate::mq::limits::MAX_SEGMENTS;
 
 const EAGAIN: i32 = -libc::EAGAIN;

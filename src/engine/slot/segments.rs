@@ -1,0 +1,77 @@
+//! A slot's walk over the host buffers of its command.
+
+use std::ptr;
+
+use super::Slot;
+use crate::engine::BOUNCE_BYTES;
+
+impl Slot {
+    /// Drops `moved` transferred bytes from the front of the segments.
+    pub(super) fn advance(&mut self, moved: u64) {
+        let mut moved = usize::try_from(moved).expect("no more than the segments hold");
+        // SAFETY: `segments` and `segment_count` describe an array that stays valid until the
+        // command is done (`start_transfer`'s contract), and the walk ends inside it because no more
+        // is moved than it holds. Own arrays are written by their slot only, while no SQE names
+        // them: the completion at hand was the last one's. A caller's array is copied, not changed.
+        // Unsafe because the segments belong to the caller for longer than any borrow can say.
+        unsafe {
+            while self.segment_count > 0 && (*self.segments).iov_len <= moved {
+                moved -= (*self.segments).iov_len;
+                self.segments = self.segments.add(1);
+                self.segment_count -= 1;
+            }
+            if moved == 0 {
+                return;
+            }
+            if !self.owned {
+                ptr::copy_nonoverlapping(
+                    self.segments,
+                    self.own.as_ptr(),
+                    self.segment_count as usize,
+                );
+                self.segments = self.own.as_ptr();
+                self.owned = true;
+            }
+            let first = self.segments.cast_mut();
+            (*first).iov_base = (*first).iov_base.byte_add(moved);
+            (*first).iov_len -= moved;
+        }
+    }
+
+    /// The bytes of the next bounced piece.
+    pub(super) fn piece(&self) -> u32 {
+        u32::try_from(self.total - self.done).map_or(BOUNCE_BYTES, |left| left.min(BOUNCE_BYTES))
+    }
+
+    /// Copies `bytes` between the bounce buffer and the front of the segments.
+    pub(super) fn copy_bounced(&self, bytes: usize, into_guest: bool) {
+        let Some(bounce) = self.bounce else { return };
+        let (mut at, mut left) = (0, bytes);
+        let mut segment = self.segments;
+        while left > 0 {
+            // SAFETY: as in `advance`, the walk stays inside the segments, whose sum is at least
+            // what is left of the command; the buffers are valid (`start_transfer`'s contract) and
+            // the bounce buffer is this slot's and large enough (`piece`). The guest may write to its
+            // buffers meanwhile, from outside this program: then it gets what it made of it. Unsafe
+            // because guest memory has no Rust owner.
+            unsafe {
+                let len = (*segment).iov_len.min(left);
+                let guest = (*segment).iov_base.cast::<u8>();
+                let ours = bounce.base.as_ptr().add(at);
+                if into_guest {
+                    ptr::copy_nonoverlapping(ours, guest, len);
+                } else {
+                    ptr::copy_nonoverlapping(guest, ours, len);
+                }
+                at += len;
+                left -= len;
+                segment = segment.add(1);
+            }
+        }
+    }
+
+    pub(super) fn scatter(&self, bytes: u64) {
+        let bytes = usize::try_from(bytes).expect("no more than a bounce buffer holds");
+        self.copy_bounced(bytes, true);
+    }
+}

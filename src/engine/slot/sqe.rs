@@ -1,0 +1,165 @@
+//! The submission entries of a slot's steps.
+
+use io_uring::types::{self, FsyncFlags, Timespec};
+use io_uring::{opcode, squeue};
+
+use super::{Method, Slot, Stage};
+use crate::engine::target::{Disk, FileTarget, Target};
+use crate::engine::{Extent, RETRIES, ZERO_BYTES};
+use crate::mq::limits::IOV_MAX;
+use crate::mq::request::Op;
+
+/// Builds an entry with the disk's fd, be it an index of the registered table or a plain one.
+macro_rules! on_file {
+    ($disk:expr, |$fd:ident| $build:expr) => {
+        if $disk.registered {
+            let $fd = types::Fixed(u32::from($disk.index));
+            $build
+        } else {
+            let $fd = types::Fd($disk.fd);
+            $build
+        }
+    };
+}
+
+/// The most one `read` or `write` moves, in bytes (the kernel's `MAX_RW_COUNT`).
+const MAX_RW_BYTES: u32 = 0x7fff_f000;
+
+/// `_IO(0x12, 0)` of uapi/linux/blkdev.h: discard as an io_uring command, since Linux 6.12.
+const BLOCK_URING_CMD_DISCARD: u32 = 0x1200;
+
+/// How long to leave an operation alone before its next try.
+static DELAYS: [Timespec; RETRIES as usize] = {
+    let mut delays = [Timespec::new(); RETRIES as usize];
+    let mut i = 0;
+    let mut nanos = 500_000;
+    while i < delays.len() {
+        delays[i] = Timespec::new().nsec(nanos);
+        nanos = if nanos < 128_000_000 {
+            nanos * 2
+        } else {
+            nanos
+        };
+        i += 1;
+    }
+    delays
+};
+
+impl Slot {
+    /// The submission entry for what [`Next::Issue`] asked for, without user data.
+    ///
+    /// For a bounced write this fills the bounce buffer.
+    pub(in crate::engine) fn sqe(
+        &mut self,
+        disk: &Disk,
+        extents: &[Extent],
+        zeroes: *const u8,
+    ) -> squeue::Entry {
+        if self.delayed {
+            let delay = &DELAYS[usize::from(self.attempts - 1)];
+            return opcode::Timeout::new(delay).build();
+        }
+        let Target::File(file) = &disk.target else {
+            unreachable!("a null disk has no SQEs")
+        };
+        let entry = match self.stage {
+            Stage::Idle | Stage::Inline => unreachable!("nothing to submit"),
+            Stage::Transfer => self.transfer_sqe(file, disk),
+            Stage::Range(method) => self.range_sqe(method, disk, extents, zeroes),
+            Stage::Sync => on_file!(disk, |fd| opcode::Fsync::new(fd)
+                .flags(FsyncFlags::DATASYNC)
+                .build()),
+        };
+        if self.punt {
+            entry.flags(squeue::Flags::ASYNC)
+        } else {
+            entry
+        }
+    }
+
+    #[inline]
+    fn transfer_sqe(&mut self, file: &FileTarget, disk: &Disk) -> squeue::Entry {
+        debug_assert!(self.offset + self.total <= file.size_bytes);
+        let offset = self.offset + self.done;
+        let mut rw_flags = 0;
+        if self.fua {
+            if disk.can.dsync {
+                rw_flags = libc::RWF_DSYNC;
+            } else {
+                self.unsynced = true;
+            }
+        }
+        let single = if let Some(bounce) = self.bounce {
+            let piece = self.piece();
+            if self.op == Op::Write {
+                self.copy_bounced(piece as usize, false);
+            }
+            Some((bounce.base.as_ptr(), piece))
+        } else if self.segment_count == 1 {
+            // SAFETY: one segment is there (`start_transfer`'s contract). Unsafe as in `advance`.
+            let segment = unsafe { *self.segments };
+            let len = u32::try_from(segment.iov_len)
+                .unwrap_or(u32::MAX)
+                .min(MAX_RW_BYTES);
+            Some((segment.iov_base.cast::<u8>(), len))
+        } else {
+            None
+        };
+        let vectors = self.segment_count.min(u32::from(IOV_MAX));
+        on_file!(disk, |fd| match (self.op, single) {
+            (Op::Read, Some((buf, len))) => opcode::Read::new(fd, buf, len).offset(offset).build(),
+            (Op::Read, None) => opcode::Readv::new(fd, self.segments, vectors)
+                .offset(offset)
+                .build(),
+            (_, Some((buf, len))) => opcode::Write::new(fd, buf, len)
+                .offset(offset)
+                .rw_flags(rw_flags)
+                .build(),
+            (_, None) => opcode::Writev::new(fd, self.segments, vectors)
+                .offset(offset)
+                .rw_flags(rw_flags)
+                .build(),
+        })
+    }
+
+    fn range_sqe(
+        &self,
+        method: Method,
+        disk: &Disk,
+        extents: &[Extent],
+        zeroes: *const u8,
+    ) -> squeue::Entry {
+        let extent = extents[usize::from(self.range)];
+        let (offset, len) = (extent.offset + self.done, extent.len - self.done);
+        let fallocate = |mode| {
+            let mode = mode | libc::FALLOC_FL_KEEP_SIZE;
+            on_file!(disk, |fd| opcode::Fallocate::new(fd, len)
+                .offset(offset)
+                .mode(mode)
+                .build())
+        };
+        match method {
+            Method::Punch => fallocate(libc::FALLOC_FL_PUNCH_HOLE),
+            Method::ZeroRange => fallocate(libc::FALLOC_FL_ZERO_RANGE),
+            Method::Write => {
+                let len = u32::try_from(len).unwrap_or(u32::MAX).min(ZERO_BYTES);
+                on_file!(disk, |fd| opcode::Write::new(fd, zeroes, len)
+                    .offset(offset)
+                    .build())
+            }
+            Method::Discard => {
+                // The kernel takes the start from the SQE's `addr` and the length from `addr3`,
+                // which is where a command's own bytes begin (block/ioctl.c, blkdev_uring_cmd).
+                let mut command = [0; 16];
+                command[..8].copy_from_slice(&len.to_ne_bytes());
+                on_file!(disk, |fd| opcode::UringCmd16::new(
+                    fd,
+                    BLOCK_URING_CMD_DISCARD
+                )
+                .addr(Some(offset))
+                .cmd(command)
+                .build())
+            }
+        }
+    }
+}
