@@ -106,7 +106,8 @@ pub fn spawn(id: WorkerId, rings: u16, poll_us: u32) -> io::Result<(WorkerHandle
 }
 
 fn make_engine(rings: u16) -> io::Result<(Engine, Waker)> {
-    let mut engine = Engine::new(DRIVER_TAGS, rings)?;
+    // A kick to watch and a call and an err fd to write to for each.
+    let mut engine = Engine::new(DRIVER_TAGS, rings.saturating_mul(2))?;
     let waker = Waker::new()?;
     engine.watch_waker(&waker)?;
     Ok((engine, waker))
@@ -154,6 +155,7 @@ impl Worker {
         }
         if self.leaving && self.pending.is_empty() {
             self.notify();
+            self.commit();
             return true;
         }
         self.wait(completed || arrived);
@@ -206,11 +208,11 @@ impl Worker {
                 let port = open_port(ports, hctx_of(token));
                 log::warn!("{}: the kick fd cannot be watched: {error}", port.id);
                 port.gates.broken = true;
-                port.signal_error();
             }
             Event::CallLost { token, error } => {
-                let port = open_port(ports, hctx_of(token));
-                log::warn!("{}: the call fd cannot be written: {error}", port.id);
+                if let Some(port) = &ports[hctx_of(token).index()] {
+                    log::warn!("{}: the call fd cannot be written: {error}", port.id);
+                }
             }
         });
         if let Err(error) = reaped {

@@ -136,6 +136,9 @@ pub struct CallSlot {
     pub(super) generation: u32,
 }
 
+/// Writes to one call fd whose end nobody hears of before one is waited for.
+const UNHEARD_CALLS: u8 = 63;
+
 /// An fd we write to.
 #[derive(Debug)]
 pub(super) struct Call {
@@ -149,6 +152,8 @@ pub(super) struct Call {
     pub(super) lost: bool,
     /// Writes to it may block, so that a kernel thread has to do them.
     blocking: bool,
+    /// Writes since the last one whose end we asked to hear of.
+    unheard: u8,
 }
 
 impl Call {
@@ -162,6 +167,7 @@ impl Call {
             again: false,
             lost: false,
             blocking,
+            unheard: 0,
         })
     }
 
@@ -169,16 +175,29 @@ impl Call {
         self.fd
     }
 
+    /// Whether a write nobody hears of may be under way.
+    pub(super) fn may_wait(&self) -> bool {
+        self.unheard > 0
+    }
+
     /// Adds one to the counter. Through the ring whatever the fd's flags say: they belong to the
     /// front end, which may change them while we look away, and a worker never blocks on its fd.
     /// A blocking fd costs a kernel thread's work; left to itself io_uring would first try 128 times.
-    pub(super) fn sqe(&self) -> squeue::Entry {
+    ///
+    /// The completion of a write would end the sleep that the same system call begins, so most
+    /// writes ask for none; now and then one does, and none follows until it is over. That bounds
+    /// what a front end can pile up by making its fd block. The flag says whether this one reports.
+    pub(super) fn sqe(&mut self) -> (squeue::Entry, bool) {
         let entry = opcode::Write::new(types::Fd(self.fd.as_raw_fd()), ONE.as_ptr(), 8).build();
         if self.blocking {
-            entry.flags(squeue::Flags::ASYNC)
-        } else {
-            entry
+            return (entry.flags(squeue::Flags::ASYNC), true);
         }
+        if self.unheard < UNHEARD_CALLS {
+            self.unheard += 1;
+            return (entry.flags(squeue::Flags::SKIP_SUCCESS), false);
+        }
+        self.unheard = 0;
+        (entry, true)
     }
 }
 

@@ -6,8 +6,7 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use rustix::fs::{FileType, Mode, OFlags};
-
+use crate::engine::{CallSlot, Engine};
 use crate::mq::HctxConfig;
 use crate::mq::ids::{DiskId, HctxId};
 use crate::virtio::memory::MemoryTable;
@@ -15,7 +14,7 @@ use crate::virtio::ring::{Ring, RingError};
 
 use super::super::message::{FdRole, Message, Reply, RingId, StartRing};
 use super::super::report::{QueueReport, RingStats};
-use super::port::{Call, Gates, Port, is_nonblocking};
+use super::port::{Gates, Port};
 use super::{Worker, WorkerDisk, heat, open_port};
 
 /// What waits for requests in flight to end.
@@ -149,7 +148,7 @@ impl Worker {
             id,
             ring,
             has_kick: false,
-            call: Call::None,
+            call: None,
             err: None,
             gates: Gates {
                 disabled: !enabled,
@@ -192,25 +191,12 @@ impl Worker {
                 heat(&mut self.hot, port, hctx);
             }
             FdRole::Call => {
-                if let Call::Engine(slot) = port.call {
-                    self.engine.remove_call(slot);
-                }
-                port.call = match fd.map(own_nonblocking) {
-                    None => Call::None,
-                    Some(fd) if is_nonblocking(&fd) => Call::Direct(fd),
-                    Some(fd) => match self.engine.add_call(fd, token) {
-                        Ok(slot) => Call::Engine(slot),
-                        Err(error) => {
-                            log::warn!("{}: the call fd cannot be used: {error}", port.id);
-                            Call::None
-                        }
-                    },
-                };
+                replace_call(&mut self.engine, &mut port.call, port.id, fd, token);
                 // Whoever waits on the new fd has not been told of what was used before.
                 port.ring.request_call();
                 super::touch(&mut self.touched, port, hctx);
             }
-            FdRole::Err => port.err = fd,
+            FdRole::Err => replace_call(&mut self.engine, &mut port.err, port.id, fd, token),
         }
     }
 
@@ -242,6 +228,7 @@ impl Worker {
     fn carry_out(&mut self, pending: Pending) {
         // What ended in this turn is published and called for before anybody hears that it is over.
         self.notify();
+        self.commit();
         match pending {
             Pending::Stop(hctx, done) => done.send(Some(self.stop(hctx))),
             Pending::Disable(_, done) => done.send(()),
@@ -263,6 +250,7 @@ impl Worker {
     fn stop(&mut self, hctx: HctxId) -> u16 {
         self.set_fd(hctx, FdRole::Kick, None);
         self.set_fd(hctx, FdRole::Call, None);
+        self.set_fd(hctx, FdRole::Err, None);
         self.hot.retain(|other| *other != hctx);
         self.touched.retain(|other| *other != hctx);
         // A ring that is disabled and then stopped has both waiting for it at most once each, and
@@ -316,15 +304,20 @@ impl Worker {
     }
 }
 
-/// For a pipe, an open file description of our own that does not block: User-Mode Linux hands over
-/// a pipe as call fd. Anything else is returned as it is.
-fn own_nonblocking(fd: OwnedFd) -> OwnedFd {
-    let is_pipe = rustix::fs::fstat(&fd)
-        .is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::Fifo);
-    if !is_pipe || is_nonblocking(&fd) {
-        return fd;
+fn replace_call(
+    engine: &mut Engine,
+    slot: &mut Option<CallSlot>,
+    ring: RingId,
+    fd: Option<OwnedFd>,
+    token: u32,
+) {
+    if let Some(old) = slot.take() {
+        engine.remove_call(old);
     }
-    let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&fd));
-    let flags = OFlags::WRONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
-    rustix::fs::open(path, flags, Mode::empty()).unwrap_or(fd)
+    if let Some(fd) = fd {
+        match engine.add_call(fd, token) {
+            Ok(new) => *slot = Some(new),
+            Err(error) => log::warn!("{ring}: the call or err fd cannot be used: {error}"),
+        }
+    }
 }

@@ -91,6 +91,8 @@ impl Worker {
         let port = open_port(&mut self.ports, hctx);
         log::warn!("{}: stopped: {error}", port.id);
         port.gates.broken = true;
-        port.signal_error();
+        if let Some(err) = port.err {
+            self.engine.call(err);
+        }
     }
 }

@@ -3,7 +3,6 @@
 use std::io;
 use std::time::Duration;
 
-use super::port::{Call, write_one};
 use super::{Worker, open_port};
 
 /// How often a ring without a kick eventfd is looked at.
@@ -18,21 +17,12 @@ impl Worker {
                 .expect("touched ports exist");
             port.touched = false;
             port.ring.publish();
-            if !port.ring.should_call() {
-                continue;
+            if let Some(call) = port.call
+                && port.ring.should_call()
+            {
+                self.engine.call(call);
+                port.stats.calls += 1;
             }
-            match &port.call {
-                Call::None => continue,
-                Call::Direct(fd) => {
-                    if let Err(error) = write_one(fd) {
-                        log::warn!("{}: the call fd cannot be written: {error}", port.id);
-                        port.call = Call::None;
-                        continue;
-                    }
-                }
-                Call::Engine(slot) => self.engine.call(*slot),
-            }
-            port.stats.calls += 1;
         }
     }
 
@@ -41,14 +31,14 @@ impl Worker {
     pub(super) fn wait(&mut self, progress: bool) {
         let busy = self.engine.has_events() || self.mq.must_run() || self.has_mail;
         if busy || (progress && self.spin.is_on()) || self.spin.again(self.now_ns) {
-            self.commit();
             self.notify();
+            self.commit();
             if !progress {
                 std::hint::spin_loop();
             }
             return;
         }
-        // What was queued is submitted by the same call that sleeps, so the guests are told first.
+        // What was queued, calls among it, is submitted by the same system call that sleeps.
         self.notify();
         if self.arm() {
             self.commit();
@@ -61,7 +51,7 @@ impl Worker {
         }
     }
 
-    fn commit(&mut self) {
+    pub(super) fn commit(&mut self) {
         if let Err(error) = self.engine.commit_rqs() {
             self.engine_broken(&error);
         }

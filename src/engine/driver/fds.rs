@@ -3,7 +3,7 @@
 use std::io;
 use std::os::fd::OwnedFd;
 
-use io_uring::{cqueue, opcode};
+use io_uring::{cqueue, opcode, types};
 
 use super::{Engine, KIND_CALL, KIND_CANCEL, KIND_WATCH, user_data};
 use crate::engine::watch::{Call, CallSlot, Polled, Waker, Watch, Watched, check_pollable};
@@ -94,13 +94,12 @@ impl Engine {
         let Some(call) = self.calls.get_mut(index) else {
             return;
         };
-        let entry = call
-            .sqe()
-            .user_data(user_data(KIND_CALL, call.generation, index));
+        let (entry, reports) = call.sqe();
+        let entry = entry.user_data(user_data(KIND_CALL, call.generation, index));
         // SAFETY: the entry names a static and an fd that the table keeps open. Unsafe because other
         // entries name memory that goes away.
         let sent = unsafe { self.ring.push(&entry, &mut self.counters) };
-        call.in_flight = sent;
+        call.in_flight = sent && reports;
         call.again = !sent;
         self.unsent_fds |= !sent;
         self.counters.calls += u64::from(sent);
@@ -120,7 +119,8 @@ impl Engine {
         let Some(call) = self.calls.take(slot.index) else {
             return;
         };
-        if call.in_flight {
+        // Writes that nobody hears of may wait as well, and all of them go.
+        if call.in_flight || call.may_wait() {
             self.cancel(user_data(KIND_CALL, slot.generation, slot.index));
         }
         self.close_or_leak(call.into_fd());
@@ -128,7 +128,8 @@ impl Engine {
 
     /// Makes the kernel let go of an entry's fd. Its last completion is ignored by generation.
     fn cancel(&mut self, target: u64) {
-        let entry = opcode::AsyncCancel::new(target)
+        let all = types::CancelBuilder::user_data(target).all();
+        let entry = opcode::AsyncCancel2::new(all)
             .build()
             .user_data(KIND_CANCEL);
         // SAFETY: a cancel names no memory. Unsafe because other entries do.
