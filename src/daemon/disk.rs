@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use crate::config::DiskConfig;
 use crate::engine::disk::{Image, ImageKind};
 use crate::engine::{FileTarget, Target};
-use crate::mq::ids::{DiskId, QueueId, Sector, WorkerId};
+use crate::mq::ids::{DiskId, QueueId, RingId, Sector, WorkerId};
 use crate::mq::limits::{MAX_RANGES, SECTOR_SIZE};
 use crate::mq::map::{MapKind, QueueMap, Topology};
 use crate::virtio::abi::ID_BYTES;
@@ -16,7 +16,7 @@ use crate::virtio::config_space::{self, ConfigError, ConfigSpace, WriteCache};
 use crate::virtio::features;
 use crate::virtio::shape::{DiskShape, RangeLimits};
 
-use super::message::{Message, RingId, WorkerGone, WorkerHandle};
+use super::message::{Message, WorkerGone, WorkerHandle};
 
 /// A disk that is being served.
 #[derive(Debug)]

@@ -4,34 +4,18 @@
 //! sends a message and waits until the worker has done it. That is why a reply on the vhost-user
 //! socket means "done".
 
-use std::fmt;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::{self, Receiver, Sender, SyncSender};
 
 use crate::engine::{Target, Waker};
-use crate::mq::ids::{DiskId, QueueId, WorkerId};
+use crate::mq::ids::{DiskId, RingId, WorkerId};
 use crate::virtio::memory::MemoryTable;
 use crate::virtio::ring::{RingError, RingSetup};
 use crate::virtio::shape::DiskShape;
 
 use super::report::QueueReport;
-
-/// A virtqueue of this process.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct RingId {
-    /// Its disk.
-    pub disk: DiskId,
-    /// Its number there.
-    pub queue: QueueId,
-}
-
-impl fmt::Display for RingId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "disk {} queue {}", self.disk, self.queue)
-    }
-}
 
 /// A ring the front end has finished describing.
 #[derive(Debug)]

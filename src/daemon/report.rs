@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use crate::mq::stats::HctxStats;
 
-use super::message::RingId;
+use crate::mq::ids::RingId;
 
 /// What a ring itself counted, beside blk-mq.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]

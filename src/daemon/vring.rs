@@ -15,12 +15,12 @@ use vhost_user_backend::{VringMutex, VringState, VringStateGuard, VringStateMutG
 use virtio_queue::{Error as QueueError, QueueT};
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
-use crate::mq::ids::QueueId;
+use crate::mq::ids::{QueueId, RingId};
 use crate::virtio::memory::MemoryTable;
 use crate::virtio::ring::RingSetup;
 
 use super::disk::Disk;
-use super::message::{FdRole, Message, Reply, RingId, StartRing};
+use super::message::{FdRole, Message, Reply, StartRing};
 
 /// Guest memory as the crate hands it out. The data path does not go through it.
 pub type GuestMemory = GuestMemoryAtomic<GuestMemoryMmap>;

@@ -61,6 +61,21 @@ id!(
     u16
 );
 
+/// A virtqueue of this process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct RingId {
+    /// Its disk.
+    pub disk: DiskId,
+    /// Its number there.
+    pub queue: QueueId,
+}
+
+impl fmt::Display for RingId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "disk {} queue {}", self.disk, self.queue)
+    }
+}
+
 /// One request of one worker: which hctx, and which tag in it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct RequestId {

@@ -11,8 +11,8 @@ use super::abi::{
 };
 use super::chain::{self, Layout};
 use super::pool::{Segment, SegmentPool};
-use super::receipt::{self, GuestIo, Slot};
-use super::ring::{Head, Ring, RingError, Used};
+use super::receipt::{self, GuestIo, Slot, Used};
+use super::ring::{Head, Ring, RingError};
 use super::shape::DiskShape;
 use crate::mq::ids::Sector;
 use crate::mq::limits::{INLINE_SEGMENTS, MAX_SEGMENTS};

@@ -6,9 +6,40 @@ use std::ptr::NonNull;
 use virtio_bindings::virtio_blk;
 
 use super::pool::{Extent, Segment, SegmentPool};
-use super::ring::Used;
 use crate::mq::limits::INLINE_SEGMENTS;
 use crate::mq::request::Status;
+
+/// An element for the used ring: a chain whose status is written. Made by finishing a request.
+#[derive(Debug, PartialEq, Eq)]
+#[must_use]
+pub struct Used {
+    head: u16,
+    len: u32,
+}
+
+impl Used {
+    #[inline]
+    pub(super) fn new(head: u16, len: u32) -> Used {
+        Used { head, len }
+    }
+
+    /// The chain's head.
+    #[inline]
+    pub fn head(&self) -> u16 {
+        self.head
+    }
+
+    /// Bytes written into the chain's buffers, the status byte among them.
+    #[inline]
+    pub fn len(&self) -> u32 {
+        self.len
+    }
+
+    /// Never: a used chain has at least its status written.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+}
 
 /// What a status is in guest memory (virtio 1.3, section 5.2.6).
 #[inline]

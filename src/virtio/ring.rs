@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicU16, Ordering};
 use super::abi::{self, Descriptor};
 use super::memory::{MemoryTable, Region};
 use super::pool::RawTable;
-use super::receipt::Slot;
+use super::receipt::{Slot, Used};
 use crate::mq::limits::MAX_RING_SIZE;
 
 mod error;
@@ -51,38 +51,6 @@ impl Head {
     #[inline]
     pub fn index(&self) -> u16 {
         self.0
-    }
-}
-
-/// An element for the used ring: a chain whose status is written. Made by finishing a request.
-#[derive(Debug, PartialEq, Eq)]
-#[must_use]
-pub struct Used {
-    head: u16,
-    len: u32,
-}
-
-impl Used {
-    #[inline]
-    pub(super) fn new(head: u16, len: u32) -> Used {
-        Used { head, len }
-    }
-
-    /// The chain's head.
-    #[inline]
-    pub fn head(&self) -> u16 {
-        self.head
-    }
-
-    /// Bytes written into the chain's buffers, the status byte among them.
-    #[inline]
-    pub fn len(&self) -> u32 {
-        self.len
-    }
-
-    /// Never: a used chain has at least its status written.
-    pub fn is_empty(&self) -> bool {
-        self.len == 0
     }
 }
 
@@ -285,15 +253,15 @@ impl Ring {
     /// Writes a used element; [`Ring::publish`] shows it to the guest.
     #[inline]
     pub fn put_used(&mut self, used: Used) {
-        self.release(used.head);
+        self.release(used.head());
         let entry = usize::from(self.next_used & self.mask);
         // SAFETY: the used ring has `size` elements of two 32-bit fields, four bytes after its
         // start, `Parts::find` checked that they are mapped and aligned to four bytes, and `entry`
         // is below the size. Unsafe because the ring is the guest's memory.
         unsafe {
             let element = self.parts.used.add(2).cast::<u32>().add(2 * entry);
-            element.write_volatile(u32::from(used.head).to_le());
-            element.add(1).write_volatile(used.len.to_le());
+            element.write_volatile(u32::from(used.head()).to_le());
+            element.add(1).write_volatile(used.len().to_le());
         }
         self.next_used = self.next_used.wrapping_add(1);
     }

@@ -8,11 +8,11 @@ use std::sync::Arc;
 
 use crate::engine::{CallSlot, Engine};
 use crate::mq::HctxConfig;
-use crate::mq::ids::{DiskId, HctxId};
+use crate::mq::ids::{DiskId, HctxId, RingId};
 use crate::virtio::memory::MemoryTable;
 use crate::virtio::ring::{Ring, RingError};
 
-use super::super::message::{FdRole, Message, Reply, RingId, StartRing};
+use super::super::message::{FdRole, Message, Reply, StartRing};
 use super::super::report::{QueueReport, RingStats};
 use super::port::{Gates, Port};
 use super::{Worker, WorkerDisk, heat, open_port};

@@ -3,8 +3,8 @@
 use crate::engine::CallSlot;
 use crate::virtio::ring::Ring;
 
-use super::super::message::RingId;
 use super::super::report::RingStats;
+use crate::mq::ids::RingId;
 
 /// What keeps a ring from being drained, beside being empty.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
