@@ -17,7 +17,7 @@ pub(super) enum Merged {
 
 /// How two requests lie to each other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Fit {
+pub(super) enum Fit {
     /// The late one begins where the early one ends.
     Back,
     /// The late one ends where the early one begins.
@@ -28,7 +28,8 @@ enum Fit {
     Apart,
 }
 
-fn fit(early: &Request, late: &Request, started: bool) -> Fit {
+/// How `late` lies to `early`, and whether the two may travel as one.
+pub(super) fn fit(early: &Request, late: &Request, started: bool) -> Fit {
     let place = if early.end() == late.sector {
         Fit::Back
     } else if late.end() == early.sector {

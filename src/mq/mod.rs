@@ -9,6 +9,7 @@
 #![forbid(unsafe_code)]
 
 mod ctx;
+pub mod elevator;
 mod hctx;
 pub mod ids;
 pub mod limits;
