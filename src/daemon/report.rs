@@ -4,7 +4,8 @@ use std::fmt::Write as _;
 
 use serde::Serialize;
 
-use crate::mq::stats::HctxStats;
+use crate::mq::hist::Histogram;
+use crate::mq::stats::{HctxStats, HctxTimes};
 
 use crate::mq::ids::RingId;
 
@@ -30,6 +31,8 @@ pub struct QueueReport {
     pub ctxs: u16,
     /// blk-mq's counts.
     pub mq: HctxStats,
+    /// How long its requests were where.
+    pub times: Box<HctxTimes>,
     /// The ring's counts.
     pub io: RingStats,
 }
@@ -42,13 +45,15 @@ impl QueueReport {
             worker,
             ctxs,
             mq: HctxStats::default(),
+            times: Box::default(),
             io: RingStats::default(),
         }
     }
 
     /// Adds what another period of the same queue counted.
-    pub fn add(&mut self, mq: &HctxStats, io: &RingStats) {
+    pub fn add(&mut self, mq: &HctxStats, times: &HctxTimes, io: &RingStats) {
         self.mq.add(mq);
+        self.times.add(times);
         self.io.kicks += io.kicks;
         self.io.calls += io.calls;
         self.io.answered += io.answered;
@@ -90,6 +95,63 @@ pub struct QueueSummary {
     /// The ring's counts.
     #[serde(flatten)]
     pub io: RingStats,
+    /// How long its requests were where.
+    pub times: TimesSummary,
+}
+
+/// How long one virtqueue's requests were where.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct TimesSummary {
+    /// In a ctx or the elevator; of those that were staged.
+    pub staged: Quantiles,
+    /// From there until the engine took them.
+    pub dispatch: Quantiles,
+    /// In the engine: reads.
+    pub device_read: Quantiles,
+    /// In the engine: everything else.
+    pub device_other: Quantiles,
+    /// Runs of the queue that handed 0, 1, 2–3, 4–7, 8–15, 16–31, 32 or more requests to the engine.
+    pub runs: [u64; 7],
+}
+
+/// A histogram, told shortly. Times are in nanoseconds.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+pub struct Quantiles {
+    /// How many.
+    pub count: u64,
+    /// The median, to an eighth.
+    pub p50_ns: u64,
+    /// What one in a hundred exceeds, to an eighth.
+    pub p99_ns: u64,
+    /// What one in a thousand exceeds, to an eighth.
+    pub p999_ns: u64,
+    /// The longest.
+    pub max_ns: u64,
+}
+
+impl From<&Histogram> for Quantiles {
+    fn from(times: &Histogram) -> Self {
+        let quantile = |q| times.quantile_ns(q).unwrap_or(0);
+        Quantiles {
+            count: times.count(),
+            p50_ns: quantile(0.5),
+            p99_ns: quantile(0.99),
+            p999_ns: quantile(0.999),
+            max_ns: times.max_ns(),
+        }
+    }
+}
+
+impl From<&HctxTimes> for TimesSummary {
+    fn from(times: &HctxTimes) -> Self {
+        TimesSummary {
+            staged: (&times.staged).into(),
+            dispatch: (&times.dispatch).into(),
+            device_read: (&times.device_read).into(),
+            device_other: (&times.device_other).into(),
+            runs: *times.runs.counts(),
+        }
+    }
 }
 
 /// One worker's part of the summary.

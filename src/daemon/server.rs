@@ -201,6 +201,7 @@ fn summarize(disks: &[Arc<Disk>], workers: &[WorkerHandle], reports: Vec<QueueRe
                     worker: report.worker,
                     mq: report.mq,
                     io: report.io,
+                    times: (&*report.times).into(),
                 })
                 .collect();
             queues.sort_by_key(|queue| queue.queue);

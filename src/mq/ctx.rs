@@ -9,6 +9,7 @@ use super::ids::{CtxId, RequestTag};
 use super::limits::{MERGE_LOOKBACK, SECTOR_SIZE};
 use super::merge::{self, Merged};
 use super::request::Request;
+use super::stats::CtxStats;
 use super::table::{Fifo, Table};
 
 /// The region of the disk whose requests count as one flow: 1 MiB.
@@ -18,6 +19,7 @@ const FLOW_SECTORS: u64 = 1024 * 1024 / SECTOR_SIZE;
 #[derive(Debug)]
 pub(super) struct Ctxs {
     queues: Vec<Fifo>,
+    pub stats: Vec<CtxStats>,
     map: Vec<u64>,
     /// Where the round-robin goes on (`dispatch_from`).
     from: usize,
@@ -28,6 +30,7 @@ impl Ctxs {
         let count = usize::from(count.max(1));
         Ctxs {
             queues: vec![Fifo::default(); count],
+            stats: vec![CtxStats::default(); count],
             map: vec![0; count.div_ceil(64)],
             from: 0,
         }
@@ -102,5 +105,13 @@ impl Ctxs {
             }
         }
         None
+    }
+
+    /// Puts back what `take_one` took last: it stays the first of its ctx, whose turn it still is.
+    pub fn give_back<P>(&mut self, table: &mut Table<P>, tag: RequestTag) {
+        let ctx = table.get(tag).ctx.index();
+        self.queues[ctx].push_front(table, tag);
+        self.map[ctx / 64] |= 1 << (ctx % 64);
+        self.from = ctx;
     }
 }

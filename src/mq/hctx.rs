@@ -1,16 +1,18 @@
 //! The hardware context: one virtqueue, seen from blk-mq.
 //!
 //! It holds the table of the virtqueue's requests, its staging queues and its leftovers, and it
-//! decides what goes to the engine when. Nothing here knows about other hctxs but the shared tags.
+//! decides what goes to the engine when. Nothing here knows about other hctxs but what they share:
+//! the disk's request queue and the worker's tags.
 
 use super::ctx::Ctxs;
 use super::ids::{DiskId, DriverTag, HctxId, QueueId, RequestId, RequestTag};
 use super::limits::{PLUG_FLUSH_BYTES, PLUG_REQUESTS};
 use super::merge::{self, Merged};
-use super::request::{Op, Request, Status};
-use super::stats::HctxStats;
+use super::qos::RetryAt;
+use super::queue::Below;
+use super::request::{Op, Request};
+use super::stats::{HctxStats, HctxTimes};
 use super::table::{Fifo, Parts, Table};
-use super::tags::TagSet;
 
 /// The engine does not take a request now; the variant says who wakes us.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,8 +47,8 @@ pub(super) enum Want {
     Run,
     /// To be run when a completion has freed a tag or a place in the engine.
     Completion,
-    /// To be run after a while.
-    Delay,
+    /// To be run at this time.
+    At(u64),
 }
 
 /// Who the hctx is, and how large.
@@ -72,9 +74,10 @@ pub(super) struct Hctx<P> {
     id: HctxId,
     pub config: HctxConfig,
     pub table: Table<P>,
-    ctxs: Ctxs,
+    pub ctxs: Ctxs,
     plug: Fifo,
-    leftovers: Fifo,
+    pub(super) leftovers: Fifo,
+    pub(super) flush: FlushMachine,
     dispatch_busy: u32,
     pub quiesced: bool,
     /// Ordinary driver tags held.
@@ -84,11 +87,21 @@ pub(super) struct Hctx<P> {
     /// Used a tag since the last decay.
     pub used_tags: bool,
     pub stats: HctxStats,
+    pub times: HctxTimes,
 }
 
-enum Issue {
+/// One flush at a time: those that come while it runs become one, which follows it
+/// (block/blk-flush.c). Whoever asked is covered, because a flush that starts later covers more.
+#[derive(Debug, Default)]
+pub(super) struct FlushMachine {
+    pub running: bool,
+    pub next: Option<RequestTag>,
+}
+
+pub(super) enum Issue {
     Done,
     NoTag,
+    Throttled(u64),
     Busy(Busy),
 }
 
@@ -101,63 +114,65 @@ impl<P> Hctx<P> {
             ctxs: Ctxs::new(config.ctxs),
             plug: Fifo::default(),
             leftovers: Fifo::default(),
+            flush: FlushMachine::default(),
             dispatch_busy: 0,
             quiesced: false,
             held: 0,
             active: false,
             used_tags: false,
             stats: HctxStats::default(),
+            times: HctxTimes::default(),
         }
     }
 
-    /// Whether anything waits to be dispatched.
+    /// Whether anything waits to be dispatched, what is in the elevator not counted.
     #[inline]
     pub fn has_work(&self) -> bool {
         !self.leftovers.is_empty() || self.ctxs.any()
     }
 
-    /// Requests that wait to be dispatched.
+    /// Requests that wait to be dispatched, those in the elevator not counted.
     pub fn waiting(&self) -> usize {
         usize::from(self.leftovers.len()) + self.ctxs.staged()
     }
 
-    pub fn ctx_count(&self) -> usize {
-        self.ctxs.count()
-    }
-
     /// Changes how many vCPUs are mapped here. What is staged moves to the leftovers, in the order
-    /// it would have been flushed.
+    /// it would have been flushed; the ctxs' counts begin anew.
     pub fn set_ctxs(&mut self, count: u16) {
         let mut staged = self.ctxs.take_all(&mut self.table);
         self.leftovers.append(&mut self.table, &mut staged);
         self.ctxs = Ctxs::new(count);
         self.config.ctxs = count;
+        let ctxs = &self.ctxs;
+        self.table.reassign(|request| ctxs.of(request));
     }
 
     /// Takes a request into the table and the plug. The plug is flushed first when it is long or
     /// its newest request is large (blk_add_rq_to_plug).
-    pub fn plug(
+    pub fn plug<D: Driver<P>>(
         &mut self,
         tag: RequestTag,
         request: Request,
         payload: P,
-        tags: &mut TagSet,
-        driver: &mut impl Driver<P>,
+        below: &mut Below<'_, D>,
     ) -> Want {
         self.stats.accepted(&request);
-        self.table
-            .insert(tag, request, self.ctxs.of(&request), payload);
+        let ctx = self.ctxs.of(&request);
+        self.ctxs.stats[ctx.index()].queued += 1;
+        self.table.insert(tag, request, ctx, below.now_ns, payload);
         if merge::into_newest(&mut self.table, &self.plug, tag, 1) == Merged::Yes {
-            self.stats.merged += 1;
+            self.count_merge(tag);
+            below.queue.account.merged(request.op);
             return Want::Nothing;
         }
+        below.queue.account.start(below.now_ns, request.op);
         let full = usize::from(self.plug.len()) >= PLUG_REQUESTS
             || self
                 .plug
                 .back()
                 .is_some_and(|newest| self.table.get(newest).request.bytes >= PLUG_FLUSH_BYTES);
         let want = if full {
-            self.unplug(tags, driver)
+            self.unplug(below)
         } else {
             Want::Nothing
         };
@@ -165,170 +180,248 @@ impl<P> Hctx<P> {
         want
     }
 
+    fn count_merge(&mut self, tag: RequestTag) {
+        self.stats.merged += 1;
+        self.ctxs.stats[self.table.get(tag).ctx.index()].merged += 1;
+    }
+
     /// The end of a drain: what the plug holds goes to the engine directly, or is staged.
-    pub fn unplug(&mut self, tags: &mut TagSet, driver: &mut impl Driver<P>) -> Want {
+    pub fn unplug<D: Driver<P>>(&mut self, below: &mut Below<'_, D>) -> Want {
         if self.plug.is_empty() {
             return Want::Nothing;
         }
         let mut want = Want::Run;
-        if !self.quiesced && !self.has_work() && self.dispatch_busy == 0 {
-            want = Want::Nothing;
-            while let Some(tag) = self.plug.pop_front(&mut self.table) {
-                match self.issue(tag, tags, driver) {
-                    Issue::Done => self.stats.direct += 1,
-                    Issue::NoTag => {
-                        self.stage(tag);
-                        want = Want::Completion;
-                        break;
-                    }
-                    Issue::Busy(busy) => {
-                        // Refused by the engine itself: first in line when it is asked again.
-                        self.leftovers.push_back(&mut self.table, tag);
-                        self.stats.staged += 1;
-                        self.update_busy(true);
-                        want = busy.into();
-                        break;
-                    }
-                }
-            }
+        if !self.quiesced
+            && self.dispatch_busy == 0
+            && !self.has_work()
+            && below.queue.elevator.is_none()
+        {
+            want = self.issue_plug(below);
         }
         while let Some(tag) = self.plug.pop_front(&mut self.table) {
-            self.stage(tag);
+            self.stage(tag, below);
         }
         want
     }
 
-    fn stage(&mut self, tag: RequestTag) {
+    /// Direct issue, until something is refused (blk_mq_try_issue_list_directly).
+    fn issue_plug<D: Driver<P>>(&mut self, below: &mut Below<'_, D>) -> Want {
+        let mut issued = 0;
+        let want = loop {
+            let Some(tag) = self.plug.pop_front(&mut self.table) else {
+                break Want::Nothing;
+            };
+            match self.issue(tag, below) {
+                Issue::Done => {
+                    self.stats.direct += 1;
+                    issued += 1;
+                }
+                Issue::NoTag => {
+                    self.stage(tag, below);
+                    break Want::Completion;
+                }
+                Issue::Throttled(until) => {
+                    self.stage(tag, below);
+                    break Want::At(until);
+                }
+                Issue::Busy(busy) => {
+                    // Refused by the engine itself: first in line when it is asked again.
+                    self.leftovers.push_back(&mut self.table, tag);
+                    self.stats.staged += 1;
+                    self.update_busy(true);
+                    break want_after(busy, below);
+                }
+            }
+        };
+        self.times.runs.record(issued);
+        want
+    }
+
+    /// Puts a request where it waits: the leftovers' head for a flush, the elevator if there is
+    /// one, else its ctx (blk_mq_insert_request).
+    fn stage<D: Driver<P>>(&mut self, tag: RequestTag, below: &mut Below<'_, D>) {
+        let request = self.table.get(tag).request;
         // A flush covers only what was completed before it came, so there is nothing it would have
-        // to wait for: it goes to the head of the leftovers (blk_mq_insert_request).
-        if self.table.get(tag).request.op == Op::Flush {
+        // to wait for.
+        if request.op == Op::Flush {
             self.leftovers.push_front(&mut self.table, tag);
             self.stats.staged += 1;
             return;
         }
-        match self.ctxs.stage(&mut self.table, tag) {
-            Merged::Yes => self.stats.merged += 1,
+        let id = RequestId { hctx: self.id, tag };
+        let merged = if below.merge_into_elevator(&mut self.table, id) == Merged::Yes {
+            Merged::Yes
+        } else if below.queue.may_insert(&request) {
+            self.elevate(tag, below);
+            Merged::No
+        } else {
+            self.ctxs.stage(&mut self.table, tag)
+        };
+        match merged {
+            Merged::Yes => {
+                self.count_merge(tag);
+                below.queue.account.merged_started(below.now_ns, request.op);
+            }
             Merged::No => self.stats.staged += 1,
         }
     }
 
+    fn elevate<D>(&mut self, tag: RequestTag, below: &mut Below<'_, D>) {
+        let entry = self.table.get_mut(tag);
+        entry.elevated = true;
+        let id = RequestId { hctx: self.id, tag };
+        below.queue.insert(id, entry.request, entry.queued_ns);
+    }
+
     /// Runs the queue: leftovers first; then one by one while the engine is busy, all at once
-    /// otherwise (__blk_mq_sched_dispatch_requests).
-    pub fn dispatch(&mut self, tags: &mut TagSet, driver: &mut impl Driver<P>) -> Want {
+    /// otherwise (__blk_mq_sched_dispatch_requests). With an elevator only the leftovers are issued
+    /// here, and what waits in the ctxs for the elevator to take it goes there.
+    pub fn dispatch<D: Driver<P>>(&mut self, below: &mut Below<'_, D>) -> Want {
         if self.quiesced {
             return Want::Nothing;
         }
         let mut one_by_one = self.dispatch_busy > 0;
         if !self.leftovers.is_empty() {
             let list = std::mem::take(&mut self.leftovers);
-            let want = self.send(list, tags, driver);
+            let want = self.send(list, below);
             if want != Want::Nothing {
                 return want;
             }
             one_by_one = true;
         }
+        if below.queue.elevator.is_some() {
+            self.feed_elevator(below);
+            return Want::Nothing;
+        }
         if !one_by_one {
             let list = self.ctxs.take_all(&mut self.table);
-            return self.send(list, tags, driver);
+            return self.send(list, below);
         }
         while let Some(tag) = self.ctxs.take_one(&mut self.table) {
             let mut list = Fifo::default();
             list.push_back(&mut self.table, tag);
-            let want = self.send(list, tags, driver);
+            let want = self.send(list, below);
             if want != Want::Nothing {
                 return want;
             }
+            // What came back meanwhile goes first.
+            if !self.leftovers.is_empty() {
+                return Want::Run;
+            }
         }
         Want::Nothing
+    }
+
+    fn feed_elevator<D: Driver<P>>(&mut self, below: &mut Below<'_, D>) {
+        while let Some(tag) = self.ctxs.take_one(&mut self.table) {
+            if !below.queue.may_insert(&self.table.get(tag).request) {
+                self.ctxs.give_back(&mut self.table, tag);
+                return;
+            }
+            self.elevate(tag, below);
+        }
     }
 
     /// Hands a list to the engine; what does not go becomes leftovers (blk_mq_dispatch_rq_list).
-    fn send(&mut self, mut list: Fifo, tags: &mut TagSet, driver: &mut impl Driver<P>) -> Want {
+    fn send<D: Driver<P>>(&mut self, mut list: Fifo, below: &mut Below<'_, D>) -> Want {
         if list.is_empty() {
             return Want::Nothing;
         }
+        let mut issued = 0;
         while let Some(tag) = list.pop_front(&mut self.table) {
-            let want = match self.issue(tag, tags, driver) {
-                Issue::Done => continue,
+            self.table
+                .get_mut(tag)
+                .dispatch_ns
+                .get_or_insert(below.now_ns);
+            let want = match self.issue(tag, below) {
+                Issue::Done => {
+                    issued += 1;
+                    continue;
+                }
                 Issue::NoTag => Want::Completion,
-                Issue::Busy(busy) => busy.into(),
+                Issue::Throttled(until) => Want::At(until),
+                Issue::Busy(busy) => want_after(busy, below),
             };
             list.push_front(&mut self.table, tag);
             self.leftovers.append(&mut self.table, &mut list);
-            self.update_busy(true);
+            // Want of tokens says nothing about the engine.
+            if !matches!(want, Want::At(_)) {
+                self.update_busy(true);
+            }
+            self.times.runs.record(issued);
             return want;
         }
         self.update_busy(false);
+        self.times.runs.record(issued);
         Want::Nothing
     }
 
+    /// Budget, driver tag, engine, in this order; what was taken is given back if a later one
+    /// refuses.
     #[inline]
-    fn issue(&mut self, tag: RequestTag, tags: &mut TagSet, driver: &mut impl Driver<P>) -> Issue {
+    pub fn issue<D: Driver<P>>(&mut self, tag: RequestTag, below: &mut Below<'_, D>) -> Issue {
+        let request = self.table.get(tag).request;
+        if request.op == Op::Flush && self.flush.running {
+            match self.flush.next {
+                Some(leader) => {
+                    self.table.merge_back(leader, tag);
+                    self.count_merge(tag);
+                    below.queue.account.merged_started(below.now_ns, Op::Flush);
+                }
+                None => self.flush.next = Some(tag),
+            }
+            return Issue::Done;
+        }
+        if let Err(RetryAt(until)) = below.take_budget(&request) {
+            self.stats.throttled += 1;
+            return Issue::Throttled(until);
+        }
         if !self.active {
             self.active = true;
-            tags.hctx_activated();
+            below.tags.hctx_activated();
         }
         self.used_tags = true;
         let owner = RequestId { hctx: self.id, tag };
-        let request = self.table.get(tag).request;
         let reserved = match request.op {
-            Op::Flush => tags.get_reserved(owner),
+            Op::Flush => below.tags.get_reserved(owner),
             _ => None,
         };
-        let Some(driver_tag) = reserved.or_else(|| tags.get(owner, self.held)) else {
+        let Some(driver_tag) = reserved.or_else(|| below.tags.get(owner, self.held)) else {
+            below.put_budget(&request);
             return Issue::NoTag;
         };
-        self.table.get_mut(tag).started = true;
-        match driver.queue_rq(
-            self.config.disk,
-            driver_tag,
-            &request,
-            self.table.parts(tag),
-        ) {
+        let parts = self.table.parts(tag);
+        match below
+            .driver
+            .queue_rq(self.config.disk, driver_tag, &request, parts)
+        {
             Ok(()) => {
-                if !tags.is_reserved(driver_tag) {
+                if !below.tags.is_reserved(driver_tag) {
                     self.held += 1;
                 }
+                self.issued(tag, &request, below.now_ns);
                 Issue::Done
             }
             Err(busy) => {
-                tags.put(driver_tag);
-                self.table.get_mut(tag).started = false;
+                below.tags.put(driver_tag);
+                below.put_budget(&request);
                 Issue::Busy(busy)
             }
         }
     }
 
-    /// A request came back from the engine; `finish` gets every part's payload with its status and
-    /// the bytes that were read for it.
-    ///
-    /// A merged request that failed is taken apart and each part sent again, so that every guest
-    /// request gets its own exact status.
-    pub fn complete(
-        &mut self,
-        tag: RequestTag,
-        result: Result<(), Status>,
-        mut finish: impl FnMut(P, Status, u64),
-    ) -> Want {
-        let op = self.table.get(tag).request.op;
-        if result.is_err() && self.table.is_merged(tag) {
-            let mut parts = self.table.split(tag);
-            self.stats.requeued += u64::from(parts.len());
-            self.leftovers.append(&mut self.table, &mut parts);
-            return Want::Run;
+    #[inline]
+    fn issued(&mut self, tag: RequestTag, request: &Request, now_ns: u64) {
+        self.stats.dispatched += 1;
+        self.flush.running |= request.op == Op::Flush;
+        let entry = self.table.get_mut(tag);
+        entry.started = true;
+        entry.issued_ns = now_ns;
+        self.ctxs.stats[entry.ctx.index()].dispatched += 1;
+        if let Some(dispatch_ns) = entry.dispatch_ns {
+            self.times.staged.record(dispatch_ns - entry.queued_ns);
+            self.times.dispatch.record(now_ns - dispatch_ns);
         }
-        let status = result.err().unwrap_or(Status::Ok);
-        let stats = &mut self.stats;
-        self.table.remove(tag, |_, bytes, payload| {
-            stats.completed(op, bytes, status);
-            let read = if status == Status::Ok && op == Op::Read {
-                bytes
-            } else {
-                0
-            };
-            finish(payload, status, read);
-        });
-        Want::Nothing
     }
 
     /// The moving average of refusals (blk_mq_update_dispatch_busy).
@@ -350,12 +443,11 @@ fn busy_average(average: u32, busy: bool) -> u32 {
     (average * (BUSY_WEIGHT - 1) + refusal) / BUSY_WEIGHT
 }
 
-impl From<Busy> for Want {
-    fn from(busy: Busy) -> Want {
-        match busy {
-            Busy::UntilCompletion => Want::Completion,
-            Busy::RetryLater => Want::Delay,
-        }
+/// When an hctx the engine refused is to be run again.
+pub(super) fn want_after<D>(busy: Busy, below: &Below<'_, D>) -> Want {
+    match busy {
+        Busy::UntilCompletion => Want::Completion,
+        Busy::RetryLater => Want::At(below.retry_ns()),
     }
 }
 

@@ -8,26 +8,37 @@
 
 #![forbid(unsafe_code)]
 
+mod complete;
 mod ctx;
+pub mod diskstats;
 pub mod elevator;
 mod hctx;
+pub mod hist;
 pub mod ids;
 pub mod limits;
 pub mod map;
 mod merge;
+pub mod qos;
+mod queue;
 pub mod request;
 pub mod stats;
 mod table;
 pub mod tags;
 
-use std::collections::VecDeque;
+use std::cmp::Reverse;
+use std::collections::{BinaryHeap, VecDeque};
 
+use self::diskstats::DiskStats;
+use self::elevator::{Elevator, Kind, ParamError, Params, Queued};
 pub use self::hctx::{Busy, Driver, HctxConfig};
-use self::hctx::{Hctx, Want};
-use self::ids::{DriverTag, HctxId, RequestTag};
-use self::limits::{ACTIVITY_DECAY_NS, RESOURCE_DELAY_NS};
+use self::hctx::{Hctx, Issue, Want, want_after};
+use self::ids::{DiskId, DriverTag, HctxId, RequestTag};
+use self::limits::ACTIVITY_DECAY_NS;
+use self::qos::{Limits, Throttle};
+pub use self::queue::GroupId;
+use self::queue::{Below, RequestQueue};
 use self::request::{Request, Status};
-use self::stats::HctxStats;
+use self::stats::{CtxStats, HctxStats, HctxTimes};
 pub use self::table::Parts;
 use self::tags::TagSet;
 
@@ -47,11 +58,14 @@ enum Place {
 #[derive(Debug)]
 pub struct Mq<P> {
     hctxs: Vec<Option<Member<P>>>,
+    /// By disk.
+    queues: Vec<Option<RequestQueue>>,
+    groups: Vec<Throttle>,
     tags: TagSet,
     runnable: VecDeque<HctxId>,
     waiting: VecDeque<HctxId>,
-    /// With a constant delay the list is in the order of the times.
-    delayed: VecDeque<(u64, HctxId)>,
+    /// Earliest first.
+    delayed: BinaryHeap<Reverse<(u64, HctxId)>>,
     completed_since_run: bool,
     now_ns: u64,
     next_decay_ns: u64,
@@ -69,10 +83,12 @@ impl<P> Mq<P> {
     pub fn new(depth: u16, reserved: u16) -> Self {
         Mq {
             hctxs: Vec::new(),
+            queues: Vec::new(),
+            groups: Vec::new(),
             tags: TagSet::new(depth, reserved),
             runnable: VecDeque::new(),
             waiting: VecDeque::new(),
-            delayed: VecDeque::new(),
+            delayed: BinaryHeap::new(),
             completed_since_run: false,
             now_ns: 0,
             next_decay_ns: 0,
@@ -94,6 +110,7 @@ impl<P> Mq<P> {
             Some(index) => self.hctxs[index] = member,
             None => self.hctxs.push(member),
         }
+        self.queue_of(config.disk).add_member(id, config.ring_size);
         // Each hctx is in at most one of the lists, so this is all they ever need.
         let count = self.hctxs.len();
         self.runnable.reserve(count);
@@ -103,7 +120,7 @@ impl<P> Mq<P> {
     }
 
     /// Removes an hctx that has nothing in flight and says what it counted.
-    pub fn remove_hctx(&mut self, id: HctxId) -> HctxStats {
+    pub fn remove_hctx(&mut self, id: HctxId) -> (HctxStats, Box<HctxTimes>) {
         let member = self.hctxs[id.index()].take().expect("the hctx exists");
         assert_eq!(
             member.hctx.table.live(),
@@ -115,8 +132,11 @@ impl<P> Mq<P> {
         }
         self.runnable.retain(|other| *other != id);
         self.waiting.retain(|other| *other != id);
-        self.delayed.retain(|(_, other)| *other != id);
-        member.hctx.stats
+        self.delayed.retain(|Reverse((_, other))| *other != id);
+        let config = member.hctx.config;
+        self.queue_of(config.disk)
+            .remove_member(id, config.ring_size);
+        (member.hctx.stats, Box::new(member.hctx.times))
     }
 
     #[inline]
@@ -135,11 +155,11 @@ impl<P> Mq<P> {
     /// gets. Delayed hctxs whose time has come become runnable.
     pub fn start_turn(&mut self, now_ns: u64) {
         self.now_ns = now_ns;
-        while let Some(&(at, id)) = self.delayed.front() {
+        while let Some(&Reverse((at, id))) = self.delayed.peek() {
             if at > now_ns {
                 break;
             }
-            self.delayed.pop_front();
+            self.delayed.pop();
             self.member(id).place = Place::Runnable;
             self.runnable.push_back(id);
         }
@@ -164,7 +184,7 @@ impl<P> Mq<P> {
 
     /// When the worker has to take a turn even if nothing happens, on the same clock.
     pub fn next_deadline_ns(&self) -> Option<u64> {
-        self.delayed.front().map(|(at, _)| *at)
+        self.delayed.peek().map(|Reverse((at, _))| *at)
     }
 
     /// Takes a request a drain of `id`'s ring brought into the plug.
@@ -177,20 +197,39 @@ impl<P> Mq<P> {
         payload: P,
         driver: &mut impl Driver<P>,
     ) {
-        let member = self.hctxs[id.index()].as_mut().expect("the hctx exists");
-        let want = member
-            .hctx
-            .plug(tag, request, payload, &mut self.tags, driver);
+        let (hctx, mut below) = self.split(id, driver);
+        let want = hctx.plug(tag, request, payload, &mut below);
         self.place(id, want);
     }
 
     /// Ends the drain of `id`'s ring: its plug is issued directly or staged.
     #[inline]
     pub fn unplug(&mut self, id: HctxId, driver: &mut impl Driver<P>) {
-        let member = self.hctxs[id.index()].as_mut().expect("the hctx exists");
-        member.hctx.stats.batches += 1;
-        let want = member.hctx.unplug(&mut self.tags, driver);
+        let (hctx, mut below) = self.split(id, driver);
+        hctx.stats.batches += 1;
+        let want = hctx.unplug(&mut below);
         self.place(id, want);
+    }
+
+    /// An hctx, and what is below it.
+    #[inline]
+    fn split<'a, D>(
+        &'a mut self,
+        id: HctxId,
+        driver: &'a mut D,
+    ) -> (&'a mut Hctx<P>, Below<'a, D>) {
+        let member = self.hctxs[id.index()].as_mut().expect("the hctx exists");
+        let disk = member.hctx.config.disk;
+        let below = Below {
+            tags: &mut self.tags,
+            queue: self.queues[disk.index()]
+                .as_mut()
+                .expect("made with its first hctx"),
+            groups: &mut self.groups,
+            driver,
+            now_ns: self.now_ns,
+        };
+        (&mut member.hctx, below)
     }
 
     /// Runs every hctx that has work and a reason to believe that it can be done, in the order in
@@ -228,18 +267,80 @@ impl<P> Mq<P> {
     }
 
     fn dispatch(&mut self, id: HctxId, driver: &mut impl Driver<P>) {
-        let member = self.hctxs[id.index()].as_mut().expect("the hctx exists");
-        let want = member.hctx.dispatch(&mut self.tags, driver);
+        let (hctx, mut below) = self.split(id, driver);
+        let quiesced = hctx.quiesced;
+        let mut want = hctx.dispatch(&mut below);
+        if want == Want::Nothing && !quiesced && below.queue.elevator_waits() {
+            let disk = below.queue.disk;
+            want = self.dispatch_elevator(disk, driver);
+        }
         self.place(id, want);
+    }
+
+    /// Issues what the disk's elevator gives out, whichever of its hctxs it belongs to
+    /// (blk_mq_do_dispatch_sched).
+    fn dispatch_elevator(&mut self, disk: DiskId, driver: &mut impl Driver<P>) -> Want {
+        loop {
+            let now_ns = self.now_ns;
+            let exhausted = self.tags.is_exhausted();
+            let elevator = self.elevator_of(disk).expect("it has requests");
+            if elevator.is_empty() {
+                return Want::Nothing;
+            }
+            if exhausted {
+                return Want::Completion;
+            }
+            let Some(next) = elevator.dispatch(now_ns) else {
+                // It holds something back until a completion, or until a time.
+                return elevator
+                    .next_deadline_ns(now_ns)
+                    .map_or(Want::Completion, Want::At);
+            };
+            let (hctx, mut below) = self.split(next.hctx, driver);
+            let entry = hctx.table.get_mut(next.tag);
+            entry.dispatch_ns.get_or_insert(now_ns);
+            let queued = Queued {
+                id: next,
+                request: entry.request,
+                queued_ns: entry.queued_ns,
+            };
+            let want = match hctx.issue(next.tag, &mut below) {
+                Issue::Done => continue,
+                Issue::NoTag => Want::Completion,
+                Issue::Throttled(until) => Want::At(until),
+                Issue::Busy(busy) => want_after(busy, &below),
+            };
+            let elevator = below.queue.elevator.as_mut().expect("it gave the request");
+            elevator.requeued(queued);
+            return want;
+        }
+    }
+
+    fn elevator_of(&mut self, disk: DiskId) -> Option<&mut Elevator> {
+        self.queues
+            .get_mut(disk.index())?
+            .as_mut()?
+            .elevator
+            .as_mut()
+    }
+
+    /// The disk's request queue; made when it is first spoken of.
+    fn queue_of(&mut self, disk: DiskId) -> &mut RequestQueue {
+        let index = disk.index();
+        if self.queues.len() <= index {
+            self.queues.resize_with(index + 1, || None);
+        }
+        self.queues[index].get_or_insert_with(|| RequestQueue::new(disk))
     }
 
     fn place(&mut self, id: HctxId, want: Want) {
         // With nothing in flight no completion will come to wake anybody.
         let want = match want {
-            Want::Completion if self.tags.in_use() == 0 => Want::Delay,
+            Want::Completion if self.tags.in_use() == 0 => {
+                Want::At(self.now_ns + limits::RESOURCE_DELAY_NS)
+            }
             other => other,
         };
-        let at = self.now_ns + RESOURCE_DELAY_NS;
         let member = self.member(id);
         if want == Want::Nothing || member.place != Place::Nowhere {
             return;
@@ -254,9 +355,9 @@ impl<P> Mq<P> {
                 member.place = Place::Waiting;
                 self.waiting.push_back(id);
             }
-            Want::Delay => {
+            Want::At(at) => {
                 member.place = Place::Delayed;
-                self.delayed.push_back((at, id));
+                self.delayed.push(Reverse((at, id)));
             }
         }
     }
@@ -278,14 +379,44 @@ impl<P> Mq<P> {
         };
         self.completed_since_run = true;
         let reserved = self.tags.is_reserved(tag);
-        let hctx = &mut self.member(owner.hctx).hctx;
+        let hctx = &mut self.hctxs[owner.hctx.index()]
+            .as_mut()
+            .expect("the hctx exists")
+            .hctx;
         if !reserved {
             hctx.held -= 1;
         }
-        let want = hctx.complete(owner.tag, result, |payload, status, read| {
-            finish(owner.hctx, payload, status, read);
-        });
+        let queue = self.queues[hctx.config.disk.index()]
+            .as_mut()
+            .expect("made with its first hctx");
+        let mut want = hctx.complete(
+            owner.tag,
+            result,
+            queue,
+            self.now_ns,
+            |payload, status, read| finish(owner.hctx, payload, status, read),
+        );
+        if queue.elevator.is_some() {
+            // A completion can make the elevator give out what it held back, for any hctx; and a
+            // request above the async limit, which waits in its ctx, may now go in.
+            if queue.elevator_waits() || hctx.has_work() {
+                want = Want::Run;
+            }
+            self.wake_staged(owner.hctx);
+        }
         self.place(owner.hctx, want);
+    }
+
+    /// Runs the other hctxs of the disk that have requests waiting for the elevator to take them.
+    fn wake_staged(&mut self, of: HctxId) {
+        let disk = self.hctx(of).config.disk;
+        let members = self.queue_of(disk).members.len();
+        for at in 0..members {
+            let id = self.queue_of(disk).members[at];
+            if id != of && self.hctx(id).ctxs.any() {
+                self.place(id, Want::Run);
+            }
+        }
     }
 
     /// Stops dispatching (blk_mq_quiesce_queue). Completions and insertions go on.
@@ -324,7 +455,87 @@ impl<P> Mq<P> {
 
     /// How many ctxs an hctx has.
     pub fn ctx_count(&self, id: HctxId) -> usize {
-        self.hctx(id).ctx_count()
+        self.hctx(id).ctxs.count()
+    }
+
+    /// What each ctx of an hctx did since it has that many.
+    pub fn ctx_stats(&self, id: HctxId) -> &[CtxStats] {
+        &self.hctx(id).ctxs.stats
+    }
+
+    /// How long requests of an hctx were where.
+    pub fn times(&self, id: HctxId) -> &HctxTimes {
+        &self.hctx(id).times
+    }
+
+    /// A disk's counts as of the last turn, in the terms of /proc/diskstats.
+    pub fn disk_stats(&mut self, disk: DiskId) -> DiskStats {
+        let now_ns = self.now_ns;
+        self.queue_of(disk).account.at(now_ns)
+    }
+
+    /// Which elevator a disk has.
+    pub fn elevator(&mut self, disk: DiskId) -> Kind {
+        self.elevator_of(disk).map_or(Kind::None, |e| e.kind())
+    }
+
+    /// Gives a disk another elevator. The disk must be frozen: none of its requests in flight or
+    /// waiting (elevator_switch, block/elevator.c).
+    pub fn set_elevator(&mut self, disk: DiskId, params: Params) {
+        self.queue_of(disk).set_elevator(params);
+    }
+
+    /// Changes one parameter of a disk's elevator, by its name in sysfs, while it runs.
+    ///
+    /// # Errors
+    ///
+    /// The elevator has no such parameter, or not with that value.
+    pub fn set_elevator_param(
+        &mut self,
+        disk: DiskId,
+        name: &str,
+        value: u64,
+    ) -> Result<(), ParamError> {
+        match self.elevator_of(disk) {
+            Some(elevator) => elevator.set_param(name, value),
+            None => Params::None.set(name, value),
+        }
+    }
+
+    /// Limits a disk, from now on. What it has taken so far is not forgotten.
+    pub fn set_limits(&mut self, disk: DiskId, limits: Limits) {
+        let now_ns = self.now_ns;
+        self.queue_of(disk).throttle.set_limits(now_ns, limits);
+        self.retry_delayed();
+    }
+
+    /// Limits a group of disks, from now on; the group comes into being with its first limits.
+    pub fn set_group_limits(&mut self, group: GroupId, limits: Limits) {
+        let index = usize::from(group.0);
+        if self.groups.len() <= index {
+            self.groups.resize_with(index + 1, Throttle::default);
+        }
+        let now_ns = self.now_ns;
+        self.groups[index].set_limits(now_ns, limits);
+        self.retry_delayed();
+    }
+
+    /// Makes a disk a member of a group, or of none.
+    pub fn set_group(&mut self, disk: DiskId, group: Option<GroupId>) {
+        assert!(
+            group.is_none_or(|group| usize::from(group.0) < self.groups.len()),
+            "the group has limits"
+        );
+        self.queue_of(disk).group = group;
+        self.retry_delayed();
+    }
+
+    /// Who waits for a time asks again now: the time was computed from limits that have changed.
+    fn retry_delayed(&mut self) {
+        while let Some(Reverse((_, id))) = self.delayed.pop() {
+            self.member(id).place = Place::Runnable;
+            self.runnable.push_back(id);
+        }
     }
 
     /// The busy average of an hctx, 0 to 16: above 0, requests are dispatched one by one.

@@ -2,6 +2,7 @@
 
 use serde::Serialize;
 
+use super::hist::{Dispatched, Histogram};
 use super::request::{Op, Request, Status};
 
 /// What one hctx did since its ring was first started.
@@ -31,8 +32,12 @@ pub struct HctxStats {
     pub staged: u64,
     /// Requests that travelled as a part of another.
     pub merged: u64,
+    /// Requests handed to the engine: leaders of merged ones, and parts that were sent again.
+    pub dispatched: u64,
     /// Requests that were taken back from the engine and sent again.
     pub requeued: u64,
+    /// Times the rate limits of the disk or its group held this queue up.
+    pub throttled: u64,
     /// Requests that ended with an error, those the parser rejected not counted.
     pub errors: u64,
 }
@@ -75,7 +80,9 @@ impl HctxStats {
             direct,
             staged,
             merged,
+            dispatched,
             requeued,
+            throttled,
             errors,
         } = other;
         for (sum, more) in [
@@ -91,10 +98,52 @@ impl HctxStats {
             (&mut self.direct, direct),
             (&mut self.staged, staged),
             (&mut self.merged, merged),
+            (&mut self.dispatched, dispatched),
             (&mut self.requeued, requeued),
+            (&mut self.throttled, throttled),
             (&mut self.errors, errors),
         ] {
             *sum += more;
         }
     }
+}
+
+/// How long requests of one hctx were where. Times are those of the worker's turns: a request that
+/// came and went in one turn took none.
+#[derive(Clone, Debug, Default)]
+pub struct HctxTimes {
+    /// From the ring to leaving the ctx or the elevator; of requests that were staged.
+    pub staged: Histogram,
+    /// From there to the engine, tags and budget permitting; of requests that were staged.
+    pub dispatch: Histogram,
+    /// From the engine's taking it to its completion, reads.
+    pub device_read: Histogram,
+    /// The same of everything else.
+    pub device_other: Histogram,
+    /// How many requests each run of the queue handed to the engine (the kernel's `dispatched`).
+    pub runs: Dispatched,
+}
+
+impl HctxTimes {
+    /// Adds what another period of the same queue took.
+    pub fn add(&mut self, other: &HctxTimes) {
+        self.staged.merge(&other.staged);
+        self.dispatch.merge(&other.dispatch);
+        self.device_read.merge(&other.device_read);
+        self.device_other.merge(&other.device_other);
+        self.runs.add(&other.runs);
+    }
+}
+
+/// What one ctx did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct CtxStats {
+    /// Requests assigned to it.
+    pub queued: u64,
+    /// Those that became parts of others.
+    pub merged: u64,
+    /// Those that were handed to the engine.
+    pub dispatched: u64,
+    /// Those that ended.
+    pub completed: u64,
 }

@@ -19,6 +19,14 @@ pub(super) struct Entry<P> {
     pub ctx: CtxId,
     /// It was handed to the engine once: what it consists of is settled.
     pub started: bool,
+    /// The elevator gave it out, and is told when it ends.
+    pub elevated: bool,
+    /// When it was taken from the ring.
+    pub queued_ns: u64,
+    /// When it left its ctx, the elevator or the leftovers for the first time.
+    pub dispatch_ns: Option<u64>,
+    /// When the engine took it.
+    pub issued_ns: u64,
     payload: P,
     own_sector: Sector,
     own_bytes: u64,
@@ -53,13 +61,24 @@ impl<P> Table<P> {
     /// Takes a new request in.
     ///
     /// The ring refuses a head that is already in flight, so a second entry under one tag is a bug.
-    pub fn insert(&mut self, tag: RequestTag, request: Request, ctx: CtxId, payload: P) {
+    pub fn insert(
+        &mut self,
+        tag: RequestTag,
+        request: Request,
+        ctx: CtxId,
+        now_ns: u64,
+        payload: P,
+    ) {
         let slot = &mut self.entries[tag.index()];
         assert!(slot.is_none(), "request tag {tag} is already in flight");
         *slot = Some(Entry {
             request,
             ctx,
             started: false,
+            elevated: false,
+            queued_ns: now_ns,
+            dispatch_ns: None,
+            issued_ns: now_ns,
             payload,
             own_sector: request.sector,
             own_bytes: request.bytes,
@@ -121,6 +140,13 @@ impl<P> Table<P> {
         entry.request.segments += request.segments;
     }
 
+    /// Assigns every request to a ctx anew.
+    pub fn reassign(&mut self, of: impl Fn(&Request) -> CtxId) {
+        for entry in self.entries.iter_mut().flatten() {
+            entry.ctx = of(&entry.request);
+        }
+    }
+
     /// Whether `leader` consists of more than itself.
     pub fn is_merged(&self, leader: RequestTag) -> bool {
         let entry = self.get(leader);
@@ -140,6 +166,7 @@ impl<P> Table<P> {
             entry.first_part = tag.0;
             entry.last_part = tag.0;
             entry.started = true;
+            entry.elevated = false;
             entry.request.sector = entry.own_sector;
             entry.request.bytes = entry.own_bytes;
             entry.request.segments = entry.own_segments;
@@ -149,8 +176,8 @@ impl<P> Table<P> {
     }
 
     /// Takes `leader` and what was merged into it out, in the order of their sectors; `each` gets a
-    /// part's tag, its own length in bytes, and its payload.
-    pub fn remove(&mut self, leader: RequestTag, mut each: impl FnMut(RequestTag, u64, P)) {
+    /// part's ctx, its own length in bytes, and its payload.
+    pub fn remove(&mut self, leader: RequestTag, mut each: impl FnMut(CtxId, u64, P)) {
         let mut at = self.get(leader).first_part;
         while at != NONE {
             let tag = RequestTag(at);
@@ -159,7 +186,7 @@ impl<P> Table<P> {
                 .expect("a merged part has an entry");
             at = entry.part_next;
             self.live -= 1;
-            each(tag, entry.own_bytes, entry.payload);
+            each(entry.ctx, entry.own_bytes, entry.payload);
         }
     }
 

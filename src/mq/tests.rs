@@ -426,7 +426,7 @@ fn every_request_ends_exactly_once_whatever_the_engine_does() {
         }
         for id in hctxs {
             assert_eq!((bench.mq.in_flight(id), bench.mq.staged(id)), (0, 0));
-            let stats = bench.mq.remove_hctx(id);
+            let (stats, _) = bench.mq.remove_hctx(id);
             assert_eq!(
                 stats.requests,
                 stats.direct + stats.staged + stats.merged,

@@ -259,7 +259,7 @@ impl Worker {
             .retain(|p| !matches!(p, Pending::Disable(other, _) if *other == hctx));
         let port = self.ports[hctx.index()].take().expect("the port exists");
         let ctxs = u16::try_from(self.mq.ctx_count(hctx)).expect("as many as vCPUs");
-        let stats = self.mq.remove_hctx(hctx);
+        let (stats, times) = self.mq.remove_hctx(hctx);
         let report = match self.reports.iter_mut().find(|r| r.ring == port.id) {
             Some(report) => report,
             None => {
@@ -269,7 +269,7 @@ impl Worker {
             }
         };
         report.ctxs = ctxs;
-        report.add(&stats, &port.stats);
+        report.add(&stats, &times, &port.stats);
         port.ring.next_avail()
     }
 
@@ -298,7 +298,7 @@ impl Worker {
                 reports.len() - 1
             });
             reports[index].ctxs = ctxs;
-            reports[index].add(self.mq.stats(hctx), &port.stats);
+            reports[index].add(self.mq.stats(hctx), self.mq.times(hctx), &port.stats);
         }
         reports
     }

@@ -1,0 +1,175 @@
+//! The request queue: what the hctxs of one disk on one worker have in common.
+
+use super::diskstats::Account;
+use super::elevator::{Elevator, MergeSide, Params, Queued, Times};
+use super::ids::{DiskId, HctxId, RequestId};
+use super::limits::RESOURCE_DELAY_NS;
+use super::merge::Merged;
+use super::qos::{Limits, RetryAt, Throttle};
+use super::request::Request;
+use super::table::Table;
+use super::tags::TagSet;
+
+/// A group of disks that share a limit, by its number on the worker.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct GroupId(pub u16);
+
+/// One disk's share of a worker.
+#[derive(Debug)]
+pub(super) struct RequestQueue {
+    pub disk: DiskId,
+    pub members: Vec<HctxId>,
+    /// `none` is its absence.
+    pub elevator: Option<Elevator>,
+    pub throttle: Throttle,
+    pub group: Option<GroupId>,
+    pub account: Account,
+    /// The sum of the members' ring sizes: as many requests can wait in the elevator.
+    pub depth: u16,
+    /// Requests the elevator's async limit is for, from insertion to completion.
+    async_held: u16,
+}
+
+impl RequestQueue {
+    pub fn new(disk: DiskId) -> Self {
+        RequestQueue {
+            disk,
+            members: Vec::new(),
+            elevator: None,
+            throttle: Throttle::new(Limits::default()),
+            group: None,
+            account: Account::new(),
+            depth: 0,
+            async_held: 0,
+        }
+    }
+
+    pub fn add_member(&mut self, hctx: HctxId, ring_size: u16) {
+        self.members.push(hctx);
+        self.depth = self.depth.saturating_add(ring_size);
+        if let Some(elevator) = &mut self.elevator {
+            elevator.reserve(usize::from(self.depth));
+        }
+    }
+
+    pub fn remove_member(&mut self, hctx: HctxId, ring_size: u16) {
+        self.members.retain(|other| *other != hctx);
+        self.depth = self.depth.saturating_sub(ring_size);
+    }
+
+    /// Puts another elevator in place. The disk is frozen: nothing waits and nothing is in flight.
+    pub fn set_elevator(&mut self, params: Params) {
+        assert_eq!(self.account.in_flight(), [0, 0], "the disk is frozen");
+        self.elevator = Elevator::new(params, usize::from(self.depth));
+        self.async_held = 0;
+    }
+
+    /// Whether the elevator holds requests.
+    #[inline]
+    pub fn elevator_waits(&self) -> bool {
+        self.elevator.as_ref().is_some_and(|e| !e.is_empty())
+    }
+
+    /// Whether the elevator may take `request` now: as with a scheduler tag that is not to be had,
+    /// one above the async limit waits in its ctx.
+    #[inline]
+    pub fn may_insert(&self, request: &Request) -> bool {
+        self.elevator.as_ref().is_some_and(|elevator| {
+            !elevator.is_async(request) || self.async_held < elevator.async_limit(self.depth.max(1))
+        })
+    }
+
+    pub fn insert(&mut self, id: RequestId, request: Request, queued_ns: u64) {
+        let elevator = self.elevator.as_mut().expect("may_insert said yes");
+        if elevator.is_async(&request) {
+            self.async_held += 1;
+        }
+        let queued = Queued {
+            id,
+            request,
+            queued_ns,
+        };
+        elevator.insert(queued, false);
+    }
+
+    /// A request the elevator gave out ended, or is sent again in parts.
+    pub fn elevated_ended(&mut self, request: &Request, times: Times) {
+        if let Some(elevator) = &mut self.elevator {
+            if elevator.is_async(request) {
+                self.async_held -= 1;
+            }
+            elevator.completed(request, times);
+        }
+    }
+
+    /// One that was inserted became a part of another that was as well.
+    pub fn elevated_joined(&mut self, request: &Request) {
+        if self.elevator.as_ref().is_some_and(|e| e.is_async(request)) {
+            self.async_held -= 1;
+        }
+    }
+}
+
+/// What is below an hctx when it issues: all of it belongs to the same worker.
+pub(super) struct Below<'a, D> {
+    pub tags: &'a mut TagSet,
+    pub queue: &'a mut RequestQueue,
+    pub groups: &'a mut [Throttle],
+    pub driver: &'a mut D,
+    pub now_ns: u64,
+}
+
+impl<D> Below<'_, D> {
+    /// The budget: tokens of the disk and of its group, all or none (blk_mq_get_dispatch_budget).
+    #[inline]
+    pub fn take_budget(&mut self, request: &Request) -> Result<(), RetryAt> {
+        let throttle = &mut self.queue.throttle;
+        match self.queue.group {
+            None => throttle.try_take(self.now_ns, request.op, request.bytes),
+            Some(GroupId(group)) => throttle.try_take_with(
+                &mut self.groups[usize::from(group)],
+                self.now_ns,
+                request.op,
+                request.bytes,
+            ),
+        }
+    }
+
+    /// Gives back what was taken for a request that was not issued (blk_mq_put_dispatch_budget).
+    pub fn put_budget(&mut self, request: &Request) {
+        self.queue.throttle.refund(request.op, request.bytes);
+        if let Some(GroupId(group)) = self.queue.group {
+            self.groups[usize::from(group)].refund(request.op, request.bytes);
+        }
+    }
+
+    /// When to try again if nobody promises to wake us.
+    pub fn retry_ns(&self) -> u64 {
+        self.now_ns + RESOURCE_DELAY_NS
+    }
+
+    /// Joins a request to one that waits in the elevator, if it fits one.
+    pub fn merge_into_elevator<P>(&mut self, table: &mut Table<P>, id: RequestId) -> Merged {
+        let Some(elevator) = &mut self.queue.elevator else {
+            return Merged::No;
+        };
+        let Some(merge) = elevator.find_merge(id.hctx, &table.get(id.tag).request) else {
+            return Merged::No;
+        };
+        let leader = merge.leader.tag;
+        match merge.side {
+            MergeSide::Back => table.merge_back(leader, id.tag),
+            MergeSide::Front => table.merge_front(leader, id.tag),
+        }
+        if let Some(join) = elevator.merged(merge, &table.get(leader).request) {
+            // The gap between two that waited is filled: the later becomes a part of the earlier.
+            let (front, back) = (join.front.tag, join.back.tag);
+            let swallowed = table.get(back).request;
+            table.merge_back(front, back);
+            elevator.joined(join, &table.get(front).request);
+            self.queue.elevated_joined(&swallowed);
+            self.queue.account.merged_started(self.now_ns, swallowed.op);
+        }
+        Merged::Yes
+    }
+}
