@@ -179,6 +179,30 @@ fn a_second_is_enough_with_fewer_samples() {
 }
 
 #[test]
+fn a_tenth_may_be_slow() {
+    for (slow, depth) in [(50, 256), (51, 64)] {
+        let mut kyber = kyber();
+        complete(&mut kyber, Op::Write, slow, 60 * MS, 100 * MS);
+        complete(&mut kyber, Op::Write, 500 - slow, MS, 100 * MS);
+        complete(&mut kyber, Op::Read, 500, MS / 4, 100 * MS);
+        complete(&mut kyber, Op::Discard, 1, MS, 200 * MS);
+        assert_eq!(kyber.tokens(Domain::Read).1, depth, "{slow} of 500 slow");
+    }
+}
+
+#[test]
+fn what_was_seen_before_the_congestion_counts_once() {
+    let mut kyber = kyber();
+    complete(&mut kyber, Op::Read, 500, MS / 4, 100 * MS);
+    complete(&mut kyber, Op::Discard, 1, MS, 200 * MS);
+    for at in [250, 350] {
+        complete(&mut kyber, Op::Write, 500, 60 * MS, at * MS);
+        complete(&mut kyber, Op::Discard, 1, MS, (at + 50) * MS);
+        assert_eq!(kyber.tokens(Domain::Read).1, 64, "at {at} ms");
+    }
+}
+
+#[test]
 fn depth_never_falls_below_one() {
     let mut kyber = kyber();
     for round in 1..20 {
@@ -282,24 +306,39 @@ impl Oracle {
     fn update(&mut self, now: u64) {
         let engine: Vec<_> = (0..3).map(|d| self.percentile(d, 0, 90, now)).collect();
         let congested = engine.iter().flatten().any(|bucket| *bucket > 3);
-        for domain in 0..3 {
-            let new = self.percentile(domain, 1, 99, now);
-            let bucket = if congested {
-                new.or(self.remembered[domain].take())
-            } else {
-                new
-            };
-            self.remembered[domain] = match congested {
-                true => None,
-                false => new.or(self.remembered[domain]),
-            };
-            if let Some(bucket) = bucket
-                && (congested || bucket > 3)
-            {
+        let totals: Vec<_> = (0..3).map(|d| self.percentile(d, 1, 99, now)).collect();
+        for (domain, new) in totals.into_iter().enumerate() {
+            let seen = new.or(self.remembered[domain]);
+            self.remembered[domain] = if congested { None } else { seen };
+            let bucket = if congested { seen } else { new };
+            if let Some(bucket) = bucket.filter(|bucket| congested || *bucket > 3) {
                 let depth = self.depth[domain] * (bucket + 1) / 4;
-                self.depth[domain] = depth.max(1).min(MAX_DEPTH[domain]);
+                self.depth[domain] = depth.clamp(1, MAX_DEPTH[domain]);
             }
         }
+    }
+}
+
+/// How long some requests took, in quarters of their domain's target and nanoseconds beyond: in the
+/// engine, and before.
+#[derive(Clone, Debug)]
+struct Took {
+    fast: (u64, u64),
+    slow: (u64, u64),
+    /// One in so many is slow.
+    period: u64,
+    waited: u64,
+}
+
+impl Took {
+    fn times(&self, nth: u64, target: u64, now: u64) -> Times {
+        let (quarters, beyond) = match nth % self.period {
+            0 => self.slow,
+            _ => self.fast,
+        };
+        let quarter = target / 4;
+        let started = now - quarters * quarter - beyond;
+        times(started - self.waited * quarter, started, now)
     }
 }
 
@@ -307,59 +346,118 @@ impl Oracle {
 enum Step {
     Insert(usize, u16),
     Dispatch(u16),
-    /// So many complete, after so many microseconds, each.
-    Complete(u16, u64),
+    Complete(u16, Took),
+    /// So many of a domain come, are dispatched and complete, after one another.
+    Serve(usize, u16, Took),
+    Advance(u64),
 }
 
 fn step() -> impl Strategy<Value = Step> {
-    let domain = prop_oneof![6 => Just(0usize), 4 => Just(1), 1 => Just(2), 1 => Just(3)];
+    let domain = || prop_oneof![4 => Just(0usize), 4 => Just(1), 1 => Just(2), 1 => Just(3)];
+    let latency = || (0u64..6, 0u64..3);
+    let took = || {
+        (latency(), latency(), 5u64..30, 0u64..4).prop_map(|(fast, slow, period, waited)| Took {
+            fast,
+            slow,
+            period,
+            waited,
+        })
+    };
     prop_oneof![
-        (domain, 1u16..120).prop_map(|(domain, count)| Step::Insert(domain, count)),
+        (domain(), 1u16..120).prop_map(|(domain, count)| Step::Insert(domain, count)),
         (1u16..400).prop_map(Step::Dispatch),
-        (1u16..300, 0u64..600).prop_map(|(count, us)| Step::Complete(count, us)),
+        (1u16..300, took()).prop_map(|(count, took)| Step::Complete(count, took)),
+        (domain(), 1u16..700, took())
+            .prop_map(|(domain, count, took)| Step::Serve(domain, count, took)),
+        (0u64..400).prop_map(Step::Advance),
     ]
+}
+
+/// The scheduler and its oracle, side by side.
+struct Pair {
+    kyber: Kyber,
+    oracle: Oracle,
+    now: u64,
+    tag: u16,
+    below: std::collections::VecDeque<usize>,
+}
+
+impl Pair {
+    fn insert(&mut self, domain: usize) {
+        self.kyber
+            .insert(queued(OPS[domain], self.tag, self.now), false);
+        self.oracle.queues[domain].push(self.tag);
+        self.tag += 1;
+    }
+
+    fn dispatch(&mut self) -> Result<bool, TestCaseError> {
+        let oracle = &self.oracle;
+        let ready = |d: usize| !oracle.queues[d].is_empty() && oracle.taken[d] < oracle.depth[d];
+        prop_assert_eq!(self.kyber.has_work(), (0..4).any(ready));
+        let expected = self.oracle.dispatch();
+        let id = self.kyber.dispatch();
+        prop_assert_eq!(id.map(|id| id.tag.0), expected.map(|e| e.1));
+        self.below.extend(expected.map(|e| e.0));
+        Ok(expected.is_some())
+    }
+
+    fn complete(&mut self, nth: u64, took: &Took) -> Result<(), TestCaseError> {
+        let Some(domain) = self.below.pop_front() else {
+            return Ok(());
+        };
+        let target = self.oracle.targets.get(domain).copied().unwrap_or(MS);
+        let times = took.times(nth, target, self.now);
+        self.kyber.completed(&request(OPS[domain], 0), times);
+        self.oracle.complete(domain, times);
+        for (at, domain) in Domain::ALL.into_iter().enumerate() {
+            let (taken, depth) = self.kyber.tokens(domain);
+            let expected = (self.oracle.taken[at], self.oracle.depth[at]);
+            prop_assert_eq!((u64::from(taken), u64::from(depth)), expected);
+        }
+        Ok(())
+    }
+
+    fn take(&mut self, step: Step) -> Result<(), TestCaseError> {
+        match step {
+            Step::Insert(domain, count) => (0..count).for_each(|_| self.insert(domain)),
+            Step::Dispatch(count) => {
+                for _ in 0..count {
+                    if !self.dispatch()? {
+                        break;
+                    }
+                }
+            }
+            Step::Complete(count, took) => {
+                for nth in 0..count {
+                    self.complete(nth.into(), &took)?;
+                }
+            }
+            Step::Serve(domain, count, took) => {
+                for nth in 0..count {
+                    self.insert(domain);
+                    self.dispatch()?;
+                    self.complete(nth.into(), &took)?;
+                }
+            }
+            Step::Advance(ms) => self.now += ms * MS,
+        }
+        Ok(())
+    }
 }
 
 proptest! {
     /// Every decision and every number of tokens is the oracle's.
     #[test]
-    fn it_decides_as_the_model_does(steps in prop::collection::vec(step(), 1..120)) {
-        let mut kyber = Kyber::new(KyberParams::default(), 16384);
-        let mut oracle = Oracle::new();
-        let mut now = 0;
-        let mut tag = 0;
-        let mut arrived = Vec::new();
-        let mut below: std::collections::VecDeque<(usize, u16, u64)> = Default::default();
+    fn it_decides_as_the_model_does(steps in prop::collection::vec(step(), 1..60)) {
+        let mut pair = Pair {
+            kyber: Kyber::new(KyberParams::default(), 65536),
+            oracle: Oracle::new(),
+            now: 100_000 * MS,
+            tag: 0,
+            below: Default::default(),
+        };
         for step in steps {
-            match step {
-                Step::Insert(domain, count) => for _ in 0..count {
-                    kyber.insert(queued(OPS[domain], tag, now), false);
-                    oracle.queues[domain].push(tag);
-                    arrived.push(now);
-                    tag += 1;
-                },
-                Step::Dispatch(count) => for _ in 0..count {
-                    prop_assert_eq!(kyber.has_work(), (0..4).any(|d| {
-                        !oracle.queues[d].is_empty() && oracle.taken[d] < oracle.depth[d]
-                    }));
-                    let expected = oracle.dispatch();
-                    prop_assert_eq!(kyber.dispatch().map(|id| id.tag.0), expected.map(|e| e.1));
-                    let Some((domain, tag)) = expected else { break };
-                    below.push_back((domain, tag, now));
-                },
-                Step::Complete(count, us) => for _ in 0..count {
-                    let Some((domain, tag, started)) = below.pop_front() else { break };
-                    now += us * 1000;
-                    let times = times(arrived[usize::from(tag)], started, now);
-                    kyber.completed(&request(OPS[domain], 0), times);
-                    oracle.complete(domain, times);
-                    for (at, domain) in Domain::ALL.into_iter().enumerate() {
-                        let (taken, depth) = kyber.tokens(domain);
-                        let expected = (oracle.taken[at], oracle.depth[at]);
-                        prop_assert_eq!((u64::from(taken), u64::from(depth)), expected);
-                    }
-                },
-            }
+            pair.take(step)?;
         }
     }
 }
