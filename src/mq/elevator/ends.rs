@@ -68,13 +68,18 @@ impl Ends {
     }
 
     #[inline]
-    fn bucket(&mut self, hash: u64) -> &mut u32 {
-        &mut self.buckets[(hash >> self.shift) as usize]
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "below the number of buckets, a usize"
+    )]
+    fn bucket(&self, hash: u64) -> usize {
+        (hash >> self.shift) as usize
     }
 
     #[inline]
     fn push(&mut self, slot: u32, hash: u64) {
-        let next = std::mem::replace(self.bucket(hash), slot);
+        let bucket = self.bucket(hash);
+        let next = std::mem::replace(&mut self.buckets[bucket], slot);
         self.links[slot as usize] = Link {
             prev: NONE,
             next,
@@ -96,7 +101,10 @@ impl Ends {
     pub fn remove(&mut self, slot: u32) {
         let link = self.links[slot as usize];
         match link.prev {
-            NONE => *self.bucket(link.hash) = link.next,
+            NONE => {
+                let bucket = self.bucket(link.hash);
+                self.buckets[bucket] = link.next;
+            }
             prev => self.links[prev as usize].next = link.next,
         }
         if link.next != NONE {
@@ -108,7 +116,7 @@ impl Ends {
     /// likes into one chain.
     #[inline]
     pub fn near(&self, hctx: HctxId, end: u64) -> impl Iterator<Item = u32> {
-        let mut at = self.buckets[(hash(hctx, end) >> self.shift) as usize];
+        let mut at = self.buckets[self.bucket(hash(hctx, end))];
         std::iter::from_fn(move || {
             let slot = (at != NONE).then_some(at)?;
             at = self.links[slot as usize].next;

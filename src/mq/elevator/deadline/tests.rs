@@ -267,6 +267,7 @@ fn neighbours_are_found_on_both_sides_of_their_hctx() {
 #[test]
 fn a_filled_gap_joins_its_sides_with_the_earlier_deadline() {
     let mut bench = Bench::new();
+    let first = bench.add(Op::Read, 500, 0, 5);
     let back = bench.add(Op::Read, 116, 0, 10);
     let front = bench.add(Op::Read, 100, 0, 20);
     let gap = request(Op::Read, 108, 0);
@@ -278,11 +279,18 @@ fn a_filled_gap_joins_its_sides_with_the_earlier_deadline() {
     assert_eq!((join.front.tag.0, join.back.tag.0), (front, back));
     now.bytes += gap.bytes;
     bench.deadline.joined(join, &now);
-    assert_eq!(bench.deadline.unfinished(Class::Be), 1);
+    assert_eq!(bench.deadline.unfinished(Class::Be), 2);
     let slot = join.front_slot;
     assert_eq!(bench.deadline.store.get(slot).queued.queued_ns, 10);
     assert_eq!(bench.deadline.store.get(slot).deadline_ns, 500 * MS + 10);
-    assert_eq!(bench.all(0), [front]);
+    let fifo = &bench.deadline.queues(Class::Be, Dir::Read).fifo;
+    let oldest = fifo.front().expect("two wait");
+    let oldest = bench.deadline.store.get(oldest).queued.id.tag.0;
+    assert_eq!(
+        oldest, first,
+        "its place is that of the earlier, not the first"
+    );
+    assert_eq!(bench.all(0), [front, first]);
     assert_eq!(bench.deadline.len(), 0);
 }
 
