@@ -9,15 +9,19 @@
 #![forbid(unsafe_code)]
 
 mod ctx;
+pub mod diskstats;
 mod hctx;
+pub mod hist;
 pub mod ids;
 pub mod limits;
 pub mod map;
 mod merge;
+pub mod qos;
 pub mod request;
 pub mod stats;
 mod table;
 pub mod tags;
+pub mod trace;
 
 use std::collections::VecDeque;
 
