@@ -24,6 +24,7 @@ pub mod request;
 pub mod stats;
 mod table;
 pub mod tags;
+pub mod trace;
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, VecDeque};

@@ -4,9 +4,9 @@
 //! request is admitted by all buckets that apply to it, its disk's and its group's, or by none.
 //!
 //! A bucket admits a request of any size as soon as it holds one whole token, and is charged the
-//! full size: what it did not hold it owes, and admits nothing until that is paid. So a large
-//! request needs no longer luck than a small one that shares its bucket, and over any time `t` a
-//! bucket admits at most rate × t + burst + the last request.
+//! full size: what it did not hold it owes, and admits nothing until that is paid. If it had to hold
+//! the whole size first, small requests that share the bucket would keep a large one out for ever.
+//! Over any time `t` a bucket admits at most rate × t + burst + one request.
 
 use serde::{Deserialize, Serialize};
 
@@ -111,6 +111,9 @@ impl Limits {
 
 /// From when on a refused request is admitted, if nothing else is admitted before: nanoseconds on
 /// the clock of the call that refused it. [`u64::MAX`] if that is beyond the clock.
+///
+/// Buckets do not remember whom they refused: of those that wait for the same time, who has waited
+/// longest is to be asked first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct RetryAt(pub u64);
 
