@@ -365,7 +365,7 @@ impl<P> Hctx<P> {
             match self.flush.next {
                 Some(leader) => {
                     self.table.merge_back(leader, tag);
-                    self.count_merge(tag);
+                    self.stats.flush_joined += 1;
                     below.queue.account.merged_started(below.now_ns, Op::Flush);
                 }
                 None => self.flush.next = Some(tag),

@@ -65,8 +65,10 @@ pub struct Mq<P> {
     tags: TagSet,
     runnable: VecDeque<HctxId>,
     waiting: VecDeque<HctxId>,
-    /// Earliest first.
-    delayed: BinaryHeap<Reverse<(u64, HctxId)>>,
+    /// Earliest first, and of those with one time the one that waits longest: all that wait for one
+    /// bucket are told the same time.
+    delayed: BinaryHeap<Reverse<(u64, u64, HctxId)>>,
+    delays: u64,
     completed_since_run: bool,
     now_ns: u64,
     next_decay_ns: u64,
@@ -90,6 +92,7 @@ impl<P> Mq<P> {
             runnable: VecDeque::new(),
             waiting: VecDeque::new(),
             delayed: BinaryHeap::new(),
+            delays: 0,
             completed_since_run: false,
             now_ns: 0,
             next_decay_ns: 0,
@@ -133,7 +136,7 @@ impl<P> Mq<P> {
         }
         self.runnable.retain(|other| *other != id);
         self.waiting.retain(|other| *other != id);
-        self.delayed.retain(|Reverse((_, other))| *other != id);
+        self.delayed.retain(|Reverse((_, _, other))| *other != id);
         let config = member.hctx.config;
         self.queue_of(config.disk)
             .remove_member(id, config.ring_size);
@@ -156,7 +159,7 @@ impl<P> Mq<P> {
     /// gets. Delayed hctxs whose time has come become runnable.
     pub fn start_turn(&mut self, now_ns: u64) {
         self.now_ns = now_ns;
-        while let Some(&Reverse((at, id))) = self.delayed.peek() {
+        while let Some(&Reverse((at, _, id))) = self.delayed.peek() {
             if at > now_ns {
                 break;
             }
@@ -185,7 +188,7 @@ impl<P> Mq<P> {
 
     /// When the worker has to take a turn even if nothing happens, on the same clock.
     pub fn next_deadline_ns(&self) -> Option<u64> {
-        self.delayed.peek().map(|Reverse((at, _))| *at)
+        self.delayed.peek().map(|Reverse((at, ..))| *at)
     }
 
     /// Takes a request a drain of `id`'s ring brought into the plug.
@@ -342,6 +345,7 @@ impl<P> Mq<P> {
             }
             other => other,
         };
+        let delay = self.delays;
         let member = self.member(id);
         if want == Want::Nothing || member.place != Place::Nowhere {
             return;
@@ -358,7 +362,8 @@ impl<P> Mq<P> {
             }
             Want::At(at) => {
                 member.place = Place::Delayed;
-                self.delayed.push(Reverse((at, id)));
+                self.delayed.push(Reverse((at, delay, id)));
+                self.delays += 1;
             }
         }
     }
@@ -533,7 +538,7 @@ impl<P> Mq<P> {
 
     /// Who waits for a time asks again now: the time was computed from limits that have changed.
     fn retry_delayed(&mut self) {
-        while let Some(Reverse((_, id))) = self.delayed.pop() {
+        while let Some(Reverse((.., id))) = self.delayed.pop() {
             self.member(id).place = Place::Runnable;
             self.runnable.push_back(id);
         }

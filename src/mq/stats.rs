@@ -32,6 +32,8 @@ pub struct HctxStats {
     pub staged: u64,
     /// Requests that travelled as a part of another.
     pub merged: u64,
+    /// Flushes that ended with another one, which began after they came.
+    pub flush_joined: u64,
     /// Requests handed to the engine: leaders of merged ones, and parts that were sent again.
     pub dispatched: u64,
     /// Requests that were taken back from the engine and sent again.
@@ -80,6 +82,7 @@ impl HctxStats {
             direct,
             staged,
             merged,
+            flush_joined,
             dispatched,
             requeued,
             throttled,
@@ -98,6 +101,7 @@ impl HctxStats {
             (&mut self.direct, direct),
             (&mut self.staged, staged),
             (&mut self.merged, merged),
+            (&mut self.flush_joined, flush_joined),
             (&mut self.dispatched, dispatched),
             (&mut self.requeued, requeued),
             (&mut self.throttled, throttled),
