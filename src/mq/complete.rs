@@ -4,8 +4,9 @@ use super::elevator::Times;
 use super::hctx::{Hctx, Want};
 use super::ids::RequestTag;
 use super::limits::SECTOR_SIZE;
-use super::queue::RequestQueue;
+use super::queue::Below;
 use super::request::{Op, Status};
+use super::trace::Action;
 
 impl<P> Hctx<P> {
     /// A request came back from the engine; `finish` gets every part's payload with its status and
@@ -17,10 +18,10 @@ impl<P> Hctx<P> {
         &mut self,
         tag: RequestTag,
         result: Result<(), Status>,
-        queue: &mut RequestQueue,
-        now_ns: u64,
+        below: &mut Below<'_, ()>,
         mut finish: impl FnMut(P, Status, u64),
     ) -> Want {
+        let now_ns = below.now_ns;
         let entry = self.table.get(tag);
         let request = entry.request;
         let (queued_ns, started_ns) = (entry.queued_ns, entry.issued_ns);
@@ -30,10 +31,11 @@ impl<P> Hctx<P> {
                 started_ns,
                 completed_ns: now_ns,
             };
-            queue.elevated_ended(&request, times);
+            below.queue.elevated_ended(&request, times);
         }
         if result.is_err() && request.op.moves_data() && self.table.is_merged(tag) {
-            self.split(tag, queue, now_ns);
+            below.trace(Action::Split, self.id, tag, &request);
+            self.split(tag, below);
             return Want::Run;
         }
         let device = match request.op {
@@ -41,10 +43,12 @@ impl<P> Hctx<P> {
             _ => &mut self.times.device_other,
         };
         device.record(now_ns - started_ns);
-        queue
-            .account
-            .done(now_ns, request.op, request.bytes / SECTOR_SIZE, queued_ns);
+        let account = &mut below.queue.account;
+        account.done(now_ns, request.op, request.bytes / SECTOR_SIZE, queued_ns);
         let status = result.err().unwrap_or(Status::Ok);
+        below
+            .trace
+            .completed(now_ns, self.id, tag, &request, status);
         let (stats, ctxs) = (&mut self.stats, &mut self.ctxs.stats);
         self.table.remove(tag, |ctx, bytes, payload| {
             stats.completed(request.op, bytes, status);
@@ -67,13 +71,13 @@ impl<P> Hctx<P> {
     }
 
     /// Each part of a merged request stands for itself again and waits among the leftovers.
-    fn split(&mut self, tag: RequestTag, queue: &mut RequestQueue, now_ns: u64) {
+    fn split(&mut self, tag: RequestTag, below: &mut Below<'_, ()>) {
         let op = self.table.get(tag).request.op;
         let mut parts = self.table.split(tag);
         self.stats.requeued += u64::from(parts.len());
         // The one that is in flight for the disk's account becomes several.
         for _ in 1..parts.len() {
-            queue.account.start(now_ns, op);
+            below.queue.account.start(below.now_ns, op);
         }
         self.leftovers.append(&mut self.table, &mut parts);
     }

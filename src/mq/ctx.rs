@@ -69,8 +69,9 @@ impl Ctxs {
     pub fn stage<P>(&mut self, table: &mut Table<P>, tag: RequestTag) -> Merged {
         let ctx = table.get(tag).ctx.index();
         let queue = &mut self.queues[ctx];
-        if merge::into_newest(table, queue, tag, MERGE_LOOKBACK) == Merged::Yes {
-            return Merged::Yes;
+        let merged = merge::into_newest(table, queue, tag, MERGE_LOOKBACK);
+        if merged != Merged::No {
+            return merged;
         }
         queue.push_back(table, tag);
         self.map[ctx / 64] |= 1 << (ctx % 64);

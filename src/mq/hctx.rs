@@ -8,11 +8,11 @@ use super::ctx::Ctxs;
 use super::ids::{DiskId, DriverTag, HctxId, QueueId, RequestId, RequestTag};
 use super::limits::{PLUG_FLUSH_BYTES, PLUG_REQUESTS};
 use super::merge::{self, Merged};
-use super::qos::RetryAt;
 use super::queue::Below;
 use super::request::{Op, Request};
 use super::stats::{HctxStats, HctxTimes};
 use super::table::{Fifo, Parts, Table};
+use super::trace::Action;
 
 /// The engine does not take a request now; the variant says who wakes us.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,21 +64,16 @@ pub struct HctxConfig {
     pub ctxs: u16,
 }
 
-/// Weight of the past in the busy average (`BLK_MQ_DISPATCH_BUSY_EWMA_WEIGHT`).
-const BUSY_WEIGHT: u32 = 8;
-/// What one refusal adds, as a shift (`BLK_MQ_DISPATCH_BUSY_EWMA_FACTOR`).
-const BUSY_FACTOR: u32 = 4;
-
 #[derive(Debug)]
 pub(super) struct Hctx<P> {
-    id: HctxId,
+    pub id: HctxId,
     pub config: HctxConfig,
     pub table: Table<P>,
     pub ctxs: Ctxs,
     plug: Fifo,
-    pub(super) leftovers: Fifo,
-    pub(super) flush: FlushMachine,
-    dispatch_busy: u32,
+    pub leftovers: Fifo,
+    pub flush: FlushMachine,
+    pub dispatch_busy: u32,
     pub quiesced: bool,
     /// Ordinary driver tags held.
     pub held: u16,
@@ -159,12 +154,18 @@ impl<P> Hctx<P> {
         self.stats.accepted(&request);
         let ctx = self.ctxs.of(&request);
         self.ctxs.stats[ctx.index()].queued += 1;
+        below.trace(Action::Queued, self.id, tag, &request);
+        if self.plug.is_empty() {
+            below.trace.plugged(below.now_ns, self.id);
+        }
         self.table.insert(tag, request, ctx, below.now_ns, payload);
-        if merge::into_newest(&mut self.table, &self.plug, tag, 1) == Merged::Yes {
-            self.count_merge(tag);
+        let merged = merge::into_newest(&mut self.table, &self.plug, tag, 1);
+        if merged != Merged::No {
+            self.count_merge(tag, merged, below);
             below.queue.account.merged(request.op);
             return Want::Nothing;
         }
+        below.trace(Action::Got, self.id, tag, &request);
         below.queue.account.start(below.now_ns, request.op);
         let full = usize::from(self.plug.len()) >= PLUG_REQUESTS
             || self
@@ -180,9 +181,15 @@ impl<P> Hctx<P> {
         want
     }
 
-    fn count_merge(&mut self, tag: RequestTag) {
+    fn count_merge<D>(&mut self, tag: RequestTag, merged: Merged, below: &mut Below<'_, D>) {
         self.stats.merged += 1;
-        self.ctxs.stats[self.table.get(tag).ctx.index()].merged += 1;
+        let entry = self.table.get(tag);
+        self.ctxs.stats[entry.ctx.index()].merged += 1;
+        let action = match merged {
+            Merged::Front => Action::FrontMerged,
+            Merged::Back | Merged::No => Action::BackMerged,
+        };
+        below.trace(action, self.id, tag, &entry.request);
     }
 
     /// The end of a drain: what the plug holds goes to the engine directly, or is staged.
@@ -190,6 +197,9 @@ impl<P> Hctx<P> {
         if self.plug.is_empty() {
             return Want::Nothing;
         }
+        below
+            .trace
+            .unplugged(below.now_ns, self.id, u32::from(self.plug.len()));
         let mut want = Want::Run;
         if !self.quiesced
             && self.dispatch_busy == 0
@@ -249,20 +259,21 @@ impl<P> Hctx<P> {
             return;
         }
         let id = RequestId { hctx: self.id, tag };
-        let merged = if below.merge_into_elevator(&mut self.table, id) == Merged::Yes {
-            Merged::Yes
-        } else if below.queue.may_insert(&request) {
-            self.elevate(tag, below);
-            Merged::No
-        } else {
-            self.ctxs.stage(&mut self.table, tag)
-        };
-        match merged {
-            Merged::Yes => {
-                self.count_merge(tag);
-                below.queue.account.merged_started(below.now_ns, request.op);
+        let mut merged = below.merge_into_elevator(&mut self.table, id);
+        if merged == Merged::No {
+            if below.queue.may_insert(&request) {
+                self.elevate(tag, below);
+            } else {
+                merged = self.ctxs.stage(&mut self.table, tag);
             }
-            Merged::No => self.stats.staged += 1,
+        }
+        if merged == Merged::No {
+            self.stats.staged += 1;
+            below.trace(Action::Inserted, self.id, tag, &request);
+        } else {
+            self.count_merge(tag, merged, below);
+            let account = &mut below.queue.account;
+            account.merged_started(below.now_ns, request.op);
         }
     }
 
@@ -355,92 +366,6 @@ impl<P> Hctx<P> {
         self.times.runs.record(issued);
         Want::Nothing
     }
-
-    /// Budget, driver tag, engine, in this order; what was taken is given back if a later one
-    /// refuses.
-    #[inline]
-    pub fn issue<D: Driver<P>>(&mut self, tag: RequestTag, below: &mut Below<'_, D>) -> Issue {
-        let request = self.table.get(tag).request;
-        if request.op == Op::Flush && self.flush.running {
-            match self.flush.next {
-                Some(leader) => {
-                    self.table.merge_back(leader, tag);
-                    self.stats.flush_joined += 1;
-                    below.queue.account.merged_started(below.now_ns, Op::Flush);
-                }
-                None => self.flush.next = Some(tag),
-            }
-            return Issue::Done;
-        }
-        if let Err(RetryAt(until)) = below.take_budget(&request) {
-            self.stats.throttled += 1;
-            return Issue::Throttled(until);
-        }
-        if !self.active {
-            self.active = true;
-            below.tags.hctx_activated();
-        }
-        self.used_tags = true;
-        let owner = RequestId { hctx: self.id, tag };
-        let reserved = match request.op {
-            Op::Flush => below.tags.get_reserved(owner),
-            _ => None,
-        };
-        let Some(driver_tag) = reserved.or_else(|| below.tags.get(owner, self.held)) else {
-            below.put_budget(&request);
-            return Issue::NoTag;
-        };
-        let parts = self.table.parts(tag);
-        match below
-            .driver
-            .queue_rq(self.config.disk, driver_tag, &request, parts)
-        {
-            Ok(()) => {
-                if !below.tags.is_reserved(driver_tag) {
-                    self.held += 1;
-                }
-                self.issued(tag, &request, below.now_ns);
-                Issue::Done
-            }
-            Err(busy) => {
-                below.tags.put(driver_tag);
-                below.put_budget(&request);
-                Issue::Busy(busy)
-            }
-        }
-    }
-
-    #[inline]
-    fn issued(&mut self, tag: RequestTag, request: &Request, now_ns: u64) {
-        self.stats.dispatched += 1;
-        self.flush.running |= request.op == Op::Flush;
-        let entry = self.table.get_mut(tag);
-        entry.started = true;
-        entry.issued_ns = now_ns;
-        self.ctxs.stats[entry.ctx.index()].dispatched += 1;
-        if let Some(dispatch_ns) = entry.dispatch_ns {
-            self.times.staged.record(dispatch_ns - entry.queued_ns);
-            self.times.dispatch.record(now_ns - dispatch_ns);
-        }
-    }
-
-    /// The moving average of refusals (blk_mq_update_dispatch_busy).
-    fn update_busy(&mut self, busy: bool) {
-        self.dispatch_busy = busy_average(self.dispatch_busy, busy);
-    }
-
-    pub fn dispatch_busy(&self) -> u32 {
-        self.dispatch_busy
-    }
-}
-
-/// One step of the busy average: the past has weight 7 of 8, a refusal counts 16.
-fn busy_average(average: u32, busy: bool) -> u32 {
-    if average == 0 && !busy {
-        return 0;
-    }
-    let refusal = if busy { 1 << BUSY_FACTOR } else { 0 };
-    (average * (BUSY_WEIGHT - 1) + refusal) / BUSY_WEIGHT
 }
 
 /// When an hctx the engine refused is to be run again.
@@ -448,33 +373,5 @@ pub(super) fn want_after<D>(busy: Busy, below: &Below<'_, D>) -> Want {
     match busy {
         Busy::UntilCompletion => Want::Completion,
         Busy::RetryLater => Want::At(below.retry_ns()),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::busy_average;
-
-    fn run(start: u32, outcomes: &[bool]) -> Vec<u32> {
-        let mut average = start;
-        outcomes
-            .iter()
-            .map(|busy| {
-                average = busy_average(average, *busy);
-                average
-            })
-            .collect()
-    }
-
-    #[test]
-    fn busy_average_follows_the_kernels_table() {
-        assert_eq!(run(0, &[true; 9]), [2, 3, 4, 5, 6, 7, 8, 9, 9]);
-        assert_eq!(run(9, &[false; 8]), [7, 6, 5, 4, 3, 2, 1, 0]);
-        let mixed = [
-            true, false, false, true, true, true, false, false, false, false,
-        ];
-        assert_eq!(run(0, &mixed), [2, 1, 0, 2, 3, 4, 3, 2, 1, 0]);
-        let every_second: Vec<bool> = (0..40).map(|i| i % 2 == 0).collect();
-        assert!(run(0, &every_second).iter().all(|average| *average > 0));
     }
 }

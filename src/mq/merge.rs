@@ -8,10 +8,11 @@ use super::limits::{IOV_MAX, MAX_MERGED_BYTES};
 use super::request::Request;
 use super::table::{Fifo, Table};
 
-/// Whether a request became a part of another.
+/// Whether, and on which side, a request became a part of another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Merged {
-    Yes,
+    Back,
+    Front,
     No,
 }
 
@@ -65,15 +66,17 @@ pub(super) fn into_newest<P>(
         let Some(early) = at else { break };
         let entry = table.get(early);
         match fit(&entry.request, &late, entry.started) {
-            Fit::Back => table.merge_back(early, tag),
-            Fit::Front => table.merge_front(early, tag),
-            Fit::Refused => return Merged::No,
-            Fit::Apart => {
-                at = table.older(early);
-                continue;
+            Fit::Back => {
+                table.merge_back(early, tag);
+                return Merged::Back;
             }
+            Fit::Front => {
+                table.merge_front(early, tag);
+                return Merged::Front;
+            }
+            Fit::Refused => return Merged::No,
+            Fit::Apart => at = table.older(early),
         }
-        return Merged::Yes;
     }
     Merged::No
 }

@@ -15,12 +15,15 @@ pub mod elevator;
 mod hctx;
 pub mod hist;
 pub mod ids;
+mod issue;
 pub mod limits;
 pub mod map;
 mod merge;
 pub mod qos;
 mod queue;
 pub mod request;
+mod run;
+mod settings;
 pub mod stats;
 mod table;
 pub mod tags;
@@ -30,18 +33,18 @@ use std::cmp::Reverse;
 use std::collections::{BinaryHeap, VecDeque};
 
 use self::diskstats::DiskStats;
-use self::elevator::{Elevator, Kind, ParamError, Params, Queued};
 pub use self::hctx::{Busy, Driver, HctxConfig};
-use self::hctx::{Hctx, Issue, Want, want_after};
+use self::hctx::{Hctx, Want};
 use self::ids::{DiskId, DriverTag, HctxId, RequestTag};
 use self::limits::ACTIVITY_DECAY_NS;
-use self::qos::{Limits, Throttle};
+use self::qos::Throttle;
 pub use self::queue::GroupId;
 use self::queue::{Below, RequestQueue};
 use self::request::{Request, Status};
 use self::stats::{CtxStats, HctxStats, HctxTimes};
 pub use self::table::Parts;
 use self::tags::TagSet;
+use self::trace::Trace;
 
 /// Where an hctx stands that is not idle. It stands in one place at a time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,6 +73,7 @@ pub struct Mq<P> {
     delayed: BinaryHeap<Reverse<(u64, u64, HctxId)>>,
     delays: u64,
     completed_since_run: bool,
+    trace: Trace,
     now_ns: u64,
     next_decay_ns: u64,
     stale_completions: u64,
@@ -94,6 +98,7 @@ impl<P> Mq<P> {
             delayed: BinaryHeap::new(),
             delays: 0,
             completed_since_run: false,
+            trace: Trace::new(),
             now_ns: 0,
             next_decay_ns: 0,
             stale_completions: 0,
@@ -230,102 +235,11 @@ impl<P> Mq<P> {
                 .as_mut()
                 .expect("made with its first hctx"),
             groups: &mut self.groups,
+            trace: &mut self.trace,
             driver,
             now_ns: self.now_ns,
         };
         (&mut member.hctx, below)
-    }
-
-    /// Runs every hctx that has work and a reason to believe that it can be done, in the order in
-    /// which they came to wait.
-    pub fn run(&mut self, driver: &mut impl Driver<P>) {
-        if self.completed_since_run {
-            self.completed_since_run = false;
-            // Those that waited longest are asked first. One that still gets nothing (it is at its
-            // share) goes to the end, and the next is asked: a wake-up is never swallowed.
-            for _ in 0..self.waiting.len() {
-                if self.tags.is_exhausted() {
-                    // Who waits is woken by the next completion.
-                    break;
-                }
-                let Some(id) = self.waiting.pop_front() else {
-                    break;
-                };
-                self.member(id).place = Place::Nowhere;
-                self.dispatch(id, driver);
-            }
-        }
-        for _ in 0..self.runnable.len() {
-            let Some(id) = self.runnable.pop_front() else {
-                break;
-            };
-            self.member(id).place = Place::Nowhere;
-            self.dispatch(id, driver);
-        }
-    }
-
-    /// Whether [`Self::run`] has something to do now.
-    #[inline]
-    pub fn must_run(&self) -> bool {
-        !self.runnable.is_empty() || (self.completed_since_run && !self.waiting.is_empty())
-    }
-
-    fn dispatch(&mut self, id: HctxId, driver: &mut impl Driver<P>) {
-        let (hctx, mut below) = self.split(id, driver);
-        let quiesced = hctx.quiesced;
-        let mut want = hctx.dispatch(&mut below);
-        if want == Want::Nothing && !quiesced && below.queue.elevator_waits() {
-            let disk = below.queue.disk;
-            want = self.dispatch_elevator(disk, driver);
-        }
-        self.place(id, want);
-    }
-
-    /// Issues what the disk's elevator gives out, whichever of its hctxs it belongs to
-    /// (blk_mq_do_dispatch_sched).
-    fn dispatch_elevator(&mut self, disk: DiskId, driver: &mut impl Driver<P>) -> Want {
-        loop {
-            let now_ns = self.now_ns;
-            let exhausted = self.tags.is_exhausted();
-            let elevator = self.elevator_of(disk).expect("it has requests");
-            if elevator.is_empty() {
-                return Want::Nothing;
-            }
-            if exhausted {
-                return Want::Completion;
-            }
-            let Some(next) = elevator.dispatch(now_ns) else {
-                // It holds something back until a completion, or until a time.
-                return elevator
-                    .next_deadline_ns(now_ns)
-                    .map_or(Want::Completion, Want::At);
-            };
-            let (hctx, mut below) = self.split(next.hctx, driver);
-            let entry = hctx.table.get_mut(next.tag);
-            entry.dispatch_ns.get_or_insert(now_ns);
-            let queued = Queued {
-                id: next,
-                request: entry.request,
-                queued_ns: entry.queued_ns,
-            };
-            let want = match hctx.issue(next.tag, &mut below) {
-                Issue::Done => continue,
-                Issue::NoTag => Want::Completion,
-                Issue::Throttled(until) => Want::At(until),
-                Issue::Busy(busy) => want_after(busy, &below),
-            };
-            let elevator = below.queue.elevator.as_mut().expect("it gave the request");
-            elevator.requeued(queued);
-            return want;
-        }
-    }
-
-    fn elevator_of(&mut self, disk: DiskId) -> Option<&mut Elevator> {
-        self.queues
-            .get_mut(disk.index())?
-            .as_mut()?
-            .elevator
-            .as_mut()
     }
 
     /// The disk's request queue; made when it is first spoken of.
@@ -335,37 +249,6 @@ impl<P> Mq<P> {
             self.queues.resize_with(index + 1, || None);
         }
         self.queues[index].get_or_insert_with(|| RequestQueue::new(disk))
-    }
-
-    fn place(&mut self, id: HctxId, want: Want) {
-        // With nothing in flight no completion will come to wake anybody.
-        let want = match want {
-            Want::Completion if self.tags.in_use() == 0 => {
-                Want::At(self.now_ns + limits::RESOURCE_DELAY_NS)
-            }
-            other => other,
-        };
-        let delay = self.delays;
-        let member = self.member(id);
-        if want == Want::Nothing || member.place != Place::Nowhere {
-            return;
-        }
-        match want {
-            Want::Nothing => {}
-            Want::Run => {
-                member.place = Place::Runnable;
-                self.runnable.push_back(id);
-            }
-            Want::Completion => {
-                member.place = Place::Waiting;
-                self.waiting.push_back(id);
-            }
-            Want::At(at) => {
-                member.place = Place::Delayed;
-                self.delayed.push(Reverse((at, delay, id)));
-                self.delays += 1;
-            }
-        }
     }
 
     /// The engine is done with a driver tag. `finish` gets every request that ended: its hctx, its
@@ -385,44 +268,23 @@ impl<P> Mq<P> {
         };
         self.completed_since_run = true;
         let reserved = self.tags.is_reserved(tag);
-        let hctx = &mut self.hctxs[owner.hctx.index()]
-            .as_mut()
-            .expect("the hctx exists")
-            .hctx;
+        let mut nobody = ();
+        let (hctx, mut below) = self.split(owner.hctx, &mut nobody);
         if !reserved {
             hctx.held -= 1;
         }
-        let queue = self.queues[hctx.config.disk.index()]
-            .as_mut()
-            .expect("made with its first hctx");
-        let mut want = hctx.complete(
-            owner.tag,
-            result,
-            queue,
-            self.now_ns,
-            |payload, status, read| finish(owner.hctx, payload, status, read),
-        );
-        if queue.elevator.is_some() {
+        let mut want = hctx.complete(owner.tag, result, &mut below, |payload, status, read| {
+            finish(owner.hctx, payload, status, read);
+        });
+        if below.queue.elevator.is_some() {
             // A completion can make the elevator give out what it held back, for any hctx; and a
             // request above the async limit, which waits in its ctx, may now go in.
-            if queue.elevator_waits() || hctx.has_work() {
+            if below.queue.elevator_waits() || hctx.has_work() {
                 want = Want::Run;
             }
             self.wake_staged(owner.hctx);
         }
         self.place(owner.hctx, want);
-    }
-
-    /// Runs the other hctxs of the disk that have requests waiting for the elevator to take them.
-    fn wake_staged(&mut self, of: HctxId) {
-        let disk = self.hctx(of).config.disk;
-        let members = self.queue_of(disk).members.len();
-        for at in 0..members {
-            let id = self.queue_of(disk).members[at];
-            if id != of && self.hctx(id).ctxs.any() {
-                self.place(id, Want::Run);
-            }
-        }
     }
 
     /// Stops dispatching (blk_mq_quiesce_queue). Completions and insertions go on.
@@ -480,70 +342,6 @@ impl<P> Mq<P> {
         self.queue_of(disk).account.at(now_ns)
     }
 
-    /// Which elevator a disk has.
-    pub fn elevator(&mut self, disk: DiskId) -> Kind {
-        self.elevator_of(disk).map_or(Kind::None, |e| e.kind())
-    }
-
-    /// Gives a disk another elevator. The disk must be frozen: none of its requests in flight or
-    /// waiting (elevator_switch, block/elevator.c).
-    pub fn set_elevator(&mut self, disk: DiskId, params: Params) {
-        self.queue_of(disk).set_elevator(params);
-    }
-
-    /// Changes one parameter of a disk's elevator, by its name in sysfs, while it runs.
-    ///
-    /// # Errors
-    ///
-    /// The elevator has no such parameter, or not with that value.
-    pub fn set_elevator_param(
-        &mut self,
-        disk: DiskId,
-        name: &str,
-        value: u64,
-    ) -> Result<(), ParamError> {
-        match self.elevator_of(disk) {
-            Some(elevator) => elevator.set_param(name, value),
-            None => Params::None.set(name, value),
-        }
-    }
-
-    /// Limits a disk, from now on. What it has taken so far is not forgotten.
-    pub fn set_limits(&mut self, disk: DiskId, limits: Limits) {
-        let now_ns = self.now_ns;
-        self.queue_of(disk).throttle.set_limits(now_ns, limits);
-        self.retry_delayed();
-    }
-
-    /// Limits a group of disks, from now on; the group comes into being with its first limits.
-    pub fn set_group_limits(&mut self, group: GroupId, limits: Limits) {
-        let index = usize::from(group.0);
-        if self.groups.len() <= index {
-            self.groups.resize_with(index + 1, Throttle::default);
-        }
-        let now_ns = self.now_ns;
-        self.groups[index].set_limits(now_ns, limits);
-        self.retry_delayed();
-    }
-
-    /// Makes a disk a member of a group, or of none.
-    pub fn set_group(&mut self, disk: DiskId, group: Option<GroupId>) {
-        assert!(
-            group.is_none_or(|group| usize::from(group.0) < self.groups.len()),
-            "the group has limits"
-        );
-        self.queue_of(disk).group = group;
-        self.retry_delayed();
-    }
-
-    /// Who waits for a time asks again now: the time was computed from limits that have changed.
-    fn retry_delayed(&mut self) {
-        while let Some(Reverse((.., id))) = self.delayed.pop() {
-            self.member(id).place = Place::Runnable;
-            self.runnable.push_back(id);
-        }
-    }
-
     /// The busy average of an hctx, 0 to 16: above 0, requests are dispatched one by one.
     pub fn dispatch_busy(&self, id: HctxId) -> u32 {
         self.hctx(id).dispatch_busy()
@@ -557,6 +355,11 @@ impl<P> Mq<P> {
     /// Completions that came for a driver tag nobody held.
     pub fn stale_completions(&self) -> u64 {
         self.stale_completions
+    }
+
+    /// The trace of this worker, off until it is started.
+    pub fn trace(&mut self) -> &mut Trace {
+        &mut self.trace
     }
 
     /// The driver tags.

@@ -2,13 +2,14 @@
 
 use super::diskstats::Account;
 use super::elevator::{Elevator, MergeSide, Params, Queued, Times};
-use super::ids::{DiskId, HctxId, RequestId};
+use super::ids::{DiskId, HctxId, RequestId, RequestTag};
 use super::limits::RESOURCE_DELAY_NS;
 use super::merge::Merged;
 use super::qos::{Limits, RetryAt, Throttle};
 use super::request::Request;
 use super::table::Table;
 use super::tags::TagSet;
+use super::trace::{Action, Trace};
 
 /// A group of disks that share a limit, by its number on the worker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -115,6 +116,7 @@ pub(super) struct Below<'a, D> {
     pub tags: &'a mut TagSet,
     pub queue: &'a mut RequestQueue,
     pub groups: &'a mut [Throttle],
+    pub trace: &'a mut Trace,
     pub driver: &'a mut D,
     pub now_ns: u64,
 }
@@ -143,6 +145,12 @@ impl<D> Below<'_, D> {
         }
     }
 
+    /// Records what happens to a request, if anybody wants to know.
+    #[inline]
+    pub fn trace(&mut self, action: Action, hctx: HctxId, tag: RequestTag, request: &Request) {
+        self.trace.request(self.now_ns, action, hctx, tag, request);
+    }
+
     /// When to try again if nobody promises to wake us.
     pub fn retry_ns(&self) -> u64 {
         self.now_ns + RESOURCE_DELAY_NS
@@ -157,10 +165,16 @@ impl<D> Below<'_, D> {
             return Merged::No;
         };
         let leader = merge.leader.tag;
-        match merge.side {
-            MergeSide::Back => table.merge_back(leader, id.tag),
-            MergeSide::Front => table.merge_front(leader, id.tag),
-        }
+        let merged = match merge.side {
+            MergeSide::Back => {
+                table.merge_back(leader, id.tag);
+                Merged::Back
+            }
+            MergeSide::Front => {
+                table.merge_front(leader, id.tag);
+                Merged::Front
+            }
+        };
         if let Some(join) = elevator.merged(merge, &table.get(leader).request) {
             // The gap between two that waited is filled: the later becomes a part of the earlier.
             let (front, back) = (join.front.tag, join.back.tag);
@@ -170,6 +184,6 @@ impl<D> Below<'_, D> {
             self.queue.elevated_joined(&swallowed);
             self.queue.account.merged_started(self.now_ns, swallowed.op);
         }
-        Merged::Yes
+        merged
     }
 }

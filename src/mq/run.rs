@@ -1,0 +1,146 @@
+//! Which hctx is asked when: after a completion, at a time, or at once.
+
+use std::cmp::Reverse;
+
+use super::elevator::{Elevator, Queued};
+use super::hctx::{Driver, Issue, Want, want_after};
+use super::ids::{DiskId, HctxId};
+use super::limits::RESOURCE_DELAY_NS;
+use super::{Mq, Place};
+
+impl<P> Mq<P> {
+    /// Runs every hctx that has work and a reason to believe that it can be done, in the order in
+    /// which they came to wait.
+    pub fn run(&mut self, driver: &mut impl Driver<P>) {
+        if self.completed_since_run {
+            self.completed_since_run = false;
+            // Those that waited longest are asked first. One that still gets nothing (it is at its
+            // share) goes to the end, and the next is asked: a wake-up is never swallowed.
+            for _ in 0..self.waiting.len() {
+                if self.tags.is_exhausted() {
+                    // Who waits is woken by the next completion.
+                    break;
+                }
+                let Some(id) = self.waiting.pop_front() else {
+                    break;
+                };
+                self.member(id).place = Place::Nowhere;
+                self.dispatch(id, driver);
+            }
+        }
+        for _ in 0..self.runnable.len() {
+            let Some(id) = self.runnable.pop_front() else {
+                break;
+            };
+            self.member(id).place = Place::Nowhere;
+            self.dispatch(id, driver);
+        }
+    }
+
+    /// Whether [`Self::run`] has something to do now.
+    #[inline]
+    pub fn must_run(&self) -> bool {
+        !self.runnable.is_empty() || (self.completed_since_run && !self.waiting.is_empty())
+    }
+
+    fn dispatch(&mut self, id: HctxId, driver: &mut impl Driver<P>) {
+        let (hctx, mut below) = self.split(id, driver);
+        let quiesced = hctx.quiesced;
+        let mut want = hctx.dispatch(&mut below);
+        if want == Want::Nothing && !quiesced && below.queue.elevator_waits() {
+            let disk = below.queue.disk;
+            want = self.dispatch_elevator(disk, driver);
+        }
+        self.place(id, want);
+    }
+
+    /// Issues what the disk's elevator gives out, whichever of its hctxs it belongs to
+    /// (blk_mq_do_dispatch_sched).
+    fn dispatch_elevator(&mut self, disk: DiskId, driver: &mut impl Driver<P>) -> Want {
+        loop {
+            let now_ns = self.now_ns;
+            let exhausted = self.tags.is_exhausted();
+            let elevator = self.elevator_of(disk).expect("it has requests");
+            if elevator.is_empty() {
+                return Want::Nothing;
+            }
+            if exhausted {
+                return Want::Completion;
+            }
+            let Some(next) = elevator.dispatch(now_ns) else {
+                // It holds something back until a completion, or until a time.
+                return elevator
+                    .next_deadline_ns(now_ns)
+                    .map_or(Want::Completion, Want::At);
+            };
+            let (hctx, mut below) = self.split(next.hctx, driver);
+            let entry = hctx.table.get_mut(next.tag);
+            entry.dispatch_ns.get_or_insert(now_ns);
+            let queued = Queued {
+                id: next,
+                request: entry.request,
+                queued_ns: entry.queued_ns,
+            };
+            let want = match hctx.issue(next.tag, &mut below) {
+                Issue::Done => continue,
+                Issue::NoTag => Want::Completion,
+                Issue::Throttled(until) => Want::At(until),
+                Issue::Busy(busy) => want_after(busy, &below),
+            };
+            let elevator = below.queue.elevator.as_mut().expect("it gave the request");
+            elevator.requeued(queued);
+            return want;
+        }
+    }
+
+    pub(super) fn elevator_of(&mut self, disk: DiskId) -> Option<&mut Elevator> {
+        self.queues
+            .get_mut(disk.index())?
+            .as_mut()?
+            .elevator
+            .as_mut()
+    }
+
+    pub(super) fn place(&mut self, id: HctxId, want: Want) {
+        // With nothing in flight no completion will come to wake anybody.
+        let want = match want {
+            Want::Completion if self.tags.in_use() == 0 => {
+                Want::At(self.now_ns + RESOURCE_DELAY_NS)
+            }
+            other => other,
+        };
+        let delay = self.delays;
+        let member = self.member(id);
+        if want == Want::Nothing || member.place != Place::Nowhere {
+            return;
+        }
+        match want {
+            Want::Nothing => {}
+            Want::Run => {
+                member.place = Place::Runnable;
+                self.runnable.push_back(id);
+            }
+            Want::Completion => {
+                member.place = Place::Waiting;
+                self.waiting.push_back(id);
+            }
+            Want::At(at) => {
+                member.place = Place::Delayed;
+                self.delayed.push(Reverse((at, delay, id)));
+                self.delays += 1;
+            }
+        }
+    }
+
+    /// Runs the other hctxs of the disk that have requests waiting for the elevator to take them.
+    pub(super) fn wake_staged(&mut self, of: HctxId) {
+        let disk = self.hctx(of).config.disk;
+        let members = self.queue_of(disk).members.len();
+        for at in 0..members {
+            let id = self.queue_of(disk).members[at];
+            if id != of && self.hctx(id).ctxs.any() {
+                self.place(id, Want::Run);
+            }
+        }
+    }
+}
