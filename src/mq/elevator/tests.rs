@@ -1,5 +1,3 @@
-use std::time::Instant;
-
 use super::super::ids::{RequestTag, Sector};
 use super::super::request::{IoPrio, Op};
 use super::*;
@@ -173,58 +171,5 @@ fn a_drain_is_in_the_order_of_dispatch() {
         one.drain(0, |id| drained.push(id));
         let dispatched: Vec<_> = std::iter::from_fn(|| other.dispatch(0)).collect();
         assert_eq!(drained, dispatched);
-    }
-}
-
-/// What a request costs in an elevator that always holds as many: find_merge, insert, dispatch,
-/// completed.
-#[test]
-#[ignore = "a measurement: run it alone, in release, with --nocapture"]
-fn cost() {
-    const ROUNDS: u32 = 40;
-    const REQUESTS: u32 = 20_000;
-    for capacity in [32u16, 256, 1024, 4096] {
-        for mut elevator in both(usize::from(capacity)) {
-            let mut random = 1u64;
-            let mut next = |tag: u16| {
-                random = random
-                    .wrapping_mul(6_364_136_223_846_793_005)
-                    .wrapping_add(1);
-                let op = if random >> 62 == 0 {
-                    Op::Write
-                } else {
-                    Op::Read
-                };
-                queued(0, tag, op, (random >> 40) * 8, 0)
-            };
-            let mut held: Vec<Queued> = (0..capacity).map(&mut next).collect();
-            held.iter().for_each(|q| elevator.insert(*q, false));
-            let mut best = u128::MAX;
-            let mut now_ns = 0;
-            for _ in 0..ROUNDS {
-                let begin = Instant::now();
-                for _ in 0..REQUESTS {
-                    now_ns += 1000;
-                    let id = elevator.dispatch(now_ns).expect("it holds some");
-                    let done = &mut held[id.tag.index()];
-                    let times = Times {
-                        queued_ns: done.queued_ns,
-                        started_ns: now_ns,
-                        completed_ns: now_ns + 1000,
-                    };
-                    elevator.completed(&done.request, times);
-                    *done = next(id.tag.0);
-                    done.queued_ns = now_ns;
-                    if elevator.find_merge(id.hctx, &done.request).is_none() {
-                        elevator.insert(*done, false);
-                    } else {
-                        elevator.insert(*done, true);
-                    }
-                }
-                best = best.min(begin.elapsed().as_nanos());
-            }
-            let each = best / u128::from(REQUESTS);
-            println!("{} {capacity} queued: {each} ns", elevator.kind());
-        }
     }
 }
