@@ -83,6 +83,23 @@ pub struct Arguments {
     )]
     pub poll_us: u32,
 
+    /// Seconds after which a request the host has not finished is reported in the log;
+    /// 0 never looks [default: 30]
+    #[arg(
+        verbatim_doc_comment, long, value_name = "SECONDS", allow_negative_numbers = true,
+        default_value_t = 30, hide_default_value = true,
+        value_parser = clap::value_parser!(u32).range(0..=86_400), help_heading = PROCESS
+    )]
+    pub timeout: u32,
+
+    /// What else to do about it: report (nothing), or cancel (ask the kernel to give it up,
+    /// and if it does tell the guest that the request failed) [default: report]
+    #[arg(
+        verbatim_doc_comment, long, value_name = "POLICY", value_enum, hide_possible_values = true,
+        hide_default_value = true, default_value_t = OnTimeout::Report, help_heading = PROCESS
+    )]
+    pub on_timeout: OnTimeout,
+
     /// How much to tell on stderr: error, warn, info, debug or trace [default: info]
     #[arg(
         verbatim_doc_comment, long, value_name = "LEVEL", value_enum, hide_possible_values = true,
@@ -272,6 +289,15 @@ pub enum LogLevel {
     Info,
     Debug,
     Trace,
+}
+
+/// What happens to a request the host does not finish, beside a line in the log.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum OnTimeout {
+    /// Nothing: the guest goes on waiting.
+    Report,
+    /// The kernel is asked to give it up; if it does, the request fails.
+    Cancel,
 }
 
 /// What is printed on stdout when the daemon ends.

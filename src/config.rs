@@ -13,7 +13,7 @@ use crate::cli::{Arguments, Discard, DiskArguments, LogLevel, SERIAL_MAX_BYTES, 
 use crate::error::StartError;
 use crate::mq::map::MapKind;
 
-pub use crate::cli::{CacheMode, EngineKind, SummaryFormat};
+pub use crate::cli::{CacheMode, EngineKind, OnTimeout, SummaryFormat};
 
 /// Virtqueues offered when nothing is said: more than a usual guest has vCPUs, because QEMU refuses a
 /// backend with fewer queues than it wants.
@@ -34,6 +34,10 @@ pub struct Config {
     pub workers: usize,
     /// Upper bound of the time a worker polls before it sleeps, in microseconds; 0 never polls.
     pub poll_us: u32,
+    /// After how many seconds a request counts as stuck; 0 never.
+    pub timeout_s: u32,
+    /// What is done about it.
+    pub on_timeout: OnTimeout,
     /// How much the log tells.
     pub log: LevelFilter,
     /// What is printed on stdout at exit.
@@ -133,6 +137,8 @@ impl Config {
             disks: others,
             workers,
             poll_us,
+            timeout,
+            on_timeout,
             log,
             summary,
             ..
@@ -157,6 +163,8 @@ impl Config {
             disks,
             workers,
             poll_us,
+            timeout_s: timeout,
+            on_timeout,
             log: log.into(),
             summary,
         })

@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use crate::config::DiskConfig;
 use crate::engine::disk::{Image, ImageKind};
 use crate::engine::{FileTarget, Target};
+use crate::mq::elevator::{ParamError, Params};
 use crate::mq::ids::{DiskId, QueueId, RingId, Sector, WorkerId};
 use crate::mq::limits::{MAX_RANGES, SECTOR_SIZE};
 use crate::mq::map::{MapKind, QueueMap, Topology};
@@ -33,6 +34,7 @@ pub struct Disk {
     cache: Mutex<CacheState>,
     workers: Vec<WorkerHandle>,
     queues: Mutex<QueuesInUse>,
+    scheduler: Mutex<Params>,
 }
 
 /// Why writes may have to be durable when they complete.
@@ -78,6 +80,7 @@ impl Disk {
             shape,
             space,
             workers,
+            scheduler: Mutex::new(Params::None),
             queues: Mutex::new(QueuesInUse {
                 started: BTreeSet::new(),
                 map: None,
@@ -167,6 +170,57 @@ impl Disk {
                 self.config.serial
             );
         }
+    }
+
+    /// The elevator it has, with its parameters.
+    pub fn scheduler(&self) -> Params {
+        *self.lock_scheduler()
+    }
+
+    /// Gives the disk another elevator, on all workers, while requests may be in flight: each
+    /// worker finishes what it has first. Returns when the last one has changed.
+    pub fn set_scheduler(&self, params: Params) {
+        let mut scheduler = self.lock_scheduler();
+        let answers: Vec<_> = self
+            .workers
+            .iter()
+            .filter_map(|worker| {
+                worker
+                    .send(|done| Message::SetScheduler(self.id, params, done))
+                    .ok()
+            })
+            .collect();
+        for answer in answers {
+            // A worker that has ended has no requests to schedule.
+            let _ = answer.recv();
+        }
+        *scheduler = params;
+    }
+
+    /// Changes one parameter of the elevator, by its name in sysfs, on all workers.
+    ///
+    /// # Errors
+    ///
+    /// The elevator has no such parameter, or not with that value.
+    pub fn set_scheduler_param(&self, name: &str, value: u64) -> Result<(), ParamError> {
+        let mut scheduler = self.lock_scheduler();
+        // Checked here once; what holds here holds on each worker.
+        scheduler.set(name, value)?;
+        for worker in &self.workers {
+            let name = name.to_owned();
+            if let Ok(outcome) =
+                worker.ask(|done| Message::SetSchedulerParam(self.id, name, value, done))
+            {
+                outcome?;
+            }
+        }
+        Ok(())
+    }
+
+    fn lock_scheduler(&self) -> MutexGuard<'_, Params> {
+        self.scheduler
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The worker a queue belongs to, always the same.

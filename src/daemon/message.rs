@@ -10,12 +10,13 @@ use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::{self, Receiver, Sender, SyncSender};
 
 use crate::engine::{Target, Waker};
+use crate::mq::elevator::{ParamError, Params};
 use crate::mq::ids::{DiskId, RingId, WorkerId};
 use crate::virtio::memory::MemoryTable;
 use crate::virtio::ring::{RingError, RingSetup};
 use crate::virtio::shape::DiskShape;
 
-use super::report::QueueReport;
+use super::report::WorkerReport;
 
 /// A ring the front end has finished describing.
 #[derive(Debug)]
@@ -79,10 +80,14 @@ pub enum Message {
     SetMemory(DiskId, Arc<MemoryTable>, Reply<()>),
     /// The queue map changed: this many vCPUs use the ring.
     SetCtxs(RingId, u16, Reply<()>),
+    /// Freeze the disk's rings, use another elevator, thaw.
+    SetScheduler(DiskId, Params, Reply<()>),
+    /// Change one parameter of the disk's elevator, by its name in sysfs, at once.
+    SetSchedulerParam(DiskId, String, u64, Reply<Result<(), ParamError>>),
     /// Say what was counted.
-    Report(Reply<Vec<QueueReport>>),
+    Report(Reply<WorkerReport>),
     /// Finish what is in flight and end. Answers the last counts.
-    Shutdown(Reply<Vec<QueueReport>>),
+    Shutdown(Reply<WorkerReport>),
 }
 
 /// Where an answer goes. Dropped unanswered, the one who waits learns that the worker is gone.

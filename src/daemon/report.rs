@@ -4,10 +4,12 @@ use std::fmt::Write as _;
 
 use serde::Serialize;
 
+use crate::engine::EngineCounters;
+use crate::mq::diskstats::DiskStats;
 use crate::mq::hist::Histogram;
 use crate::mq::stats::{HctxStats, HctxTimes};
 
-use crate::mq::ids::RingId;
+use crate::mq::ids::{DiskId, RingId};
 
 /// What a ring itself counted, beside blk-mq.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
@@ -18,6 +20,17 @@ pub struct RingStats {
     pub calls: u64,
     /// Requests answered without the disk: GET_ID, and what the parser rejected.
     pub answered: u64,
+}
+
+/// What one worker counted.
+#[derive(Clone, Debug)]
+pub struct WorkerReport {
+    /// For each virtqueue it serves or served.
+    pub queues: Vec<QueueReport>,
+    /// For each disk.
+    pub disks: Vec<(DiskId, DiskStats)>,
+    /// Its engine's work.
+    pub engine: EngineCounters,
 }
 
 /// One virtqueue's counts, over all the times it was started.
@@ -74,6 +87,10 @@ pub struct Summary {
 pub struct DiskSummary {
     /// Its serial.
     pub serial: String,
+    /// Its elevator.
+    pub scheduler: String,
+    /// The fields of /proc/diskstats, over all workers.
+    pub stats: DiskStats,
     /// Those that were ever started, by number.
     pub queues: Vec<QueueSummary>,
 }
@@ -161,6 +178,16 @@ pub struct WorkerSummary {
     pub worker: u16,
     /// The queues it served, over all disks.
     pub queues: usize,
+    /// System calls (`io_uring_enter`).
+    pub enters: u64,
+    /// Submission entries prepared.
+    pub sqes: u64,
+    /// Completion entries seen.
+    pub cqes: u64,
+    /// Commands that went through an aligned buffer.
+    pub bounced: u64,
+    /// Partial transfers that were continued.
+    pub continued: u64,
 }
 
 impl Summary {

@@ -15,17 +15,18 @@ use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 use crate::config::{Config, SocketSource, SummaryFormat};
 use crate::engine::disk::Image;
 use crate::error::StartError;
-use crate::mq::ids::{DiskId, QueueId};
+use crate::mq::diskstats::DiskStats;
+use crate::mq::ids::DiskId;
 use crate::mq::limits::{MAX_HCTXS, MAX_RING_SIZE};
 
 use super::backend::DeviceBackend;
 use super::disk::{Disk, worker_id};
-use super::message::{Message, WorkerHandle};
-use super::report::{DiskSummary, QueueReport, QueueSummary, Summary, WorkerSummary};
+use super::message::{Message, Reply, WorkerHandle};
+use super::report::{DiskSummary, QueueSummary, Summary, WorkerReport, WorkerSummary};
 use super::session::{Guard, SessionEnd, SessionLimits, open_fd_table};
 use super::socket::{Door, Junction, Stop};
 use super::vring::{SessionState, bind};
-use super::worker;
+use super::worker::{self, WorkerOptions};
 
 /// What the main thread waits for.
 enum Happened {
@@ -86,7 +87,7 @@ pub fn run(config: Config) -> Result<(), StartError> {
     while serving > 0 {
         match happened.recv() {
             Ok(Happened::Signal(SIGUSR1)) => {
-                let summary = summarize(&disks, &workers, report(&workers));
+                let summary = summarize(&disks, &ask_all(&workers, Message::Report));
                 eprint!("{}", summary.text());
             }
             Ok(Happened::Signal(signal)) => {
@@ -103,12 +104,12 @@ pub fn run(config: Config) -> Result<(), StartError> {
     for thread in disk_threads {
         let _ = thread.join();
     }
-    let reports = shut_down(&workers);
+    let reports = ask_all(&workers, Message::Shutdown);
     for thread in worker_threads {
         let _ = thread.join();
     }
     signals.close();
-    print(&config, &summarize(&disks, &workers, reports));
+    print(&config, &summarize(&disks, &reports));
     Ok(())
 }
 
@@ -148,15 +149,19 @@ fn start_workers(config: &Config) -> Result<(Vec<WorkerHandle>, Vec<JoinHandle<(
     let rings = u16::try_from(queues / count + config.disks.len())
         .unwrap_or(MAX_HCTXS)
         .min(MAX_HCTXS);
+    let options = WorkerOptions {
+        rings,
+        poll_us: config.poll_us,
+        timeout_s: config.timeout_s,
+        on_timeout: config.on_timeout,
+    };
     for index in 0..count {
         let (handle, thread) =
-            worker::spawn(worker_id(index), rings, config.poll_us).map_err(|source| {
-                StartError::System {
-                    what: format!("start worker {index}"),
-                    source,
-                    advice: "check that io_uring is allowed (sysctl kernel.io_uring_disabled) \
+            worker::spawn(worker_id(index), options).map_err(|source| StartError::System {
+                what: format!("start worker {index}"),
+                source,
+                advice: "check that io_uring is allowed (sysctl kernel.io_uring_disabled) \
                          and that the limit of locked memory is not tiny (ulimit -l)",
-                }
             })?;
         handles.push(handle);
         threads.push(thread);
@@ -164,28 +169,29 @@ fn start_workers(config: &Config) -> Result<(Vec<WorkerHandle>, Vec<JoinHandle<(
     Ok((handles, threads))
 }
 
-fn report(workers: &[WorkerHandle]) -> Vec<QueueReport> {
+fn ask_all(
+    workers: &[WorkerHandle],
+    message: fn(Reply<WorkerReport>) -> Message,
+) -> Vec<WorkerReport> {
     workers
         .iter()
-        .filter_map(|worker| worker.ask(Message::Report).ok())
-        .flatten()
+        .filter_map(|worker| worker.ask(message).ok())
         .collect()
 }
 
-fn shut_down(workers: &[WorkerHandle]) -> Vec<QueueReport> {
-    workers
+/// One summary of what all workers reported, in the workers' order.
+fn summarize(disks: &[Arc<Disk>], reports: &[WorkerReport]) -> Summary {
+    let workers = reports
         .iter()
-        .filter_map(|worker| worker.ask(Message::Shutdown).ok())
-        .flatten()
-        .collect()
-}
-
-fn summarize(disks: &[Arc<Disk>], workers: &[WorkerHandle], reports: Vec<QueueReport>) -> Summary {
-    let workers = workers
-        .iter()
-        .map(|worker| WorkerSummary {
-            worker: worker.id().0,
-            queues: reports.iter().filter(|r| r.worker == worker.id().0).count(),
+        .zip(0..)
+        .map(|(report, worker)| WorkerSummary {
+            worker,
+            queues: report.queues.len(),
+            enters: report.engine.enters,
+            sqes: report.engine.sqes,
+            cqes: report.engine.cqes,
+            bounced: report.engine.bounced,
+            continued: report.engine.continued,
         })
         .collect();
     let disks = disks
@@ -193,10 +199,11 @@ fn summarize(disks: &[Arc<Disk>], workers: &[WorkerHandle], reports: Vec<QueueRe
         .map(|disk| {
             let mut queues: Vec<QueueSummary> = reports
                 .iter()
+                .flat_map(|report| &report.queues)
                 .filter(|report| report.ring.disk == disk.id)
                 .map(|report| QueueSummary {
                     queue: report.ring.queue.0,
-                    cpus: disk.cpus_of(QueueId(report.ring.queue.0)),
+                    cpus: disk.cpus_of(report.ring.queue),
                     ctxs: report.ctxs,
                     worker: report.worker,
                     mq: report.mq,
@@ -205,8 +212,16 @@ fn summarize(disks: &[Arc<Disk>], workers: &[WorkerHandle], reports: Vec<QueueRe
                 })
                 .collect();
             queues.sort_by_key(|queue| queue.queue);
+            let mut stats = DiskStats::default();
+            for report in reports {
+                for (_, counted) in report.disks.iter().filter(|(id, _)| *id == disk.id) {
+                    stats.add(counted);
+                }
+            }
             DiskSummary {
                 serial: disk.config.serial.clone(),
+                scheduler: disk.scheduler().kind().to_string(),
+                stats,
                 queues,
             }
         })

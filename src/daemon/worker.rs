@@ -15,6 +15,7 @@ mod intake;
 mod port;
 mod rest;
 mod spin;
+mod watchdog;
 
 use std::io;
 use std::sync::Arc;
@@ -23,6 +24,7 @@ use std::sync::mpsc::{self, Receiver};
 use std::thread::{self, JoinHandle};
 use std::time::Instant;
 
+use crate::config::OnTimeout;
 use crate::engine::{DiskSlot, Engine, Errno, Event, Waker};
 use crate::mq::Mq;
 use crate::mq::ids::{HctxId, WorkerId};
@@ -36,6 +38,7 @@ use self::control::Pending;
 use self::driver::EngineDriver;
 use self::port::Port;
 use self::spin::Spin;
+use self::watchdog::Watchdog;
 use super::message::{Message, WorkerHandle};
 use super::report::QueueReport;
 
@@ -69,29 +72,43 @@ struct Worker {
     /// Counts of rings that were stopped.
     reports: Vec<QueueReport>,
     spin: Spin,
+    watchdog: Watchdog,
     started: Instant,
     now_ns: u64,
     errors_logged_ns: Option<u64>,
     leaving: bool,
 }
 
-/// Starts worker `id` on a thread of its own, for `rings` virtqueues at most.
+/// How a worker is to work.
+#[derive(Clone, Copy, Debug)]
+pub struct WorkerOptions {
+    /// The most virtqueues it will be given.
+    pub rings: u16,
+    /// The longest it looks before it sleeps, in microseconds.
+    pub poll_us: u32,
+    /// After how many seconds a request counts as stuck; 0 never.
+    pub timeout_s: u32,
+    /// What is done about it.
+    pub on_timeout: OnTimeout,
+}
+
+/// Starts worker `id` on a thread of its own.
 ///
 /// # Errors
 ///
 /// The thread or its io_uring could not be created.
-pub fn spawn(id: WorkerId, rings: u16, poll_us: u32) -> io::Result<(WorkerHandle, JoinHandle<()>)> {
+pub fn spawn(id: WorkerId, options: WorkerOptions) -> io::Result<(WorkerHandle, JoinHandle<()>)> {
     let (ready, outcome) = mpsc::sync_channel(1);
     let thread = thread::Builder::new()
         .name(format!("worker-{id}"))
         .spawn(move || {
             // The ring belongs to the thread that makes it (IORING_SETUP_SINGLE_ISSUER).
-            match make_engine(rings) {
+            match make_engine(options.rings) {
                 Ok((engine, waker)) => {
                     log::debug!("worker {id}: {}", engine.describe());
                     let (handle, inbox) = WorkerHandle::new(id, waker);
                     let _ = ready.send(Ok(handle));
-                    Worker::new(id, engine, inbox, poll_us).run();
+                    Worker::new(id, engine, inbox, options).run();
                 }
                 Err(error) => {
                     let _ = ready.send(Err(error));
@@ -114,7 +131,12 @@ fn make_engine(rings: u16) -> io::Result<(Engine, Waker)> {
 }
 
 impl Worker {
-    fn new(id: WorkerId, engine: Engine, inbox: Receiver<Message>, poll_us: u32) -> Worker {
+    fn new(
+        id: WorkerId,
+        engine: Engine,
+        inbox: Receiver<Message>,
+        options: WorkerOptions,
+    ) -> Worker {
         Worker {
             id,
             engine,
@@ -129,7 +151,8 @@ impl Worker {
             has_mail: true,
             pending: Vec::new(),
             reports: Vec::new(),
-            spin: Spin::new(poll_us),
+            spin: Spin::new(options.poll_us),
+            watchdog: Watchdog::new(options.timeout_s, options.on_timeout, DRIVER_TAGS),
             started: Instant::now(),
             now_ns: 0,
             errors_logged_ns: None,
@@ -149,6 +172,7 @@ impl Worker {
         self.publish();
         let arrived = self.drain();
         self.run_hctxs();
+        self.watchdog.look(self.now_ns, &self.mq, &mut self.engine);
         self.settle();
         if completed || arrived {
             self.spin.progress(self.now_ns);

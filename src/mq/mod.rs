@@ -35,7 +35,7 @@ use std::collections::{BinaryHeap, VecDeque};
 use self::diskstats::DiskStats;
 pub use self::hctx::{Busy, Driver, HctxConfig};
 use self::hctx::{Hctx, Want};
-use self::ids::{DiskId, DriverTag, HctxId, RequestTag};
+use self::ids::{DiskId, DriverTag, HctxId, RequestTag, RingId};
 use self::limits::ACTIVITY_DECAY_NS;
 use self::qos::Throttle;
 pub use self::queue::GroupId;
@@ -56,6 +56,23 @@ enum Place {
     Waiting,
     /// Waits for a time.
     Delayed,
+}
+
+/// A request the engine has had for too long.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Overdue {
+    /// Where it came from.
+    pub ring: RingId,
+    /// Which one it is there.
+    pub tag: RequestTag,
+    /// Which one it is for the engine.
+    pub driver_tag: DriverTag,
+    /// What it asks for.
+    pub request: Request,
+    /// When the engine took it.
+    pub issued_ns: u64,
+    /// How long that is ago.
+    pub age_ns: u64,
 }
 
 /// One worker's blk-mq.
@@ -285,6 +302,27 @@ impl<P> Mq<P> {
             self.wake_staged(owner.hctx);
         }
         self.place(owner.hctx, want);
+    }
+
+    /// The requests the engine has had for `limit_ns` or longer (the kernel's timeout worker scans
+    /// the tags in the same way).
+    pub fn overdue(&self, limit_ns: u64) -> impl Iterator<Item = Overdue> {
+        self.tags.taken().filter_map(move |(driver_tag, id)| {
+            let hctx = self.hctx(id.hctx);
+            let entry = hctx.table.get(id.tag);
+            let age_ns = self.now_ns.saturating_sub(entry.issued_ns);
+            (age_ns >= limit_ns).then_some(Overdue {
+                ring: RingId {
+                    disk: hctx.config.disk,
+                    queue: hctx.config.queue,
+                },
+                tag: id.tag,
+                driver_tag,
+                request: entry.request,
+                issued_ns: entry.issued_ns,
+                age_ns,
+            })
+        })
     }
 
     /// Stops dispatching (blk_mq_quiesce_queue). Completions and insertions go on.

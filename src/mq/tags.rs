@@ -131,6 +131,15 @@ impl TagSet {
         Some(owner)
     }
 
+    /// The tags that are taken, and whose they are.
+    pub fn taken(&self) -> impl Iterator<Item = (DriverTag, RequestId)> {
+        self.slots.iter().zip(0..).filter_map(|(slot, index)| {
+            let generation = slot.generation;
+            let tag = DriverTag { index, generation };
+            Some((tag, slot.owner?))
+        })
+    }
+
     /// Whether the tag is one of the reserved ones.
     #[inline]
     pub fn is_reserved(&self, tag: DriverTag) -> bool {

@@ -8,12 +8,13 @@ use std::sync::Arc;
 
 use crate::engine::{CallSlot, Engine};
 use crate::mq::HctxConfig;
+use crate::mq::elevator::Params;
 use crate::mq::ids::{DiskId, HctxId, RingId};
 use crate::virtio::memory::MemoryTable;
 use crate::virtio::ring::{Ring, RingError};
 
 use super::super::message::{FdRole, Message, Reply, StartRing};
-use super::super::report::{QueueReport, RingStats};
+use super::super::report::{QueueReport, RingStats, WorkerReport};
 use super::port::{Gates, Port};
 use super::{Worker, WorkerDisk, heat, open_port};
 
@@ -23,7 +24,18 @@ pub(super) enum Pending {
     Stop(HctxId, Reply<Option<u16>>),
     Disable(HctxId, Reply<()>),
     Memory(DiskId, Arc<MemoryTable>, Reply<()>),
-    Shutdown(Reply<Vec<QueueReport>>),
+    Scheduler(DiskId, Params, Reply<()>),
+    Shutdown(Reply<WorkerReport>),
+}
+
+impl Pending {
+    /// The disk that is frozen until this is carried out.
+    fn freezes(&self) -> Option<DiskId> {
+        match self {
+            Pending::Memory(disk, ..) | Pending::Scheduler(disk, ..) => Some(*disk),
+            Pending::Stop(..) | Pending::Disable(..) | Pending::Shutdown(_) => None,
+        }
+    }
 }
 
 impl Worker {
@@ -84,12 +96,13 @@ impl Worker {
                 done.send(());
             }
             Message::SetMemory(disk, memory, done) => {
-                for port in self.ports.iter_mut().flatten() {
-                    if port.id.disk == disk {
-                        port.gates.frozen = true;
-                    }
-                }
-                self.pending.push(Pending::Memory(disk, memory, done));
+                self.freeze(Pending::Memory(disk, memory, done));
+            }
+            Message::SetScheduler(disk, params, done) => {
+                self.freeze(Pending::Scheduler(disk, params, done));
+            }
+            Message::SetSchedulerParam(disk, name, value, done) => {
+                done.send(self.mq.set_elevator_param(disk, &name, value));
             }
             Message::SetCtxs(ring, ctxs, done) => {
                 if let Some(hctx) = self.find(ring) {
@@ -106,6 +119,33 @@ impl Worker {
                 self.pending.push(Pending::Shutdown(done));
             }
         }
+    }
+
+    /// Takes nothing more from the disk's rings until what waits for that has been carried out
+    /// (blk_mq_freeze_queue).
+    fn freeze(&mut self, until: Pending) {
+        let disk = until.freezes();
+        for port in self.ports.iter_mut().flatten() {
+            port.gates.frozen |= Some(port.id.disk) == disk;
+        }
+        self.pending.push(until);
+    }
+
+    /// Goes on, unless something else waits for the disk to be frozen.
+    fn thaw(&mut self, disk: DiskId) {
+        if self.is_freezing(disk) {
+            return;
+        }
+        for (port, index) in self.ports.iter_mut().zip(0..) {
+            if let Some(port) = port.as_mut().filter(|port| port.id.disk == disk) {
+                port.gates.frozen = false;
+                heat(&mut self.hot, port, HctxId(index));
+            }
+        }
+    }
+
+    fn is_freezing(&self, disk: DiskId) -> bool {
+        self.pending.iter().any(|p| p.freezes() == Some(disk))
     }
 
     fn find(&self, ring: RingId) -> Option<HctxId> {
@@ -144,6 +184,7 @@ impl Worker {
             self.hot.reserve(self.ports.len());
             self.touched.reserve(self.ports.len());
         }
+        let frozen = self.is_freezing(id.disk);
         self.ports[hctx.index()] = Some(Port {
             id,
             ring,
@@ -152,6 +193,7 @@ impl Worker {
             err: None,
             gates: Gates {
                 disabled: !enabled,
+                frozen,
                 ..Gates::default()
             },
             hot: false,
@@ -206,7 +248,7 @@ impl Worker {
         while at < self.pending.len() {
             let ready = match &self.pending[at] {
                 Pending::Stop(hctx, _) | Pending::Disable(hctx, _) => self.is_drained(*hctx),
-                Pending::Memory(disk, ..) => self
+                Pending::Memory(disk, ..) | Pending::Scheduler(disk, ..) => self
                     .ports()
                     .all(|(hctx, port)| port.id.disk != *disk || self.is_drained(hctx)),
                 Pending::Shutdown(_) => self.ports().all(|(hctx, _)| self.is_drained(hctx)),
@@ -234,6 +276,12 @@ impl Worker {
             Pending::Disable(_, done) => done.send(()),
             Pending::Memory(disk, memory, done) => {
                 self.change_memory(disk, &memory);
+                self.thaw(disk);
+                done.send(());
+            }
+            Pending::Scheduler(disk, params, done) => {
+                self.mq.set_elevator(disk, params);
+                self.thaw(disk);
                 done.send(());
             }
             Pending::Shutdown(done) => {
@@ -279,16 +327,14 @@ impl Worker {
                 continue;
             };
             let hctx = HctxId(u16::try_from(index).expect("fewer ports than MAX_HCTXS"));
-            port.gates.frozen = false;
-            match port.ring.set_memory(Arc::clone(memory)) {
-                Ok(()) => heat(&mut self.hot, port, hctx),
-                Err(error) => self.break_ring(hctx, &error),
+            if let Err(error) = port.ring.set_memory(Arc::clone(memory)) {
+                self.break_ring(hctx, &error);
             }
         }
     }
 
     /// Counts of the rings that were stopped and of those that run.
-    fn report(&self) -> Vec<QueueReport> {
+    fn report(&mut self) -> WorkerReport {
         let mut reports = self.reports.clone();
         for (hctx, port) in self.ports() {
             let ctxs = u16::try_from(self.mq.ctx_count(hctx)).expect("as many as vCPUs");
@@ -300,7 +346,15 @@ impl Worker {
             reports[index].ctxs = ctxs;
             reports[index].add(self.mq.stats(hctx), self.mq.times(hctx), &port.stats);
         }
-        reports
+        let disks = (0..self.disks.len())
+            .map(|index| DiskId(u16::try_from(index).expect("disks are bounded")))
+            .map(|disk| (disk, self.mq.disk_stats(disk)))
+            .collect();
+        WorkerReport {
+            queues: reports,
+            disks,
+            engine: self.engine.counters(),
+        }
     }
 }
 

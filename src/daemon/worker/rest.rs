@@ -90,9 +90,11 @@ impl Worker {
     }
 
     fn timeout(&self) -> Option<Duration> {
-        let deadline = self
-            .mq
-            .next_deadline_ns()
+        let deadlines = [self.mq.next_deadline_ns(), self.watchdog.next_ns(&self.mq)];
+        let deadline = deadlines
+            .into_iter()
+            .flatten()
+            .min()
             .map(|at| Duration::from_nanos(at.saturating_sub(self.now_ns)));
         // Only rings without a kick fd are still hot, or such that a completion will wake.
         let kickless = self.hot.iter().any(|hctx| {

@@ -5,9 +5,10 @@ use std::os::fd::OwnedFd;
 
 use io_uring::{cqueue, opcode, types};
 
-use super::{Engine, KIND_CALL, KIND_CANCEL, KIND_WATCH, user_data};
+use super::{Engine, KIND_CALL, KIND_CANCEL, KIND_SLOT, KIND_WATCH, user_data};
 use crate::engine::watch::{Call, CallSlot, Polled, Waker, Watch, Watched, check_pollable};
 use crate::engine::{Errno, Event};
+use crate::mq::ids::DriverTag;
 
 impl Engine {
     /// Watches an eventfd: each write to it becomes an [`Event::Kick`] with this token. It is never
@@ -124,6 +125,12 @@ impl Engine {
             self.cancel(user_data(KIND_CALL, slot.generation, slot.index));
         }
         self.close_or_leak(call.into_fd());
+    }
+
+    /// Asks the kernel to give up a command. If it does, the command's [`Event::Done`] comes with
+    /// `ECANCELED`; I/O that a device has taken cannot be given up, and ends when it ends.
+    pub fn cancel_rq(&mut self, tag: DriverTag) {
+        self.cancel(user_data(KIND_SLOT, u32::from(tag.generation), tag.index));
     }
 
     /// Makes the kernel let go of an entry's fd. Its last completion is ignored by generation.
