@@ -1,22 +1,23 @@
 //! A disk of the process, from its configuration to the workers that serve its queues.
 
+mod describe;
+
 use std::collections::BTreeSet;
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::config::DiskConfig;
-use crate::engine::disk::{Image, ImageKind};
-use crate::engine::{FileTarget, Target};
+use crate::engine::disk::Image;
 use crate::mq::elevator::{ParamError, Params};
-use crate::mq::ids::{DiskId, QueueId, RingId, Sector, WorkerId};
-use crate::mq::limits::{MAX_RANGES, SECTOR_SIZE};
-use crate::mq::map::{MapKind, QueueMap, Topology};
-use crate::virtio::abi::ID_BYTES;
-use crate::virtio::config_space::{self, ConfigError, ConfigSpace, WriteCache};
+use crate::mq::ids::{DiskId, QueueId, RingId, WorkerId};
+use crate::mq::map::{MapKind, Topology};
+use crate::mq::types::{Counts, QueueMaps};
+use crate::virtio::config_space::{ConfigError, ConfigSpace, WriteCache};
 use crate::virtio::features;
-use crate::virtio::shape::{DiskShape, RangeLimits};
+use crate::virtio::shape::DiskShape;
 
+use self::describe::{shape, space, target};
 use super::message::{Message, WorkerGone, WorkerHandle};
 
 /// A disk that is being served.
@@ -51,7 +52,9 @@ struct CacheState {
 #[derive(Debug)]
 struct QueuesInUse {
     started: BTreeSet<u16>,
-    map: Option<QueueMap>,
+    /// Those of them whose guest polls, so that they have no call fd.
+    polled: BTreeSet<u16>,
+    map: Option<QueueMaps>,
 }
 
 impl Disk {
@@ -83,6 +86,7 @@ impl Disk {
             scheduler: Mutex::new(Params::None),
             queues: Mutex::new(QueuesInUse {
                 started: BTreeSet::new(),
+                polled: BTreeSet::new(),
                 map: None,
             }),
         };
@@ -239,41 +243,60 @@ impl Disk {
     }
 
     /// A queue starts: returns how many ctxs it gets. The other queues' ctxs follow the new map.
-    pub fn queue_starts(&self, queue: QueueId) -> u16 {
+    pub fn queue_starts(&self, queue: QueueId, polled: bool) -> u16 {
         let mut queues = self.lock_queues();
         queues.started.insert(queue.0);
+        if polled {
+            queues.polled.insert(queue.0);
+        } else {
+            queues.polled.remove(&queue.0);
+        }
         self.remap(&mut queues);
-        let others: Vec<u16> = queues
-            .started
-            .iter()
-            .copied()
-            .filter(|other| *other != queue.0)
-            .collect();
-        if self.vcpus_are_given() {
-            for other in others {
-                let ring = self.ring(QueueId(other));
-                let ctxs = ctxs_of(&queues, other);
-                let asked = self
-                    .worker_of(ring.queue)
-                    .ask(|done| Message::SetCtxs(ring, ctxs, done));
-                if let Err(WorkerGone(worker)) = asked {
-                    log::debug!("{ring}: worker {worker} has ended");
-                }
+        self.tell_ctxs(&queues, Some(queue.0));
+        ctxs_of(&queues, queue.0)
+    }
+
+    /// A queue got a call fd, or lost the one it had, while it runs.
+    pub fn queue_polled(&self, queue: QueueId, polled: bool) {
+        let mut queues = self.lock_queues();
+        let changed = match polled {
+            true => queues.polled.insert(queue.0),
+            false => queues.polled.remove(&queue.0),
+        };
+        if changed {
+            self.remap(&mut queues);
+            self.tell_ctxs(&queues, None);
+        }
+    }
+
+    fn tell_ctxs(&self, queues: &QueuesInUse, except: Option<u16>) {
+        if !self.vcpus_are_given() {
+            return;
+        }
+        for queue in queues.started.iter().filter(|q| Some(**q) != except) {
+            let ring = self.ring(QueueId(*queue));
+            let ctxs = ctxs_of(queues, *queue);
+            let asked = self
+                .worker_of(ring.queue)
+                .ask(|done| Message::SetCtxs(ring, ctxs, done));
+            if let Err(WorkerGone(worker)) = asked {
+                log::debug!("{ring}: worker {worker} has ended");
             }
         }
-        ctxs_of(&queues, queue.0)
     }
 
     /// A queue was stopped. The map stays until the next one starts.
     pub fn queue_stopped(&self, queue: QueueId) {
-        self.lock_queues().started.remove(&queue.0);
+        let mut queues = self.lock_queues();
+        queues.started.remove(&queue.0);
+        queues.polled.remove(&queue.0);
     }
 
     /// The vCPUs the map sends to a queue, for the summary.
     pub fn cpus_of(&self, queue: QueueId) -> Vec<u16> {
         let queues = self.lock_queues();
         match &queues.map {
-            Some(map) if queue.index() < map.queues() => map.cpus_of(queue.0).to_vec(),
+            Some(map) if queue.0 < map.queues() => map.cpus_of(queue.0).to_vec(),
             _ => Vec::new(),
         }
     }
@@ -298,12 +321,24 @@ impl Disk {
 
     fn remap(&self, queues: &mut QueuesInUse) {
         let in_use = queues.started.last().map_or(0, |last| last + 1);
-        let vcpus = match &self.config.queue_map {
-            MapKind::Explicit(list) => u16::try_from(list.len()).unwrap_or(u16::MAX),
-            _ => self.config.vcpus.unwrap_or(in_use),
+        // The guest's driver puts its poll queues last.
+        let poll = (0..in_use)
+            .rev()
+            .take_while(|queue| queues.polled.contains(queue))
+            .count();
+        let poll = u16::try_from(poll).unwrap_or(0);
+        let (vcpus, poll) = match &self.config.queue_map {
+            // What was given says all: which queue is for what is no longer asked.
+            MapKind::Explicit(list) => (u16::try_from(list.len()).unwrap_or(u16::MAX), 0),
+            _ if poll < in_use => (self.config.vcpus.unwrap_or(in_use - poll), poll),
+            _ => (self.config.vcpus.unwrap_or(in_use), 0),
         };
-        let map = QueueMap::build(&self.config.queue_map, &Topology::flat(vcpus), in_use);
-        match map {
+        let counts = Counts {
+            default: in_use - poll,
+            read: 0,
+            poll,
+        };
+        match QueueMaps::build(&self.config.queue_map, &Topology::flat(vcpus), counts) {
             Ok(map) => queues.map = Some(map),
             // An explicit map may name queues that this guest does not use (yet).
             Err(error) => log::debug!("disk {}: queue map: {error}", self.config.serial),
@@ -313,89 +348,10 @@ impl Disk {
 
 fn ctxs_of(queues: &QueuesInUse, queue: u16) -> u16 {
     let count = match &queues.map {
-        Some(map) if usize::from(queue) < map.queues() => map.cpus_of(queue).len(),
+        Some(map) if queue < map.queues() => map.cpus_of(queue).len(),
         _ => 1,
     };
     u16::try_from(count.max(1)).unwrap_or(u16::MAX)
-}
-
-fn target(config: &DiskConfig, image: &Image) -> io::Result<Target> {
-    if image.kind == ImageKind::Null {
-        return Ok(Target::Null {
-            size_bytes: image.size_bytes,
-        });
-    }
-    Ok(Target::File(FileTarget {
-        file: image.file.try_clone()?.into(),
-        size_bytes: image.size_bytes,
-        direct: image.direct,
-        memory_align: image.dio_mem_align,
-        offset_align: image.dio_offset_align,
-        block_device: image.kind == ImageKind::BlockDevice,
-        ignore_flush: config.cache.ignores_flush(),
-    }))
-}
-
-fn shape(config: &DiskConfig, image: &Image) -> DiskShape {
-    let mut serial = [0; ID_BYTES];
-    let len = config.serial.len().min(ID_BYTES);
-    serial[..len].copy_from_slice(&config.serial.as_bytes()[..len]);
-    let block = u64::from(config.logical_block_size);
-    let ranges = |max_bytes: u64| {
-        // The largest multiple of the logical block that 32 bits of sectors can hold.
-        let largest = (u64::from(u32::MAX) * SECTOR_SIZE / block) * block / SECTOR_SIZE;
-        RangeLimits {
-            max_sectors: u32::try_from((max_bytes / SECTOR_SIZE).min(largest)).unwrap_or(u32::MAX),
-            max_ranges: MAX_RANGES,
-        }
-    };
-    DiskShape {
-        capacity: Sector::of_bytes(image.size_bytes),
-        logical_block_size: config.logical_block_size,
-        read_only: config.read_only,
-        discard: (image.discard.max_bytes > 0).then(|| ranges(image.discard.max_bytes)),
-        // Where the image has no shorter way the engine writes the zeroes itself, so any length
-        // goes.
-        write_zeroes: (!config.read_only).then(|| {
-            ranges(match image.write_zeroes.max_bytes {
-                0 => u64::MAX,
-                max => max,
-            })
-        }),
-        serial,
-    }
-}
-
-fn space(config: &DiskConfig, image: &Image, shape: &DiskShape) -> ConfigSpace {
-    let block = config.logical_block_size;
-    let blocks = |bytes: u32| bytes / block;
-    let (discard, zeroes) = (shape.discard, shape.write_zeroes);
-    ConfigSpace {
-        capacity: shape.capacity.0,
-        // Any segment length is taken.
-        size_max: 0,
-        // A request and its header and status fit into the ring even without indirect descriptors.
-        seg_max: u32::from(config.queue_size) - 2,
-        blk_size: block,
-        topology: config_space::Topology {
-            physical_block_exp: u8::try_from(blocks(image.physical_block_bytes).max(1).ilog2())
-                .unwrap_or(0),
-            alignment_offset: 0,
-            min_io_size: u16::try_from(blocks(image.min_io_bytes)).unwrap_or(u16::MAX),
-            opt_io_size: blocks(image.opt_io_bytes),
-        },
-        writeback: true,
-        num_queues: config.num_queues,
-        max_discard_sectors: discard.map_or(0, |limits| limits.max_sectors),
-        max_discard_seg: discard.map_or(0, |limits| u32::from(limits.max_ranges)),
-        discard_sector_alignment: match discard {
-            Some(_) => (image.discard.granularity_bytes.max(block)) / 512,
-            None => 0,
-        },
-        max_write_zeroes_sectors: zeroes.map_or(0, |limits| limits.max_sectors),
-        max_write_zeroes_seg: zeroes.map_or(0, |limits| u32::from(limits.max_ranges)),
-        write_zeroes_may_unmap: zeroes.is_some() && image.write_zeroes.may_unmap,
-    }
 }
 
 /// Where a worker's number comes from.
