@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::config::DiskConfig;
-use crate::engine::disk::Image;
+use crate::engine::disk::{Image, ImageKind};
 use crate::mq::elevator::{ParamError, Params};
 use crate::mq::ids::{DiskId, QueueId, RingId, WorkerId};
 use crate::mq::map::{MapKind, Topology};
@@ -165,7 +165,8 @@ impl Disk {
 
     /// Makes all completed writes durable.
     fn sync(&self) {
-        if self.image.read_only || self.config.cache.ignores_flush() {
+        let is_null = self.image.kind == ImageKind::Null;
+        if is_null || self.image.read_only || self.config.cache.ignores_flush() {
             return;
         }
         if let Err(error) = self.image.file.sync_data() {
