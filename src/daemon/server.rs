@@ -6,6 +6,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::mpsc::{self, Sender};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
+use std::time::Instant;
 
 use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
 use signal_hook::iterator::Signals;
@@ -148,15 +149,14 @@ fn start_workers(config: &Config) -> Result<(Vec<WorkerHandle>, Vec<JoinHandle<(
     let rings = u16::try_from(queues / count + config.disks.len())
         .unwrap_or(MAX_HCTXS)
         .min(MAX_HCTXS);
+    let started = Instant::now();
     for index in 0..count {
-        let (handle, thread) =
-            worker::spawn(worker_id(index), rings, config.poll_us).map_err(|source| {
-                StartError::System {
-                    what: format!("start worker {index}"),
-                    source,
-                    advice: "check that io_uring is allowed (sysctl kernel.io_uring_disabled) \
+        let (handle, thread) = worker::spawn(worker_id(index), rings, config.poll_us, started)
+            .map_err(|source| StartError::System {
+                what: format!("start worker {index}"),
+                source,
+                advice: "check that io_uring is allowed (sysctl kernel.io_uring_disabled) \
                          and that the limit of locked memory is not tiny (ulimit -l)",
-                }
             })?;
         handles.push(handle);
         threads.push(thread);

@@ -69,6 +69,7 @@ struct Worker {
     /// Counts of rings that were stopped.
     reports: Vec<QueueReport>,
     spin: Spin,
+    /// Where the clock of all workers begins.
     started: Instant,
     now_ns: u64,
     errors_logged_ns: Option<u64>,
@@ -77,10 +78,18 @@ struct Worker {
 
 /// Starts worker `id` on a thread of its own, for `rings` virtqueues at most.
 ///
+/// Its clock counts from `started`. All workers get the same, because they share the limits of the
+/// disks, and with them the times.
+///
 /// # Errors
 ///
 /// The thread or its io_uring could not be created.
-pub fn spawn(id: WorkerId, rings: u16, poll_us: u32) -> io::Result<(WorkerHandle, JoinHandle<()>)> {
+pub fn spawn(
+    id: WorkerId,
+    rings: u16,
+    poll_us: u32,
+    started: Instant,
+) -> io::Result<(WorkerHandle, JoinHandle<()>)> {
     let (ready, outcome) = mpsc::sync_channel(1);
     let thread = thread::Builder::new()
         .name(format!("worker-{id}"))
@@ -91,7 +100,7 @@ pub fn spawn(id: WorkerId, rings: u16, poll_us: u32) -> io::Result<(WorkerHandle
                     log::debug!("worker {id}: {}", engine.describe());
                     let (handle, inbox) = WorkerHandle::new(id, waker);
                     let _ = ready.send(Ok(handle));
-                    Worker::new(id, engine, inbox, poll_us).run();
+                    Worker::new(id, engine, inbox, poll_us, started).run();
                 }
                 Err(error) => {
                     let _ = ready.send(Err(error));
@@ -114,7 +123,13 @@ fn make_engine(rings: u16) -> io::Result<(Engine, Waker)> {
 }
 
 impl Worker {
-    fn new(id: WorkerId, engine: Engine, inbox: Receiver<Message>, poll_us: u32) -> Worker {
+    fn new(
+        id: WorkerId,
+        engine: Engine,
+        inbox: Receiver<Message>,
+        poll_us: u32,
+        started: Instant,
+    ) -> Worker {
         Worker {
             id,
             engine,
@@ -130,7 +145,7 @@ impl Worker {
             pending: Vec::new(),
             reports: Vec::new(),
             spin: Spin::new(poll_us),
-            started: Instant::now(),
+            started,
             now_ns: 0,
             errors_logged_ns: None,
             leaving: false,
