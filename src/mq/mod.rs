@@ -2,7 +2,8 @@
 //!
 //! [`Mq`] is one worker's share of it: the hctxs of the virtqueues the worker owns, over all disks,
 //! and the driver tags they share. Where the kernel takes `ctx->lock` or `hctx->lock`, ownership
-//! does: one thread calls, so there is nothing to lock.
+//! does: one thread calls, so there is nothing to lock. Only the limits of a disk belong to all
+//! workers that serve it, see [`qos`].
 //!
 //! The buffers of a request cross this module as an opaque payload `P`.
 
@@ -37,8 +38,6 @@ pub use self::hctx::{Busy, Driver, HctxConfig};
 use self::hctx::{Hctx, Want};
 use self::ids::{DiskId, DriverTag, HctxId, RequestTag, RingId};
 use self::limits::ACTIVITY_DECAY_NS;
-use self::qos::Throttle;
-pub use self::queue::GroupId;
 use self::queue::{Below, RequestQueue};
 use self::request::{Request, Status};
 use self::stats::{CtxStats, HctxStats, HctxTimes};
@@ -81,7 +80,6 @@ pub struct Mq<P> {
     hctxs: Vec<Option<Member<P>>>,
     /// By disk.
     queues: Vec<Option<RequestQueue>>,
-    groups: Vec<Throttle>,
     tags: TagSet,
     runnable: VecDeque<HctxId>,
     waiting: VecDeque<HctxId>,
@@ -108,7 +106,6 @@ impl<P> Mq<P> {
         Mq {
             hctxs: Vec::new(),
             queues: Vec::new(),
-            groups: Vec::new(),
             tags: TagSet::new(depth, reserved),
             runnable: VecDeque::new(),
             waiting: VecDeque::new(),
@@ -251,7 +248,6 @@ impl<P> Mq<P> {
             queue: self.queues[disk.index()]
                 .as_mut()
                 .expect("made with its first hctx"),
-            groups: &mut self.groups,
             trace: &mut self.trace,
             driver,
             now_ns: self.now_ns,
