@@ -8,17 +8,26 @@ use std::ffi::{OsStr, OsString};
 use std::path::PathBuf;
 
 use clap::error::ErrorKind;
-use clap::{Args, CommandFactory, Parser, ValueEnum};
+use clap::{Args, CommandFactory, Parser};
 
 use crate::error::StartError;
 use crate::mq::limits::MAX_QUEUES;
 use crate::mq::map::MapKind;
+use crate::mq::qos::Limits;
 
+pub use self::choices::{
+    CacheMode, Discard, EngineKind, LogLevel, OnTimeout, SummaryFormat, Switch,
+};
+use self::tuning::{
+    Group, Scheduler, parse_group, parse_group_name, parse_limits, parse_scheduler,
+};
 pub use self::values::SERIAL_MAX_BYTES;
 use self::values::{
     parse_block_size, parse_queue_map, parse_queue_size, parse_serial, parse_size, split_pairs,
 };
 
+mod choices;
+pub mod tuning;
 mod values;
 
 /// What `--print-capabilities` prints, as the conventions for vhost-user backend programs define it
@@ -29,6 +38,7 @@ const DISK: &str = "What to serve, and where";
 const GUEST: &str = "What the guest sees";
 const QUEUES: &str = "Queues";
 const IO: &str = "How the image is read and written";
+const SHARE: &str = "Who goes first, and how fast";
 const PROCESS: &str = "The process";
 
 const EXAMPLES: &str = "\
@@ -65,6 +75,14 @@ pub struct Arguments {
     )]
     pub disks: Vec<DiskArguments>,
 
+    /// What the disks of a group may do together: the group's name, then limits as for
+    /// `--limit` [may be repeated]
+    #[arg(
+        verbatim_doc_comment, long = "group-limit", value_name = "NAME,KEY=RATE[/BURST],...",
+        value_parser = parse_group, help_heading = SHARE
+    )]
+    pub groups: Vec<Group>,
+
     /// Threads that serve all disks; never more than there are queues [default: one for
     /// each CPU this process may use]
     #[arg(
@@ -99,6 +117,11 @@ pub struct Arguments {
         hide_default_value = true, default_value_t = OnTimeout::Report, help_heading = PROCESS
     )]
     pub on_timeout: OnTimeout,
+
+    /// Listen on this UNIX socket for `blkmqctl` and other programs that look at the
+    /// disks or change how they are served [default: no such socket]
+    #[arg(verbatim_doc_comment, long, value_name = "PATH", help_heading = PROCESS)]
+    pub control_path: Option<PathBuf>,
 
     /// How much to tell on stderr: error, warn, info, debug or trace [default: info]
     #[arg(
@@ -229,86 +252,31 @@ pub struct DiskArguments {
         help_heading = IO
     )]
     pub cache: Option<CacheMode>,
-}
 
-/// `on` or `off`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Switch {
-    /// Yes.
-    On,
-    /// No.
-    Off,
-}
+    /// Which requests go first: none (as they come), mq-deadline, kyber, or auto; with
+    /// parameters behind it as in /sys/block/*/queue/iosched [default: auto, which is
+    /// mq-deadline for one queue or a medium that turns, else none]
+    #[arg(
+        verbatim_doc_comment, long, value_name = "NAME[,PARAM=VALUE...]",
+        value_parser = parse_scheduler, help_heading = SHARE
+    )]
+    pub scheduler: Option<Scheduler>,
 
-/// What happens to the guest's discards, in our words and in QEMU's.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Discard {
-    /// They free space in the image.
-    #[value(alias = "unmap")]
-    On,
-    /// They are not offered to the guest.
-    #[value(alias = "ignore")]
-    Off,
-}
+    /// At most so much a second, and so much at once: iops, iops-rd, iops-wr (operations),
+    /// bps, bps-rd, bps-wr (bytes), with K, M or G; a burst is a tenth of the rate unless
+    /// given [default: no limit]
+    #[arg(
+        verbatim_doc_comment, long, value_name = "KEY=RATE[/BURST],...",
+        value_parser = parse_limits, help_heading = SHARE
+    )]
+    pub limit: Option<Limits>,
 
-/// How the host caches the image; QEMU's names and meanings.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
-pub enum CacheMode {
-    /// Host page cache; stable after a flush.
-    Writeback,
-    /// O_DIRECT, past the host page cache; stable after a flush.
-    #[default]
-    None,
-    /// Host page cache; every write is stable when it completes.
-    Writethrough,
-    /// O_DIRECT; every write is stable when it completes.
-    Directsync,
-    /// Host page cache; a flush is acknowledged and not carried out.
-    Unsafe,
-}
-
-/// Who does the I/O.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
-pub enum EngineKind {
-    /// The best there is for the image.
-    #[default]
-    Auto,
-    /// io_uring.
-    #[value(name = "io_uring", alias = "io-uring")]
-    IoUring,
-    /// No image: writes are forgotten, reads leave the guest's memory as it is.
-    Null,
-}
-
-/// How much the log tells.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-#[expect(missing_docs, reason = "the log crate's levels, by their names")]
-pub enum LogLevel {
-    Error,
-    Warn,
-    Info,
-    Debug,
-    Trace,
-}
-
-/// What happens to a request the host does not finish, beside a line in the log.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum OnTimeout {
-    /// Nothing: the guest goes on waiting.
-    Report,
-    /// The kernel is asked to give it up; if it does, the request fails.
-    Cancel,
-}
-
-/// What is printed on stdout when the daemon ends.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum SummaryFormat {
-    /// A table for a person.
-    Text,
-    /// One JSON document.
-    Json,
-    /// Nothing.
-    None,
+    /// The group whose limits the disk shares; see `--group-limit` [default: none]
+    #[arg(
+        verbatim_doc_comment, long, value_name = "NAME", value_parser = parse_group_name,
+        help_heading = SHARE
+    )]
+    pub group: Option<String>,
 }
 
 /// What the command line asks for.

@@ -4,7 +4,7 @@
 //! the image says is checked where it is opened ([`crate::engine::disk`]).
 
 use std::num::NonZeroUsize;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::thread::available_parallelism;
 
 use log::LevelFilter;
@@ -12,8 +12,13 @@ use log::LevelFilter;
 use crate::cli::{Arguments, Discard, DiskArguments, LogLevel, SERIAL_MAX_BYTES, Switch};
 use crate::error::StartError;
 use crate::mq::map::MapKind;
+use crate::mq::qos::Limits;
 
+use self::whole::{check_control_path, check_groups, no_socket_twice};
+pub use crate::cli::tuning::{Group, Scheduler};
 pub use crate::cli::{CacheMode, EngineKind, OnTimeout, SummaryFormat};
+
+mod whole;
 
 /// Virtqueues offered when nothing is said: more than a usual guest has vCPUs, because QEMU refuses a
 /// backend with fewer queues than it wants.
@@ -30,6 +35,10 @@ pub const DEFAULT_LOGICAL_BLOCK_SIZE: u32 = 512;
 pub struct Config {
     /// The disks to serve; at least one, no two on one socket.
     pub disks: Vec<DiskConfig>,
+    /// The groups of disks that share limits; no two with one name.
+    pub groups: Vec<Group>,
+    /// Where the control socket is, if there is to be one; no disk's socket.
+    pub control_path: Option<PathBuf>,
     /// Most worker threads; at least one. There are never more than queues.
     pub workers: usize,
     /// Upper bound of the time a worker polls before it sleeps, in microseconds; 0 never polls.
@@ -70,6 +79,12 @@ pub struct DiskConfig {
     /// Which vCPU uses which queue. An explicit map names queues below `num_queues` only, and then
     /// `vcpus` is its length.
     pub queue_map: MapKind,
+    /// Its elevator.
+    pub scheduler: Scheduler,
+    /// What it may do in a second.
+    pub limits: Limits,
+    /// The group whose limits it shares: one of [`Config::groups`].
+    pub group: Option<String>,
 }
 
 /// Where a front end comes from.
@@ -135,6 +150,8 @@ impl Config {
         let Arguments {
             disk,
             disks: others,
+            groups,
+            control_path,
             workers,
             poll_us,
             timeout,
@@ -155,12 +172,16 @@ impl Config {
             disks.push(DiskConfig::from_arguments(disk, &place)?);
         }
         no_socket_twice(&disks)?;
+        check_groups(&groups, &disks)?;
+        check_control_path(control_path.as_deref(), &disks)?;
         let workers = match workers {
             Some(workers) => usize::from(workers),
             None => available_parallelism().map_or(1, NonZeroUsize::get),
         };
         Ok(Config {
             disks,
+            groups,
+            control_path,
             workers,
             poll_us,
             timeout_s: timeout,
@@ -197,6 +218,9 @@ impl DiskConfig {
             queue_size: disk.queue_size.unwrap_or(DEFAULT_QUEUE_SIZE),
             vcpus,
             queue_map,
+            scheduler: disk.scheduler.unwrap_or_default(),
+            limits: disk.limit.unwrap_or_default(),
+            group: disk.group,
         })
     }
 }
@@ -333,25 +357,6 @@ fn default_serial(image: &ImageSource) -> String {
         })
         .take(SERIAL_MAX_BYTES)
         .collect()
-}
-
-/// Two disks on one socket would take each other's front end.
-fn no_socket_twice(disks: &[DiskConfig]) -> Result<(), StartError> {
-    for (index, disk) in disks.iter().enumerate() {
-        if disks[..index]
-            .iter()
-            .any(|earlier| earlier.socket == disk.socket)
-        {
-            let socket = match &disk.socket {
-                SocketSource::Path(path) => format!("the socket {:?}", Path::new(path)),
-                SocketSource::Fd(fd) => format!("file descriptor {fd}"),
-            };
-            return usage(format!(
-                "{socket} is given for two disks; each disk needs one of its own"
-            ));
-        }
-    }
-    Ok(())
 }
 
 #[cfg(test)]

@@ -1,4 +1,5 @@
 use super::*;
+use crate::mq::elevator::Kind;
 
 fn argv(words: &[&str]) -> Vec<OsString> {
     std::iter::once("vhost-user-blkmq")
@@ -102,7 +103,17 @@ fn every_flag_is_read() {
         "trace",
         "--summary",
         "json",
+        "--scheduler=none",
+        "--limit=iops=7",
+        "--group=g",
+        "--group-limit=g,iops=1",
+        "--control-path=c.sock",
     ]);
+    assert_eq!(
+        arguments.groups,
+        [parse_group("g,iops=1").expect("a group")]
+    );
+    assert_eq!(arguments.control_path, Some("c.sock".into()));
     let expected = DiskArguments {
         socket_path: Some("/run/a.sock".into()),
         fd: None,
@@ -118,6 +129,9 @@ fn every_flag_is_read() {
         engine: Some(EngineKind::IoUring),
         size: Some(3 << 20),
         cache: Some(CacheMode::Directsync),
+        scheduler: Some(Scheduler::Given(Kind::None.into())),
+        limit: Some(parse_limits("iops=7").expect("limits")),
+        group: Some("g".to_owned()),
     };
     assert_eq!(arguments.disk, expected);
     assert_eq!((arguments.workers, arguments.poll_us), (Some(3), 0));
@@ -131,7 +145,8 @@ fn every_flag_is_read() {
 fn a_disk_has_the_keys_of_the_flags() {
     let arguments = serve(&[
         "--disk",
-        "socket-path=/run/a,,b.sock,blk-file=a=b.img,read-only=on,queue-map=0:0:1:1",
+        "socket-path=/run/a,,b.sock,blk-file=a=b.img,read-only=on,queue-map=0:0:1:1,\
+         scheduler=mq-deadline,,fifo_batch=4,limit=iops=5/6:bps=1K",
         "--disk",
         "fd=3,engine=null,size=1G,read-only=off",
         "--disk",
@@ -144,6 +159,14 @@ fn a_disk_has_the_keys_of_the_flags() {
     assert_eq!(first.blk_file, Some("a=b.img".into()));
     assert_eq!(first.read_only, Some(Switch::On));
     assert_eq!(first.queue_map, Some(MapKind::Explicit(vec![0, 0, 1, 1])));
+    assert_eq!(
+        first.scheduler,
+        Some(parse_scheduler("mq-deadline,fifo_batch=4").expect("a scheduler"))
+    );
+    assert_eq!(
+        first.limit,
+        Some(parse_limits("iops=5/6,bps=1K").expect("limits"))
+    );
     assert_eq!(
         (second.fd, second.size, second.read_only),
         (Some(3), Some(1 << 30), Some(Switch::Off))

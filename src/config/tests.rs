@@ -1,7 +1,9 @@
 use std::ffi::OsString;
 
 use super::*;
+use crate::cli::tuning::{parse_group, parse_limits};
 use crate::cli::{Invocation, parse};
+use crate::mq::elevator::{KyberParams, Params};
 
 fn config(words: &[&str]) -> Result<Config, StartError> {
     let argv = std::iter::once("vhost-user-blkmq")
@@ -39,6 +41,9 @@ fn two_flags_are_enough() {
         queue_size: 128,
         vcpus: None,
         queue_map: MapKind::Grouping,
+        scheduler: Scheduler::Auto,
+        limits: Limits::default(),
+        group: None,
     };
     assert_eq!(config.disks, [expected]);
     assert!(config.workers >= 1);
@@ -78,6 +83,16 @@ fn what_is_said_is_taken() {
         "unsafe",
         "--logical-block-size",
         "4096",
+        "--scheduler",
+        "kyber",
+        "--limit",
+        "iops=100",
+        "--group",
+        "g",
+        "--group-limit",
+        "g,bps=1M",
+        "--control-path",
+        "/run/c.sock",
     ]);
     let expected = DiskConfig {
         socket: SocketSource::Fd(3),
@@ -93,9 +108,37 @@ fn what_is_said_is_taken() {
         queue_size: 256,
         vcpus: Some(8),
         queue_map: MapKind::Modulo,
+        scheduler: Scheduler::Given(Params::Kyber(KyberParams::default())),
+        limits: parse_limits("iops=100").expect("limits"),
+        group: Some("g".to_owned()),
     };
     assert_eq!(config.disks, [expected]);
     assert_eq!((config.workers, config.log), (2, LevelFilter::Warn));
+    assert_eq!(config.groups, [parse_group("g,bps=1M").expect("a group")]);
+    assert_eq!(config.control_path, Some("/run/c.sock".into()));
+}
+
+#[test]
+fn groups_and_the_control_socket_are_checked_against_the_disks() {
+    let disk = ["--socket-path", "/a", "--blk-file", "a.img"];
+    for (more, part) in [
+        (
+            &["--group", "g"][..],
+            "a disk is in the group 'g', which has no limits",
+        ),
+        (
+            &["--group-limit", "g,iops=1", "--group-limit", "g,bps=1"],
+            "names the group 'g' twice",
+        ),
+        (
+            &["--control-path", "/a"],
+            "is given for a disk and for --control-path",
+        ),
+    ] {
+        let words = [&disk[..], more].concat();
+        let error = config(&words).expect_err("a contradiction").to_string();
+        assert!(error.contains(part), "{error}");
+    }
 }
 
 #[test]

@@ -6,6 +6,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::mpsc::{self, Sender};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
+use std::time::Instant;
 
 use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
 use signal_hook::iterator::Signals;
@@ -154,6 +155,7 @@ fn start_workers(config: &Config) -> Result<(Vec<WorkerHandle>, Vec<JoinHandle<(
         poll_us: config.poll_us,
         timeout_s: config.timeout_s,
         on_timeout: config.on_timeout,
+        started: Instant::now(),
     };
     for index in 0..count {
         let (handle, thread) =

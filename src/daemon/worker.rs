@@ -73,6 +73,7 @@ struct Worker {
     reports: Vec<QueueReport>,
     spin: Spin,
     watchdog: Watchdog,
+    /// Where the clock of all workers begins.
     started: Instant,
     now_ns: u64,
     errors_logged_ns: Option<u64>,
@@ -90,6 +91,9 @@ pub struct WorkerOptions {
     pub timeout_s: u32,
     /// What is done about it.
     pub on_timeout: OnTimeout,
+    /// Where its clock begins. All workers get the same, because they share the limits of the disks,
+    /// and with them the times.
+    pub started: Instant,
 }
 
 /// Starts worker `id` on a thread of its own.
@@ -153,7 +157,7 @@ impl Worker {
             reports: Vec::new(),
             spin: Spin::new(options.poll_us),
             watchdog: Watchdog::new(options.timeout_s, options.on_timeout, DRIVER_TAGS),
-            started: Instant::now(),
+            started: options.started,
             now_ns: 0,
             errors_logged_ns: None,
             leaving: false,

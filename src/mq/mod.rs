@@ -2,7 +2,8 @@
 //!
 //! [`Mq`] is one worker's share of it: the hctxs of the virtqueues the worker owns, over all disks,
 //! and the driver tags they share. Where the kernel takes `ctx->lock` or `hctx->lock`, ownership
-//! does: one thread calls, so there is nothing to lock.
+//! does: one thread calls, so there is nothing to lock. Only the limits of a disk belong to all
+//! workers that serve it, see [`qos`].
 //!
 //! The buffers of a request cross this module as an opaque payload `P`.
 
@@ -38,8 +39,6 @@ pub use self::hctx::{Busy, Driver, HctxConfig};
 use self::hctx::{Hctx, Want};
 use self::ids::{DiskId, DriverTag, HctxId, RequestTag, RingId};
 use self::limits::ACTIVITY_DECAY_NS;
-use self::qos::Throttle;
-pub use self::queue::GroupId;
 use self::queue::{Below, RequestQueue};
 use self::request::{Request, Status};
 use self::stats::{CtxStats, HctxStats, HctxTimes};
@@ -82,7 +81,6 @@ pub struct Mq<P> {
     hctxs: Vec<Option<Member<P>>>,
     /// By disk.
     queues: Vec<Option<RequestQueue>>,
-    groups: Vec<Throttle>,
     tags: TagSet,
     runnable: VecDeque<HctxId>,
     waiting: VecDeque<HctxId>,
@@ -109,7 +107,6 @@ impl<P> Mq<P> {
         Mq {
             hctxs: Vec::new(),
             queues: Vec::new(),
-            groups: Vec::new(),
             tags: TagSet::new(depth, reserved),
             runnable: VecDeque::new(),
             waiting: VecDeque::new(),
@@ -252,7 +249,6 @@ impl<P> Mq<P> {
             queue: self.queues[disk.index()]
                 .as_mut()
                 .expect("made with its first hctx"),
-            groups: &mut self.groups,
             trace: &mut self.trace,
             driver,
             now_ns: self.now_ns,

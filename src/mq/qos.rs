@@ -1,15 +1,22 @@
 //! Limits on operations and bytes for each second: token buckets.
 //!
-//! A [`Throttle`] holds the buckets of one disk, or of a group of disks that one worker serves. A
-//! request is admitted by all buckets that apply to it, its disk's and its group's, or by none.
+//! A [`Throttle`] holds the buckets of one disk, or of a group of disks. It is shared by all workers
+//! that serve them: a limit is one limit, whether one vCPU issues everything or all do. A request is
+//! admitted by all buckets that apply to it, its disk's and its group's, or by none.
 //!
 //! A bucket admits a request of any size as soon as it holds one whole token, and is charged the
 //! full size: what it did not hold it owes, and admits nothing until that is paid. If it had to hold
 //! the whole size first, small requests that share the bucket would keep a large one out for ever.
-//! Over any time `t` a bucket admits at most rate × t + burst + one request.
+//! Over any time `t` a bucket admits at most rate × t + burst + one request, whoever asks.
+
+mod bucket;
+
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use serde::{Deserialize, Serialize};
 
+use self::bucket::{Bucket, Speed, ticks};
 use super::request::Op;
 
 /// A limit on one thing: how much of it for each second, and how much at once.
@@ -36,19 +43,6 @@ impl Rate {
         match self.burst {
             0 => (self.per_second / 10).max(1),
             burst => burst,
-        }
-    }
-
-    fn share(self, index: u32, of: u32) -> Self {
-        let part = |whole: u64| match whole {
-            0 => 0,
-            _ => {
-                (whole / u64::from(of) + u64::from(u64::from(index) < whole % u64::from(of))).max(1)
-            }
-        };
-        Rate {
-            per_second: part(self.per_second),
-            burst: part(self.burst),
         }
     }
 }
@@ -80,31 +74,16 @@ pub struct Limits {
 }
 
 impl Limits {
-    /// Part `index` of `of`, for one of several workers that serve the same disk or group.
-    ///
-    /// The parts of each rate and burst add up to the whole, but none is less than 1.
-    pub fn share(&self, index: u32, of: u32) -> Self {
-        assert!(index < of, "part {index} of {of}");
-        let directions = |whole: Directions| Directions {
-            read: whole.read.share(index, of),
-            write: whole.write.share(index, of),
-            total: whole.total.share(index, of),
-        };
-        Limits {
-            ops: directions(self.ops),
-            bytes: directions(self.bytes),
-        }
-    }
-
-    fn rates(&self) -> [Rate; BUCKETS] {
+    /// In the order of the buckets.
+    fn speeds(&self) -> [Speed; BUCKETS] {
         let Limits { ops, bytes } = self;
         [
-            ops.read,
-            ops.write,
-            ops.total,
-            bytes.read,
-            bytes.write,
-            bytes.total,
+            Speed::of_ops(ops.read),
+            Speed::of_ops(ops.write),
+            Speed::of_ops(ops.total),
+            Speed::of_bytes(bytes.read),
+            Speed::of_bytes(bytes.write),
+            Speed::of_bytes(bytes.total),
         ]
     }
 }
@@ -123,89 +102,6 @@ const BUCKETS: usize = 6;
 const READ: [usize; 2] = [0, 3];
 const WRITE: [usize; 2] = [1, 4];
 const TOTAL: [usize; 2] = [2, 5];
-
-/// What one token is in the unit levels are kept in: tokens × nanoseconds, so that a rate for each
-/// second times nanoseconds needs no division, and nothing is ever rounded.
-const TOKEN: i128 = 1_000_000_000;
-
-/// One token bucket. Without a rate it is not asked.
-#[derive(Clone, Copy, Debug, Default)]
-struct Bucket {
-    rate: u64,
-    /// Most it may hold.
-    capacity: i128,
-    /// What it holds, or owes when negative.
-    level: i128,
-    updated_ns: u64,
-}
-
-impl Bucket {
-    fn full(rate: Rate) -> Self {
-        let capacity = i128::from(rate.burst()) * TOKEN;
-        Bucket {
-            rate: rate.per_second,
-            capacity,
-            level: capacity,
-            updated_ns: 0,
-        }
-    }
-
-    #[inline]
-    fn is_limit(&self) -> bool {
-        self.rate != 0
-    }
-
-    #[inline]
-    fn refill(&mut self, now_ns: u64) {
-        let elapsed = now_ns.saturating_sub(self.updated_ns);
-        if elapsed == 0 {
-            return;
-        }
-        self.updated_ns = now_ns;
-        let gain = i128::from(elapsed).saturating_mul(i128::from(self.rate));
-        self.level = self.level.saturating_add(gain).min(self.capacity);
-    }
-
-    /// When it admits, after [`Self::refill`]; `None` is now.
-    #[inline]
-    fn admits_at(&self) -> Option<RetryAt> {
-        let missing = TOKEN - self.level;
-        if missing <= 0 {
-            return None;
-        }
-        let rate = i128::from(self.rate);
-        let wait = (missing + rate - 1) / rate;
-        let wait = u64::try_from(wait).unwrap_or(u64::MAX);
-        Some(RetryAt(self.updated_ns.saturating_add(wait)))
-    }
-
-    #[inline]
-    fn charge(&mut self, tokens: u64) {
-        self.level = self.level.saturating_sub(i128::from(tokens) * TOKEN);
-    }
-
-    #[inline]
-    fn refund(&mut self, tokens: u64) {
-        let level = self.level.saturating_add(i128::from(tokens) * TOKEN);
-        self.level = level.min(self.capacity);
-    }
-
-    /// Goes on with another rate. What it holds stays as far as it fits, what it owes stays: there
-    /// is nothing to win by changing limits back and forth. Where there was no limit, it begins
-    /// empty.
-    fn set(&mut self, now_ns: u64, rate: Rate) {
-        let mut next = Bucket::full(rate);
-        if self.is_limit() {
-            self.refill(now_ns);
-            next.level = self.level.min(next.capacity);
-            next.updated_ns = self.updated_ns;
-        } else {
-            next.level = 0;
-            next.updated_ns = now_ns;
-        }
-        *self = next;
-    }
-}
 
 /// What a request takes: from which buckets of each kind, and how many bytes.
 #[derive(Clone, Copy, Debug)]
@@ -239,12 +135,18 @@ impl Price {
     }
 }
 
-/// The token buckets of one disk, or of one group of disks, on one worker.
-#[derive(Clone, Debug)]
+/// The token buckets of one disk, or of one group of disks.
+///
+/// All methods may be called by any thread at any time, with times of one and the same clock; a
+/// caller whose time is a little behind the others' gets a little less, never more. No call on the
+/// way of a request locks or waits: it costs an atomic exchange for each limit that applies.
+#[derive(Debug)]
 pub struct Throttle {
-    limits: Limits,
-    limited: bool,
+    /// Bit by bit, which buckets are limits.
+    limited: AtomicU8,
     buckets: [Bucket; BUCKETS],
+    /// Not for requests: what was set last.
+    limits: Mutex<Limits>,
 }
 
 impl Default for Throttle {
@@ -253,119 +155,168 @@ impl Default for Throttle {
     }
 }
 
+/// Bit by bit, which are limits.
+fn mask(speeds: &[Speed; BUCKETS]) -> u8 {
+    let bits = speeds.iter().enumerate();
+    bits.fold(0, |mask, (bit, speed)| {
+        mask | u8::from(speed.is_limit()) << bit
+    })
+}
+
 impl Throttle {
     /// With full buckets: the burst can be had at once.
     pub fn new(limits: Limits) -> Self {
-        let buckets = limits.rates().map(Bucket::full);
+        let speeds = limits.speeds();
         Throttle {
-            limits,
-            limited: buckets.iter().any(Bucket::is_limit),
-            buckets,
+            limited: AtomicU8::new(mask(&speeds)),
+            buckets: speeds.map(Bucket::new),
+            limits: Mutex::new(limits),
         }
     }
 
-    /// The limits that hold now.
-    pub fn limits(&self) -> &Limits {
-        &self.limits
+    /// The limits that were set last.
+    pub fn limits(&self) -> Limits {
+        *self.lock()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Limits> {
+        self.limits.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Whether there is any limit.
     #[inline]
     pub fn is_limited(&self) -> bool {
-        self.limited
+        self.limited() != 0
     }
 
-    /// Changes the limits from `now_ns` on.
+    /// Relaxed: a request that comes while limits change may be treated as if before or after.
+    #[inline]
+    fn limited(&self) -> u8 {
+        self.limited.load(Ordering::Relaxed)
+    }
+
+    /// Changes the limits from `now_ns` on, while others may take.
     ///
-    /// Tokens and debts carry over, so that a change never makes room for a burst. A request that
-    /// was admitted before may be refunded after; it fills the new buckets at most.
-    pub fn set_limits(&mut self, now_ns: u64, limits: Limits) {
-        for (bucket, rate) in self.buckets.iter_mut().zip(limits.rates()) {
-            bucket.set(now_ns, rate);
+    /// Tokens and debts carry over as far as they fit, and where there was no limit it begins
+    /// empty: a change, or many back and forth, never makes room for a burst. Each bucket changes
+    /// at once, but not all of them at the same time: a request that comes meanwhile may meet an old
+    /// limit and a new one. One that was admitted before may be refunded after; it fills the new
+    /// buckets at most.
+    ///
+    /// Who was refused before waits for a time that may no longer be right, and should ask again.
+    pub fn set_limits(&self, now_ns: u64, limits: Limits) {
+        let mut current = self.lock();
+        let speeds = limits.speeds();
+        for (bucket, speed) in self.buckets.iter().zip(speeds) {
+            bucket.set(ticks(now_ns), speed);
         }
-        self.limits = limits;
-        self.limited = self.buckets.iter().any(Bucket::is_limit);
+        self.limited.store(mask(&speeds), Ordering::Relaxed);
+        *current = limits;
     }
 
     /// Admits a request and charges it, or says when to ask again and charges nothing. `now_ns` is
     /// a monotonic time in nanoseconds; `bytes` is the request's length.
+    ///
+    /// # Errors
+    ///
+    /// Some bucket holds less than one token at `now_ns`: when all hold one.
     #[inline]
-    pub fn try_take(&mut self, now_ns: u64, op: Op, bytes: u64) -> Result<(), RetryAt> {
-        if !self.limited {
+    pub fn try_take(&self, now_ns: u64, op: Op, bytes: u64) -> Result<(), RetryAt> {
+        let limited = self.limited();
+        if limited == 0 {
             return Ok(());
         }
         let Some(price) = Price::of(op, bytes) else {
             return Ok(());
         };
-        self.check(now_ns, price)?;
-        self.charge(price);
-        Ok(())
+        let now = ticks(now_ns);
+        self.check(limited, now, price)?;
+        self.charge(limited, now, price)
     }
 
     /// As [`Self::try_take`], from this (a disk's) and from its group's: both, or none.
+    ///
+    /// # Errors
+    ///
+    /// Some bucket of either holds less than one token at `now_ns`: when all hold one.
     #[inline]
     pub fn try_take_with(
-        &mut self,
-        group: &mut Throttle,
+        &self,
+        group: &Throttle,
         now_ns: u64,
         op: Op,
         bytes: u64,
     ) -> Result<(), RetryAt> {
-        if !self.limited && !group.limited {
+        let (own, shared) = (self.limited(), group.limited());
+        if own | shared == 0 {
             return Ok(());
         }
         let Some(price) = Price::of(op, bytes) else {
             return Ok(());
         };
-        match (self.check(now_ns, price), group.check(now_ns, price)) {
-            (Ok(()), Ok(())) => {
-                self.charge(price);
-                group.charge(price);
-                Ok(())
-            }
-            (Err(own), Err(shared)) => Err(own.max(shared)),
-            (Err(at), Ok(())) | (Ok(()), Err(at)) => Err(at),
+        let now = ticks(now_ns);
+        match (self.check(own, now, price), group.check(shared, now, price)) {
+            (Ok(()), Ok(())) => {}
+            (Err(own), Err(shared)) => return Err(own.max(shared)),
+            (Err(at), Ok(())) | (Ok(()), Err(at)) => return Err(at),
         }
+        self.charge(own, now, price)?;
+        group.charge(shared, now, price).inspect_err(|_| {
+            for (bucket, tokens) in self.asked(own, price) {
+                bucket.refund(tokens);
+            }
+        })
     }
 
     /// Takes back what an admitted request was charged: the engine refused it, and it will ask
     /// again. The buckets are then as if it had not asked. Refund the disk and its group, each.
     #[inline]
-    pub fn refund(&mut self, op: Op, bytes: u64) {
-        if !self.limited {
+    pub fn refund(&self, op: Op, bytes: u64) {
+        let limited = self.limited();
+        if limited == 0 {
             return;
         }
         let Some(price) = Price::of(op, bytes) else {
             return;
         };
-        for (index, tokens) in price.charges() {
-            let bucket = &mut self.buckets[index];
-            if bucket.is_limit() {
-                bucket.refund(tokens);
-            }
+        for (bucket, tokens) in self.asked(limited, price) {
+            bucket.refund(tokens);
         }
     }
 
-    /// Whether all buckets admit it; else when the last of them does.
-    fn check(&mut self, now_ns: u64, price: Price) -> Result<(), RetryAt> {
-        let mut latest = None;
-        for (index, tokens) in price.charges() {
-            let bucket = &mut self.buckets[index];
-            if bucket.is_limit() && tokens != 0 {
-                bucket.refill(now_ns);
-                latest = latest.max(bucket.admits_at());
-            }
-        }
-        latest.map_or(Ok(()), Err)
+    /// The buckets of those in `limited` that a request takes from, and how much from each.
+    #[inline]
+    fn asked(&self, limited: u8, price: Price) -> impl Iterator<Item = (&Bucket, u64)> {
+        price
+            .charges()
+            .into_iter()
+            .filter(move |&(index, tokens)| limited & 1 << index != 0 && tokens != 0)
+            .map(|(index, tokens)| (&self.buckets[index], tokens))
     }
 
-    fn charge(&mut self, price: Price) {
-        for (index, tokens) in price.charges() {
-            let bucket = &mut self.buckets[index];
-            if bucket.is_limit() {
-                bucket.charge(tokens);
+    /// Whether all buckets admit it; else when the last of them does. Refused requests change
+    /// nothing others could see, and no cache line moves for them.
+    #[inline]
+    fn check(&self, limited: u8, now: u64, price: Price) -> Result<(), RetryAt> {
+        let refused = self
+            .asked(limited, price)
+            .filter_map(|(bucket, _)| bucket.check(now).err())
+            .max();
+        refused.map_or(Ok(()), Err)
+    }
+
+    /// Takes from all buckets, or, if somebody was faster since [`Self::check`], from none.
+    #[inline]
+    fn charge(&self, limited: u8, now: u64, price: Price) -> Result<(), RetryAt> {
+        for (taken, (bucket, tokens)) in self.asked(limited, price).enumerate() {
+            if let Err(at) = bucket.take(now, tokens) {
+                for (bucket, tokens) in self.asked(limited, price).take(taken) {
+                    bucket.refund(tokens);
+                }
+                return Err(at);
             }
         }
+        Ok(())
     }
 }
 

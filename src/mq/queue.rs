@@ -1,19 +1,17 @@
 //! The request queue: what the hctxs of one disk on one worker have in common.
 
+use std::sync::Arc;
+
 use super::diskstats::Account;
 use super::elevator::{Elevator, MergeSide, Params, Queued, Times};
 use super::ids::{DiskId, HctxId, RequestId, RequestTag};
 use super::limits::RESOURCE_DELAY_NS;
 use super::merge::Merged;
-use super::qos::{Limits, RetryAt, Throttle};
+use super::qos::{RetryAt, Throttle};
 use super::request::Request;
 use super::table::Table;
 use super::tags::TagSet;
 use super::trace::{Action, Trace};
-
-/// A group of disks that share a limit, by its number on the worker.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct GroupId(pub u16);
 
 /// One disk's share of a worker.
 #[derive(Debug)]
@@ -22,8 +20,10 @@ pub(super) struct RequestQueue {
     pub members: Vec<HctxId>,
     /// `none` is its absence.
     pub elevator: Option<Elevator>,
-    pub throttle: Throttle,
-    pub group: Option<GroupId>,
+    /// The disk's limits, which other workers take from as well.
+    pub throttle: Option<Arc<Throttle>>,
+    /// Those of the group of disks it belongs to.
+    pub group: Option<Arc<Throttle>>,
     pub account: Account,
     /// The sum of the members' ring sizes: as many requests can wait in the elevator.
     pub depth: u16,
@@ -37,7 +37,7 @@ impl RequestQueue {
             disk,
             members: Vec::new(),
             elevator: None,
-            throttle: Throttle::new(Limits::default()),
+            throttle: None,
             group: None,
             account: Account::new(),
             depth: 0,
@@ -111,11 +111,10 @@ impl RequestQueue {
     }
 }
 
-/// What is below an hctx when it issues: all of it belongs to the same worker.
+/// What is below an hctx when it issues.
 pub(super) struct Below<'a, D> {
     pub tags: &'a mut TagSet,
     pub queue: &'a mut RequestQueue,
-    pub groups: &'a mut [Throttle],
     pub trace: &'a mut Trace,
     pub driver: &'a mut D,
     pub now_ns: u64,
@@ -125,23 +124,21 @@ impl<D> Below<'_, D> {
     /// The budget: tokens of the disk and of its group, all or none (blk_mq_get_dispatch_budget).
     #[inline]
     pub fn take_budget(&mut self, request: &Request) -> Result<(), RetryAt> {
-        let throttle = &mut self.queue.throttle;
-        match self.queue.group {
-            None => throttle.try_take(self.now_ns, request.op, request.bytes),
-            Some(GroupId(group)) => throttle.try_take_with(
-                &mut self.groups[usize::from(group)],
-                self.now_ns,
-                request.op,
-                request.bytes,
-            ),
+        let (now_ns, op, bytes) = (self.now_ns, request.op, request.bytes);
+        match (&self.queue.throttle, &self.queue.group) {
+            (None, None) => Ok(()),
+            (Some(one), None) | (None, Some(one)) => one.try_take(now_ns, op, bytes),
+            (Some(disk), Some(group)) => disk.try_take_with(group, now_ns, op, bytes),
         }
     }
 
     /// Gives back what was taken for a request that was not issued (blk_mq_put_dispatch_budget).
     pub fn put_budget(&mut self, request: &Request) {
-        self.queue.throttle.refund(request.op, request.bytes);
-        if let Some(GroupId(group)) = self.queue.group {
-            self.groups[usize::from(group)].refund(request.op, request.bytes);
+        let RequestQueue {
+            throttle, group, ..
+        } = &self.queue;
+        for throttle in [throttle, group].into_iter().flatten() {
+            throttle.refund(request.op, request.bytes);
         }
     }
 

@@ -1,11 +1,11 @@
 //! What can be changed while requests run: elevator, limits, groups.
 
 use std::cmp::Reverse;
+use std::sync::Arc;
 
 use super::elevator::{Kind, ParamError, Params};
 use super::ids::DiskId;
-use super::qos::{Limits, Throttle};
-use super::queue::GroupId;
+use super::qos::Throttle;
 use super::{Mq, Place};
 
 impl<P> Mq<P> {
@@ -37,36 +37,22 @@ impl<P> Mq<P> {
         }
     }
 
-    /// Limits a disk, from now on. What it has taken so far is not forgotten.
-    pub fn set_limits(&mut self, disk: DiskId, limits: Limits) {
-        let now_ns = self.now_ns;
-        self.queue_of(disk).throttle.set_limits(now_ns, limits);
-        self.retry_delayed();
+    /// Gives a disk its limits, or none. All workers that serve it are given the same.
+    pub fn set_throttle(&mut self, disk: DiskId, throttle: Option<Arc<Throttle>>) {
+        self.queue_of(disk).throttle = throttle;
+        self.limits_changed();
     }
 
-    /// Limits a group of disks, from now on; the group comes into being with its first limits.
-    pub fn set_group_limits(&mut self, group: GroupId, limits: Limits) {
-        let index = usize::from(group.0);
-        if self.groups.len() <= index {
-            self.groups.resize_with(index + 1, Throttle::default);
-        }
-        let now_ns = self.now_ns;
-        self.groups[index].set_limits(now_ns, limits);
-        self.retry_delayed();
-    }
-
-    /// Makes a disk a member of a group, or of none.
-    pub fn set_group(&mut self, disk: DiskId, group: Option<GroupId>) {
-        assert!(
-            group.is_none_or(|group| usize::from(group.0) < self.groups.len()),
-            "the group has limits"
-        );
+    /// Gives a disk the limits of the group it belongs to, or of none. All workers that serve disks
+    /// of the group are given the same.
+    pub fn set_group(&mut self, disk: DiskId, group: Option<Arc<Throttle>>) {
         self.queue_of(disk).group = group;
-        self.retry_delayed();
+        self.limits_changed();
     }
 
-    /// Who waits for a time asks again now: the time was computed from limits that have changed.
-    fn retry_delayed(&mut self) {
+    /// Who waits for a time asks again in this turn: the time was computed from limits that have
+    /// changed. To be called on every worker after [`Throttle::set_limits`].
+    pub fn limits_changed(&mut self) {
         while let Some(Reverse((.., id))) = self.delayed.pop() {
             self.member(id).place = Place::Runnable;
             self.runnable.push_back(id);

@@ -7,8 +7,9 @@ use tempfile::TempDir;
 use super::align::{reads, tried_memory_align, tried_offset_align};
 use super::*;
 use crate::cli::{CacheMode, EngineKind};
-use crate::config::SocketSource;
+use crate::config::{Scheduler, SocketSource};
 use crate::mq::map::MapKind;
+use crate::mq::qos::Limits;
 
 fn config(image: ImageSource) -> DiskConfig {
     assert_eq!(EngineKind::default(), EngineKind::Auto);
@@ -24,6 +25,9 @@ fn config(image: ImageSource) -> DiskConfig {
         queue_size: 128,
         vcpus: None,
         queue_map: MapKind::Grouping,
+        scheduler: Scheduler::Auto,
+        limits: Limits::default(),
+        group: None,
     }
 }
 
