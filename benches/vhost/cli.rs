@@ -79,7 +79,7 @@ pub struct Args {
     /// How often everybody is measured, in turn
     #[arg(long, default_value_t = 5)]
     pub rounds: usize,
-    /// Before each measurement, wait up to this long for other processes to be quiet
+    /// For so long, each measurement waits until other processes are quiet, and is repeated if they did not stay so
     #[arg(long, default_value_t = 0.0, value_name = "SECONDS")]
     pub calm: f64,
     /// Count the back end's system calls too, in a run of their own (perf, or else strace)

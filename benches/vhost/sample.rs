@@ -132,10 +132,12 @@ pub fn pin_front(pin: Option<&Pin>) -> Result<(), String> {
     pin.map_or(Ok(()), |pin| backend::pin(None, &pin.front))
 }
 
+/// Other processes that take less of the machine than this (0 to 1) do not disturb.
+pub const CALM: f64 = 0.05;
+
 /// Waits until other processes leave the machine alone, but not longer than `patience`.
 pub fn wait_for_calm(patience: Duration) {
     const LOOK: Duration = Duration::from_millis(250);
-    const CALM: f64 = 0.05;
     let deadline = Instant::now() + patience;
     let mut calm = 0;
     // Twice in a row: compilers pause, too.
