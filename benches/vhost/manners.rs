@@ -42,8 +42,12 @@ pub fn all() -> Vec<Manner> {
             measure: idle,
         },
         Manner {
-            name: "null, 1 and 64 queues, 64 requests in all",
-            measure: many_queues,
+            name: "null, 1 → 64 queues, 64 requests in all, polling",
+            measure: |args, base, method| many_queues(args, base, method, true),
+        },
+        Manner {
+            name: "null, 1 → 64 queues, 64 requests in all, waiting",
+            measure: |args, base, method| many_queues(args, base, method, false),
         },
         Manner {
             name: "memory of one disk with 4 queues",
@@ -133,7 +137,12 @@ fn idle(args: &Args, base: &Workload, _: &Method) -> Result<Verdict, String> {
     })
 }
 
-fn many_queues(args: &Args, base: &Workload, method: &Method) -> Result<Verdict, String> {
+fn many_queues(
+    args: &Args,
+    base: &Workload,
+    method: &Method,
+    spin: bool,
+) -> Result<Verdict, String> {
     const LEAST: f64 = 0.9;
     let contender = [Contender::ours(&[])];
     let image = Image::Null(args.size << 20);
@@ -147,7 +156,7 @@ fn many_queues(args: &Args, base: &Workload, method: &Method) -> Result<Verdict,
         threads: 1,
         depth: QUEUES / queues,
         block: 4096,
-        spin: false,
+        spin,
         ..base.clone()
     };
     let (mut one, mut many) = (Vec::new(), Vec::new());
@@ -166,7 +175,10 @@ fn many_queues(args: &Args, base: &Workload, method: &Method) -> Result<Verdict,
     print!("{}", report::medians(&both));
     let ratio = Ratio::of(&both[0], &both[1], |s| s.iops);
     Ok(Verdict {
-        row: "null, 1 → 64 queues at the same depth".to_owned(),
+        row: format!(
+            "null, 1 → 64 queues, {}",
+            if spin { "polling" } else { "waiting" }
+        ),
         what: "IOPS".to_owned(),
         ours: both[0].median.iops,
         peer: both[1].median.iops,
