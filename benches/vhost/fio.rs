@@ -68,14 +68,6 @@ pub fn measure(image: &Path, workload: &Workload, pin: Option<&Pin>) -> Result<S
     let main = if reads >= 50 { "read" } else { "write" };
     let us = |share: &str| number(&job[main]["clat_ns"]["percentile"][share]) / 1000.0;
     let busy = (number(&job["usr_cpu"]) + number(&job["sys_cpu"])) / 100.0;
-    let seconds = both("runtime") / 1000.0;
-    let user_ns = number(&job["usr_cpu"]) / 100.0 * seconds * 1e9;
-    #[expect(
-        clippy::cast_possible_truncation,
-        clippy::cast_sign_loss,
-        reason = "seconds in nanoseconds"
-    )]
-    let user_ns = user_ns as u64;
     Ok(Sample {
         iops,
         mib: iops * workload.block as f64 / f64::from(1 << 20),
@@ -83,7 +75,7 @@ pub fn measure(image: &Path, workload: &Workload, pin: Option<&Pin>) -> Result<S
         p99: us("99.000000"),
         p999: us("99.900000"),
         cpu: busy * 1e6 / iops,
-        others: others.others(&before, user_ns + own.user_ns),
+        others: others.others(&before, own.user_ns + own.children_ns),
         ..Sample::default()
     })
 }

@@ -11,6 +11,7 @@ pub struct Usage {
     /// User and system time in ticks, threads that ended among them.
     ticks: u64,
     user_ticks: u64,
+    children_ticks: u64,
     voluntary: u64,
     involuntary: u64,
 }
@@ -22,6 +23,8 @@ pub struct Used {
     pub cpu_ns: u64,
     /// Nanoseconds of it in user space, to a tick.
     pub user_ns: u64,
+    /// The same of its children that ended.
+    pub children_ns: u64,
     /// Context switches because the process waited.
     pub voluntary: u64,
     /// Context switches because another was to run.
@@ -46,12 +49,13 @@ impl Usage {
             usage.involuntary += field(&status, "nonvoluntary_ctxt_switches:");
         }
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-        // The name in parentheses may hold anything; utime and stime are the 12th and 13th after it.
+        // The name in parentheses may hold anything; utime, stime and cutime are the 12th to 14th after it.
         let after = stat.rsplit_once(')').map_or("", |(_, after)| after);
         let mut times = after.split_whitespace().skip(11);
         let mut ticks = || times.next().and_then(|t| t.parse().ok()).unwrap_or(0);
         usage.user_ticks = ticks();
         usage.ticks = usage.user_ticks + ticks();
+        usage.children_ticks = ticks();
         usage
     }
 
@@ -69,6 +73,7 @@ impl Usage {
             // A thread that ended took its exact count with it; the ticks keep it.
             cpu_ns: if all_alive { counted } else { ticked },
             user_ns: self.user_ticks.saturating_sub(before.user_ticks) * tick_ns,
+            children_ns: self.children_ticks.saturating_sub(before.children_ticks) * tick_ns,
             voluntary: self.voluntary.saturating_sub(before.voluntary),
             involuntary: self.involuntary.saturating_sub(before.involuntary),
         }
