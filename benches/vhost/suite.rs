@@ -273,6 +273,8 @@ fn measure(row: &Row, image: &Image, method: &Method, results: &mut Results) -> 
             Aim::AtLeast => ("≥", ratio.median >= target.bound),
             Aim::AtMost => ("≤", ratio.median <= target.bound),
         };
+        let (what, name) = (target.what, target.peer);
+        println!("ours / {name}: {what} {}", report::ratio(&ratio));
         results.verdicts.push(Verdict {
             row: row.name.to_owned(),
             what: target.what.to_owned(),
