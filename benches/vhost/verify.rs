@@ -67,7 +67,7 @@ pub fn run(socket: &Path, image: &Image, workload: &Workload) -> Result<String, 
         compared += outcome?;
     }
     stop(&mut front, &lanes);
-    let mib = compared * workload.block as u64 >> 20;
+    let mib = (compared * workload.block as u64) >> 20;
     Ok(format!(
         "{compared} reads compared ({mib} MiB), no difference"
     ))
