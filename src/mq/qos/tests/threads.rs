@@ -140,12 +140,13 @@ fn threads_that_take_while_limits_change_are_charged_the_right_price() {
         for step in 0..steps {
             let now = step * STEP;
             clock.store(now, Ordering::Release);
+            // The others are taking what came since the last step while the rate changes.
+            let slow = step % 2 == 0;
+            throttle.set_limits(now, bytes(rate(if slow { 1 } else { FAST }, BURST)));
             // Everything there is at this time is taken before it goes on.
             while throttle.try_take(now, Op::Read, SIZE).is_ok() {
                 admitted += 1;
             }
-            let slow = step % 2 == 0;
-            throttle.set_limits(now, bytes(rate(if slow { 1 } else { FAST }, BURST)));
         }
         done.store(true, Ordering::Release);
         admitted
