@@ -3,6 +3,8 @@ use super::limits::RESOURCE_DELAY_NS;
 use super::request::{IoPrio, Op};
 use super::*;
 
+mod exhaustive;
+
 /// What was handed to the engine, and how it is to behave.
 #[derive(Default)]
 struct Below {
