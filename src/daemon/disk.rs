@@ -6,18 +6,21 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::config::DiskConfig;
-use crate::engine::disk::{Image, ImageKind};
-use crate::engine::{FileTarget, Target};
-use crate::mq::elevator::{ParamError, Params};
-use crate::mq::ids::{DiskId, QueueId, RingId, Sector, WorkerId};
-use crate::mq::limits::{MAX_RANGES, SECTOR_SIZE};
+use crate::engine::disk::Image;
+use crate::mq::elevator::Params;
+use crate::mq::ids::{DiskId, QueueId, RingId, WorkerId};
 use crate::mq::map::{MapKind, QueueMap, Topology};
-use crate::virtio::abi::ID_BYTES;
-use crate::virtio::config_space::{self, ConfigError, ConfigSpace, WriteCache};
+use crate::mq::qos::Throttle;
+use crate::virtio::config_space::{ConfigError, ConfigSpace, WriteCache};
 use crate::virtio::features;
-use crate::virtio::shape::{DiskShape, RangeLimits};
+use crate::virtio::shape::DiskShape;
 
-use super::message::{Message, WorkerGone, WorkerHandle};
+use self::look::{shape, space, target};
+pub use self::tuning::Membership;
+use super::message::{Message, Reply, WorkerGone, WorkerHandle};
+
+mod look;
+mod tuning;
 
 /// A disk that is being served.
 #[derive(Debug)]
@@ -35,6 +38,13 @@ pub struct Disk {
     workers: Vec<WorkerHandle>,
     queues: Mutex<QueuesInUse>,
     scheduler: Mutex<Params>,
+    /// Held while the workers change the scheduler.
+    switching: Mutex<()>,
+    /// Its own limits, shared by the workers.
+    throttle: Arc<Throttle>,
+    group: Mutex<Option<Membership>>,
+    /// A front end is being served.
+    connected: AtomicBool,
 }
 
 /// Why writes may have to be durable when they complete.
@@ -55,7 +65,8 @@ struct QueuesInUse {
 }
 
 impl Disk {
-    /// Makes the image known to all workers.
+    /// Makes the image known to all workers, with the scheduler and the limits of the configuration,
+    /// in `group` or in none.
     ///
     /// # Errors
     ///
@@ -65,6 +76,7 @@ impl Disk {
         config: DiskConfig,
         image: Image,
         workers: Vec<WorkerHandle>,
+        group: Option<Membership>,
     ) -> io::Result<Arc<Disk>> {
         let shape = shape(&config, &image);
         let space = space(&config, &image, &shape);
@@ -75,12 +87,16 @@ impl Disk {
                 chosen: config.cache.is_write_through(),
                 flushless: false,
             }),
+            throttle: Arc::new(Throttle::new(config.limits)),
+            group: Mutex::new(None),
+            connected: AtomicBool::new(false),
             config,
             image,
             shape,
             space,
             workers,
             scheduler: Mutex::new(Params::None),
+            switching: Mutex::new(()),
             queues: Mutex::new(QueuesInUse {
                 started: BTreeSet::new(),
                 map: None,
@@ -94,9 +110,17 @@ impl Disk {
                     target,
                     shape: Box::new(disk.shape.clone()),
                     write_through: Arc::clone(&disk.write_through),
+                    throttle: Arc::clone(&disk.throttle),
                     done,
                 })
                 .map_err(io::Error::other)??;
+        }
+        let scheduler = disk.choose_scheduler(disk.config.scheduler);
+        if scheduler != Params::None {
+            disk.set_scheduler(scheduler);
+        }
+        if group.is_some() {
+            disk.set_group(group);
         }
         Ok(Arc::new(disk))
     }
@@ -172,55 +196,37 @@ impl Disk {
         }
     }
 
-    /// The elevator it has, with its parameters.
-    pub fn scheduler(&self) -> Params {
-        *self.lock_scheduler()
-    }
-
-    /// Gives the disk another elevator, on all workers, while requests may be in flight: each
-    /// worker finishes what it has first. Returns when the last one has changed.
-    pub fn set_scheduler(&self, params: Params) {
-        let mut scheduler = self.lock_scheduler();
+    /// Tells all workers something at once, and returns when the last one has adopted it.
+    fn tell_workers(&self, message: impl Fn(Reply<()>) -> Message) {
         let answers: Vec<_> = self
             .workers
             .iter()
-            .filter_map(|worker| {
-                worker
-                    .send(|done| Message::SetScheduler(self.id, params, done))
-                    .ok()
-            })
+            .filter_map(|worker| worker.send(&message).ok())
             .collect();
         for answer in answers {
-            // A worker that has ended has no requests to schedule.
+            // A worker that has ended has nothing to change.
             let _ = answer.recv();
         }
-        *scheduler = params;
     }
 
-    /// Changes one parameter of the elevator, by its name in sysfs, on all workers.
-    ///
-    /// # Errors
-    ///
-    /// The elevator has no such parameter, or not with that value.
-    pub fn set_scheduler_param(&self, name: &str, value: u64) -> Result<(), ParamError> {
-        let mut scheduler = self.lock_scheduler();
-        // Checked here once; what holds here holds on each worker.
-        scheduler.set(name, value)?;
-        for worker in &self.workers {
-            let name = name.to_owned();
-            if let Ok(outcome) =
-                worker.ask(|done| Message::SetSchedulerParam(self.id, name, value, done))
-            {
-                outcome?;
-            }
-        }
-        Ok(())
+    /// What is behind it.
+    pub fn image(&self) -> &Image {
+        &self.image
     }
 
-    fn lock_scheduler(&self) -> MutexGuard<'_, Params> {
-        self.scheduler
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+    /// Whether writes are durable when they complete, as things are now.
+    pub fn is_write_through(&self) -> bool {
+        self.write_through.load(Ordering::Relaxed)
+    }
+
+    /// Whether a front end is being served.
+    pub fn is_connected(&self) -> bool {
+        self.connected.load(Ordering::Relaxed)
+    }
+
+    /// A front end came, or left.
+    pub fn set_connected(&self, connected: bool) {
+        self.connected.store(connected, Ordering::Relaxed);
     }
 
     /// The worker a queue belongs to, always the same.
@@ -317,85 +323,6 @@ fn ctxs_of(queues: &QueuesInUse, queue: u16) -> u16 {
         _ => 1,
     };
     u16::try_from(count.max(1)).unwrap_or(u16::MAX)
-}
-
-fn target(config: &DiskConfig, image: &Image) -> io::Result<Target> {
-    if image.kind == ImageKind::Null {
-        return Ok(Target::Null {
-            size_bytes: image.size_bytes,
-        });
-    }
-    Ok(Target::File(FileTarget {
-        file: image.file.try_clone()?.into(),
-        size_bytes: image.size_bytes,
-        direct: image.direct,
-        memory_align: image.dio_mem_align,
-        offset_align: image.dio_offset_align,
-        block_device: image.kind == ImageKind::BlockDevice,
-        ignore_flush: config.cache.ignores_flush(),
-    }))
-}
-
-fn shape(config: &DiskConfig, image: &Image) -> DiskShape {
-    let mut serial = [0; ID_BYTES];
-    let len = config.serial.len().min(ID_BYTES);
-    serial[..len].copy_from_slice(&config.serial.as_bytes()[..len]);
-    let block = u64::from(config.logical_block_size);
-    let ranges = |max_bytes: u64| {
-        // The largest multiple of the logical block that 32 bits of sectors can hold.
-        let largest = (u64::from(u32::MAX) * SECTOR_SIZE / block) * block / SECTOR_SIZE;
-        RangeLimits {
-            max_sectors: u32::try_from((max_bytes / SECTOR_SIZE).min(largest)).unwrap_or(u32::MAX),
-            max_ranges: MAX_RANGES,
-        }
-    };
-    DiskShape {
-        capacity: Sector::of_bytes(image.size_bytes),
-        logical_block_size: config.logical_block_size,
-        read_only: config.read_only,
-        discard: (image.discard.max_bytes > 0).then(|| ranges(image.discard.max_bytes)),
-        // Where the image has no shorter way the engine writes the zeroes itself, so any length
-        // goes.
-        write_zeroes: (!config.read_only).then(|| {
-            ranges(match image.write_zeroes.max_bytes {
-                0 => u64::MAX,
-                max => max,
-            })
-        }),
-        serial,
-    }
-}
-
-fn space(config: &DiskConfig, image: &Image, shape: &DiskShape) -> ConfigSpace {
-    let block = config.logical_block_size;
-    let blocks = |bytes: u32| bytes / block;
-    let (discard, zeroes) = (shape.discard, shape.write_zeroes);
-    ConfigSpace {
-        capacity: shape.capacity.0,
-        // Any segment length is taken.
-        size_max: 0,
-        // A request and its header and status fit into the ring even without indirect descriptors.
-        seg_max: u32::from(config.queue_size) - 2,
-        blk_size: block,
-        topology: config_space::Topology {
-            physical_block_exp: u8::try_from(blocks(image.physical_block_bytes).max(1).ilog2())
-                .unwrap_or(0),
-            alignment_offset: 0,
-            min_io_size: u16::try_from(blocks(image.min_io_bytes)).unwrap_or(u16::MAX),
-            opt_io_size: blocks(image.opt_io_bytes),
-        },
-        writeback: true,
-        num_queues: config.num_queues,
-        max_discard_sectors: discard.map_or(0, |limits| limits.max_sectors),
-        max_discard_seg: discard.map_or(0, |limits| u32::from(limits.max_ranges)),
-        discard_sector_alignment: match discard {
-            Some(_) => (image.discard.granularity_bytes.max(block)) / 512,
-            None => 0,
-        },
-        max_write_zeroes_sectors: zeroes.map_or(0, |limits| limits.max_sectors),
-        max_write_zeroes_seg: zeroes.map_or(0, |limits| u32::from(limits.max_ranges)),
-        write_zeroes_may_unmap: zeroes.is_some() && image.write_zeroes.may_unmap,
-    }
 }
 
 /// Where a worker's number comes from.
