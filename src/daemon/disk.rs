@@ -1,26 +1,27 @@
 //! A disk of the process, from its configuration to the workers that serve its queues.
 
+mod describe;
+mod tuning;
+
 use std::collections::BTreeSet;
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::config::DiskConfig;
-use crate::engine::disk::Image;
+use crate::engine::disk::{Image, ImageKind};
 use crate::mq::elevator::Params;
 use crate::mq::ids::{DiskId, QueueId, RingId, WorkerId};
-use crate::mq::map::{MapKind, QueueMap, Topology};
+use crate::mq::map::{MapKind, Topology};
 use crate::mq::qos::Throttle;
+use crate::mq::types::{Counts, QueueMaps};
 use crate::virtio::config_space::{ConfigError, ConfigSpace, WriteCache};
 use crate::virtio::features;
 use crate::virtio::shape::DiskShape;
 
-use self::look::{shape, space, target};
+use self::describe::{shape, space, target};
 pub use self::tuning::Membership;
 use super::message::{Message, Reply, WorkerGone, WorkerHandle};
-
-mod look;
-mod tuning;
 
 /// A disk that is being served.
 #[derive(Debug)]
@@ -61,7 +62,9 @@ struct CacheState {
 #[derive(Debug)]
 struct QueuesInUse {
     started: BTreeSet<u16>,
-    map: Option<QueueMap>,
+    /// Those of them whose guest polls, so that they have no call fd.
+    polled: BTreeSet<u16>,
+    map: Option<QueueMaps>,
 }
 
 impl Disk {
@@ -99,6 +102,7 @@ impl Disk {
             switching: Mutex::new(()),
             queues: Mutex::new(QueuesInUse {
                 started: BTreeSet::new(),
+                polled: BTreeSet::new(),
                 map: None,
             }),
         };
@@ -185,7 +189,8 @@ impl Disk {
 
     /// Makes all completed writes durable.
     fn sync(&self) {
-        if self.image.read_only || self.config.cache.ignores_flush() {
+        let is_null = self.image.kind == ImageKind::Null;
+        if is_null || self.image.read_only || self.config.cache.ignores_flush() {
             return;
         }
         if let Err(error) = self.image.file.sync_data() {
@@ -245,41 +250,60 @@ impl Disk {
     }
 
     /// A queue starts: returns how many ctxs it gets. The other queues' ctxs follow the new map.
-    pub fn queue_starts(&self, queue: QueueId) -> u16 {
+    pub fn queue_starts(&self, queue: QueueId, polled: bool) -> u16 {
         let mut queues = self.lock_queues();
         queues.started.insert(queue.0);
+        if polled {
+            queues.polled.insert(queue.0);
+        } else {
+            queues.polled.remove(&queue.0);
+        }
         self.remap(&mut queues);
-        let others: Vec<u16> = queues
-            .started
-            .iter()
-            .copied()
-            .filter(|other| *other != queue.0)
-            .collect();
-        if self.vcpus_are_given() {
-            for other in others {
-                let ring = self.ring(QueueId(other));
-                let ctxs = ctxs_of(&queues, other);
-                let asked = self
-                    .worker_of(ring.queue)
-                    .ask(|done| Message::SetCtxs(ring, ctxs, done));
-                if let Err(WorkerGone(worker)) = asked {
-                    log::debug!("{ring}: worker {worker} has ended");
-                }
+        self.tell_ctxs(&queues, Some(queue.0));
+        ctxs_of(&queues, queue.0)
+    }
+
+    /// A queue got a call fd, or lost the one it had, while it runs.
+    pub fn queue_polled(&self, queue: QueueId, polled: bool) {
+        let mut queues = self.lock_queues();
+        let changed = match polled {
+            true => queues.polled.insert(queue.0),
+            false => queues.polled.remove(&queue.0),
+        };
+        if changed {
+            self.remap(&mut queues);
+            self.tell_ctxs(&queues, None);
+        }
+    }
+
+    fn tell_ctxs(&self, queues: &QueuesInUse, except: Option<u16>) {
+        if !self.vcpus_are_given() {
+            return;
+        }
+        for queue in queues.started.iter().filter(|q| Some(**q) != except) {
+            let ring = self.ring(QueueId(*queue));
+            let ctxs = ctxs_of(queues, *queue);
+            let asked = self
+                .worker_of(ring.queue)
+                .ask(|done| Message::SetCtxs(ring, ctxs, done));
+            if let Err(WorkerGone(worker)) = asked {
+                log::debug!("{ring}: worker {worker} has ended");
             }
         }
-        ctxs_of(&queues, queue.0)
     }
 
     /// A queue was stopped. The map stays until the next one starts.
     pub fn queue_stopped(&self, queue: QueueId) {
-        self.lock_queues().started.remove(&queue.0);
+        let mut queues = self.lock_queues();
+        queues.started.remove(&queue.0);
+        queues.polled.remove(&queue.0);
     }
 
     /// The vCPUs the map sends to a queue, for the summary.
     pub fn cpus_of(&self, queue: QueueId) -> Vec<u16> {
         let queues = self.lock_queues();
         match &queues.map {
-            Some(map) if queue.index() < map.queues() => map.cpus_of(queue.0).to_vec(),
+            Some(map) if queue.0 < map.queues() => map.cpus_of(queue.0).to_vec(),
             _ => Vec::new(),
         }
     }
@@ -304,12 +328,24 @@ impl Disk {
 
     fn remap(&self, queues: &mut QueuesInUse) {
         let in_use = queues.started.last().map_or(0, |last| last + 1);
-        let vcpus = match &self.config.queue_map {
-            MapKind::Explicit(list) => u16::try_from(list.len()).unwrap_or(u16::MAX),
-            _ => self.config.vcpus.unwrap_or(in_use),
+        // The guest's driver puts its poll queues last.
+        let poll = (0..in_use)
+            .rev()
+            .take_while(|queue| queues.polled.contains(queue))
+            .count();
+        let poll = u16::try_from(poll).unwrap_or(0);
+        let (vcpus, poll) = match &self.config.queue_map {
+            // What was given says all: which queue is for what is no longer asked.
+            MapKind::Explicit(list) => (u16::try_from(list.len()).unwrap_or(u16::MAX), 0),
+            _ if poll < in_use => (self.config.vcpus.unwrap_or(in_use - poll), poll),
+            _ => (self.config.vcpus.unwrap_or(in_use), 0),
         };
-        let map = QueueMap::build(&self.config.queue_map, &Topology::flat(vcpus), in_use);
-        match map {
+        let counts = Counts {
+            default: in_use - poll,
+            read: 0,
+            poll,
+        };
+        match QueueMaps::build(&self.config.queue_map, &Topology::flat(vcpus), counts) {
             Ok(map) => queues.map = Some(map),
             // An explicit map may name queues that this guest does not use (yet).
             Err(error) => log::debug!("disk {}: queue map: {error}", self.config.serial),
@@ -319,7 +355,7 @@ impl Disk {
 
 fn ctxs_of(queues: &QueuesInUse, queue: u16) -> u16 {
     let count = match &queues.map {
-        Some(map) if usize::from(queue) < map.queues() => map.cpus_of(queue).len(),
+        Some(map) if queue < map.queues() => map.cpus_of(queue).len(),
         _ => 1,
     };
     u16::try_from(count.max(1)).unwrap_or(u16::MAX)

@@ -199,7 +199,7 @@ impl Vring {
             call: duplicate(own.call.as_ref()),
             err: duplicate(own.err.as_ref()),
             enabled,
-            ctxs: disk.queue_starts(link.ring.queue),
+            ctxs: disk.queue_starts(link.ring.queue, own.call.is_none()),
         });
         match link.ask(|done| Message::Start(start, done)) {
             Some(Ok(())) => own.running = true,
@@ -342,6 +342,11 @@ impl VringT<GuestMemory> for Vring {
 
     fn set_call(&self, file: Option<File>) {
         self.set_fd(FdRole::Call, file.as_ref());
+        let link = &self.link;
+        if link.own().running {
+            let disk = &link.session.disk;
+            disk.queue_polled(link.ring.queue, file.is_none());
+        }
         self.inner.set_call(file);
     }
 

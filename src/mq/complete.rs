@@ -12,7 +12,7 @@ impl<P> Hctx<P> {
     /// A request came back from the engine; `finish` gets every part's payload with its status and
     /// the bytes that were read for it.
     ///
-    /// A merged read or write that failed is taken apart and each part sent again, so that every
+    /// A merged request that failed is taken apart and each part sent again, so that every
     /// guest request gets its own exact status. Flushes that became one have one fate.
     pub fn complete(
         &mut self,
@@ -33,7 +33,7 @@ impl<P> Hctx<P> {
             };
             below.queue.elevated_ended(&request, times);
         }
-        if result.is_err() && request.op.moves_data() && self.table.is_merged(tag) {
+        if result.is_err() && request.op != Op::Flush && self.table.is_merged(tag) {
             below.trace(Action::Split, self.id, tag, &request);
             self.split(tag, below);
             return Want::Run;

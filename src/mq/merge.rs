@@ -4,8 +4,8 @@
 //! the same ctx. Nothing ever waits in order to be merged.
 
 use super::ids::RequestTag;
-use super::limits::{IOV_MAX, MAX_MERGED_BYTES};
-use super::request::Request;
+use super::limits::{IOV_MAX, MAX_MERGED_BYTES, MAX_RANGES};
+use super::request::{Op, Request};
 use super::table::{Fifo, Table};
 
 /// Whether, and on which side, a request became a part of another.
@@ -29,8 +29,23 @@ pub(super) enum Fit {
     Apart,
 }
 
+/// Discards have nothing to be neighbours for: each brings its own ranges, as many as the engine
+/// takes in one request (`max_discard_segments`, blk_discard_mergable).
+fn fit_ranges(early: &Request, late: &Request, started: bool) -> Fit {
+    let allowed = early.op == late.op
+        && early.ioprio == late.ioprio
+        && !early.fua
+        && !late.fua
+        && !started
+        && early.segments + late.segments <= MAX_RANGES;
+    if allowed { Fit::Back } else { Fit::Apart }
+}
+
 /// How `late` lies to `early`, and whether the two may travel as one.
 pub(super) fn fit(early: &Request, late: &Request, started: bool) -> Fit {
+    if early.op == Op::Discard && late.op == Op::Discard {
+        return fit_ranges(early, late, started);
+    }
     let place = if early.end() == late.sector {
         Fit::Back
     } else if late.end() == early.sector {
@@ -58,7 +73,8 @@ pub(super) fn into_newest<P>(
     lookback: usize,
 ) -> Merged {
     let late = table.get(tag).request;
-    if !late.op.moves_data() || late.fua || late.bytes == 0 {
+    let mergeable = late.op.moves_data() || late.op == Op::Discard;
+    if !mergeable || late.fua || late.bytes == 0 {
         return Merged::No;
     }
     let mut at = list.back();
@@ -109,6 +125,20 @@ mod tests {
     }
 
     #[test]
+    fn discards_bring_their_ranges_wherever_they_are() {
+        let at = request(Op::Discard, 8, 8);
+        for sector in [0, 16, 9000] {
+            assert_eq!(fit(&at, &request(Op::Discard, sector, 8), false), Fit::Back);
+        }
+        let full = Request {
+            segments: MAX_RANGES,
+            ..at
+        };
+        assert_eq!(fit(&full, &at, false), Fit::Apart);
+        assert_eq!(fit(&at, &at, true), Fit::Apart, "started");
+    }
+
+    #[test]
     fn what_differs_or_is_durable_or_started_or_large_is_refused() {
         let at = request(Op::Write, 8, 8);
         let next = request(Op::Write, 16, 8);
@@ -136,7 +166,7 @@ mod tests {
         }
         assert_eq!(fit(&at, &next, true), Fit::Refused, "started");
         assert_eq!(fit(&at, &next, false), Fit::Back);
-        for op in [Op::Flush, Op::Discard, Op::WriteZeroes] {
+        for op in [Op::Flush, Op::WriteZeroes] {
             let (early, late) = (request(op, 8, 8), request(op, 16, 8));
             assert_eq!(fit(&early, &late, false), Fit::Refused, "{op:?}");
         }

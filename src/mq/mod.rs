@@ -29,6 +29,7 @@ pub mod stats;
 mod table;
 pub mod tags;
 pub mod trace;
+pub mod types;
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, VecDeque};

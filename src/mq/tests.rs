@@ -1,5 +1,8 @@
+use std::sync::Arc;
+
 use super::ids::{DiskId, QueueId, Sector};
 use super::limits::RESOURCE_DELAY_NS;
+use super::qos::{Directions, Limits, Rate, Throttle};
 use super::request::{IoPrio, Op};
 use super::*;
 
@@ -435,4 +438,82 @@ fn every_request_ends_exactly_once_whatever_the_engine_does() {
         }
         assert_eq!(bench.mq.tags().in_use(), 0);
     }
+}
+
+/// A throttle of so many operations a second, `burst` at once.
+fn throttle(per_second: u64, burst: u64) -> Arc<Throttle> {
+    Arc::new(Throttle::new(iops(per_second, burst)))
+}
+
+fn iops(per_second: u64, burst: u64) -> Limits {
+    Limits {
+        ops: Directions {
+            total: Rate { per_second, burst },
+            ..Directions::default()
+        },
+        ..Limits::default()
+    }
+}
+
+#[test]
+fn workers_of_a_disk_take_from_one_limit() {
+    let shared = throttle(1000, 3);
+    let mut workers = [Bench::new(32), Bench::new(32)];
+    let ids = workers.each_mut().map(|worker| {
+        let id = worker.hctx(0, 1);
+        worker.mq.set_throttle(DiskId(0), Some(Arc::clone(&shared)));
+        id
+    });
+    for (worker, id) in workers.iter_mut().zip(ids) {
+        worker.drain(id, &[(0, read(0)), (1, read(100))]);
+    }
+    assert_eq!(workers[0].taken(), [[0], [1]]);
+    assert_eq!(workers[1].taken(), [[0]], "the third of three");
+    // It waits for the next token, and until then for nothing else.
+    assert_eq!(workers[1].mq.next_deadline_ns(), Some(1_000_000));
+    workers[1].complete(0, Ok(()));
+    workers[1].run();
+    assert!(workers[1].taken().is_empty());
+    workers[1].mq.start_turn(1_000_000);
+    workers[1].run();
+    assert_eq!(workers[1].taken(), [[1]]);
+    assert!(workers[1].mq.stats(ids[1]).throttled >= 1);
+}
+
+#[test]
+fn a_group_refuses_and_a_change_wakes_who_waits() {
+    let mut bench = Bench::new(32);
+    let id = bench.hctx(0, 1);
+    let (disk, group) = (throttle(1000, 2), throttle(1, 1));
+    bench.mq.set_throttle(DiskId(0), Some(Arc::clone(&disk)));
+    bench.mq.set_group(DiskId(0), Some(Arc::clone(&group)));
+    bench.drain(id, &[(0, read(0)), (1, read(100))]);
+    assert_eq!(bench.taken(), [[0]]);
+    assert_eq!(bench.mq.next_deadline_ns(), Some(1_000_000_000));
+    assert_eq!(
+        disk.try_take(0, Op::Read, 0),
+        Ok(()),
+        "the disk lost nothing"
+    );
+
+    group.set_limits(0, iops(1_000_000, 1));
+    bench.mq.limits_changed();
+    bench.mq.start_turn(2_000_000);
+    bench.run();
+    assert_eq!(bench.taken(), [[0], [1]]);
+    assert_eq!(bench.mq.next_deadline_ns(), None);
+}
+
+#[test]
+fn what_the_engine_refuses_is_not_charged() {
+    let mut bench = Bench::new(32);
+    let id = bench.hctx(0, 1);
+    let (disk, group) = (throttle(10, 1), throttle(10, 1));
+    bench.mq.set_throttle(DiskId(0), Some(Arc::clone(&disk)));
+    bench.mq.set_group(DiskId(0), Some(Arc::clone(&group)));
+    bench.below.refuse = VecDeque::from([Some(Busy::RetryLater)]);
+    bench.drain(id, &[(0, read(0))]);
+    assert!(bench.taken().is_empty());
+    assert_eq!(disk.try_take_with(&group, 0, Op::Read, 0), Ok(()));
+    assert!(disk.try_take(0, Op::Read, 0).is_err());
 }

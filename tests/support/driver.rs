@@ -482,6 +482,12 @@ impl Queue {
         })
     }
 
+    /// Whether [`Queue::reap`] would return something.
+    #[inline]
+    pub fn has_completions(&self) -> bool {
+        self.used_idx != self.used.load_u16(2, Ordering::Acquire)
+    }
+
     /// Asks for a call when the completion after the next `after` ones has been published; 0: the next one.
     pub fn arm(&mut self, after: u16) {
         if self.setup.event_idx {

@@ -19,6 +19,11 @@ impl Event {
         )?))
     }
 
+    /// Another descriptor of the same eventfd: two queues with one count.
+    pub fn duplicate(&self) -> io::Result<Self> {
+        self.0.try_clone().map(Self)
+    }
+
     /// Adds one to the count.
     pub fn signal(&self) {
         let written =

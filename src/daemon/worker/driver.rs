@@ -30,7 +30,7 @@ impl Driver<GuestIo> for EngineDriver<'_> {
         let payload = match request.op {
             Op::Flush => Payload::None,
             Op::Discard | Op::WriteZeroes => {
-                extents = first.ranges().iter().map(|range| Extent {
+                extents = parts.flat_map(GuestIo::ranges).map(|range| Extent {
                     offset: range.offset_bytes,
                     len: range.len_bytes,
                 });

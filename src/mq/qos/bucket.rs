@@ -62,7 +62,7 @@ impl Speed {
     }
 
     fn new(token: u64, rate: Rate) -> Self {
-        let ahead = u128::from(token) * u128::from(rate.burst() - 1) >> COST_BITS;
+        let ahead = (u128::from(token) * u128::from(rate.burst() - 1)) >> COST_BITS;
         Speed {
             token,
             // A burst of nine years: there is room for a debt beyond it.
@@ -185,7 +185,8 @@ impl Bucket {
         self.word.load(Ordering::Acquire) & GENERATION == word & GENERATION
     }
 
-    /// Whether it admits at `now`, in ticks; else from when on it does.
+    /// Whether it admits at `now`, in ticks, which [`Self::take`] must confirm; else from when on it
+    /// does.
     #[inline]
     pub fn check(&self, now: u64) -> Result<(), RetryAt> {
         loop {
@@ -195,7 +196,7 @@ impl Bucket {
                 return Ok(());
             }
             let outcome = admits(full_at(word), speed, now);
-            if self.is_current(word) {
+            if outcome.is_ok() || self.is_current(word) {
                 return outcome;
             }
         }

@@ -2,6 +2,8 @@ use proptest::prelude::*;
 
 use super::*;
 
+mod threads;
+
 const SECOND: u64 = 1_000_000_000;
 const US: u64 = 1_000;
 
@@ -29,9 +31,18 @@ fn rate(per_second: u64, burst: u64) -> Rate {
     Rate { per_second, burst }
 }
 
+/// Another with the same limits, tokens and debts.
+fn copy(throttle: &Throttle) -> Throttle {
+    Throttle {
+        limited: AtomicU8::new(throttle.limited()),
+        buckets: throttle.buckets.each_ref().map(Bucket::copy),
+        limits: Mutex::new(throttle.limits()),
+    }
+}
+
 /// Takes as much as it gets from `from_ns` to `to_ns`, asking again exactly when told to, and says
 /// how many requests were admitted.
-fn backlog(throttle: &mut Throttle, from_ns: u64, to_ns: u64, op: Op, bytes: u64) -> u64 {
+fn backlog(throttle: &Throttle, from_ns: u64, to_ns: u64, op: Op, bytes: u64) -> u64 {
     let (mut now, mut admitted) = (from_ns, 0);
     while now < to_ns {
         match throttle.try_take(now, op, bytes) {
@@ -47,7 +58,7 @@ fn backlog(throttle: &mut Throttle, from_ns: u64, to_ns: u64, op: Op, bytes: u64
 
 #[test]
 fn no_limit_admits_all() {
-    let mut throttle = Throttle::default();
+    let throttle = Throttle::default();
     assert!(!throttle.is_limited());
     for _ in 0..1000 {
         assert_eq!(throttle.try_take(0, Op::Write, u64::MAX), Ok(()));
@@ -56,7 +67,7 @@ fn no_limit_admits_all() {
 
 #[test]
 fn the_burst_comes_at_once_and_then_the_rate() {
-    let mut throttle = Throttle::new(ops(rate(1000, 5)));
+    let throttle = Throttle::new(ops(rate(1000, 5)));
     for _ in 0..5 {
         assert_eq!(throttle.try_take(7, Op::Read, 4096), Ok(()));
     }
@@ -66,22 +77,22 @@ fn the_burst_comes_at_once_and_then_the_rate() {
     assert_eq!(throttle.try_take(at.0, Op::Read, 4096), Ok(()));
     // However long nothing comes, no more than the burst is saved.
     assert_eq!(
-        backlog(&mut throttle, 9 * SECOND, 9 * SECOND + 1, Op::Read, 0),
+        backlog(&throttle, 9 * SECOND, 9 * SECOND + 1, Op::Read, 0),
         5
     );
 }
 
 #[test]
 fn the_default_burst_is_a_tenth_of_a_second() {
-    let mut throttle = Throttle::new(ops(Rate::per_second(200)));
-    assert_eq!(backlog(&mut throttle, 1, 2, Op::Read, 0), 20);
-    let mut throttle = Throttle::new(ops(Rate::per_second(3)));
-    assert_eq!(backlog(&mut throttle, 1, 2, Op::Read, 0), 1);
+    let throttle = Throttle::new(ops(Rate::per_second(200)));
+    assert_eq!(backlog(&throttle, 1, 2, Op::Read, 0), 20);
+    let throttle = Throttle::new(ops(Rate::per_second(3)));
+    assert_eq!(backlog(&throttle, 1, 2, Op::Read, 0), 1);
 }
 
 #[test]
 fn a_request_larger_than_the_bucket_passes_and_owes() {
-    let mut throttle = Throttle::new(bytes(rate(1_000_000, 1000)));
+    let throttle = Throttle::new(bytes(rate(1_000_000, 1000)));
     assert_eq!(throttle.try_take(0, Op::Write, 1_001_000), Ok(()));
     // A second for the million owed, and one microsecond for the byte that admits the next.
     let at = RetryAt(SECOND + US);
@@ -94,7 +105,7 @@ fn each_op_pays_what_it_is() {
     let mut limits = Limits::default();
     limits.ops.write = rate(1, 2);
     limits.bytes.read = rate(1, 4096);
-    let mut throttle = Throttle::new(limits);
+    let throttle = Throttle::new(limits);
     // Flushes are free; a discard takes an operation but no bytes, and reads are not writes.
     for _ in 0..9 {
         assert_eq!(throttle.try_take(0, Op::Flush, 0), Ok(()));
@@ -105,7 +116,7 @@ fn each_op_pays_what_it_is() {
     assert_eq!(throttle.try_take(0, Op::WriteZeroes, 1), Ok(()));
     assert_eq!(throttle.try_take(0, Op::Write, 1), Err(RetryAt(SECOND)));
 
-    let mut throttle = Throttle::new(bytes(rate(1, 10)));
+    let throttle = Throttle::new(bytes(rate(1, 10)));
     assert_eq!(throttle.try_take(0, Op::WriteZeroes, 10), Ok(()));
     assert!(throttle.try_take(0, Op::WriteZeroes, 10).is_err());
     assert_eq!(throttle.try_take(0, Op::Discard, 10), Ok(()));
@@ -113,34 +124,31 @@ fn each_op_pays_what_it_is() {
 
 #[test]
 fn a_disk_and_its_group_are_charged_together_or_not_at_all() {
-    let mut group = Throttle::new(ops(rate(10, 3)));
-    let mut one = Throttle::new(ops(rate(1000, 2)));
-    let mut two = Throttle::default();
+    let group = Throttle::new(ops(rate(10, 3)));
+    let one = Throttle::new(ops(rate(1000, 2)));
+    let two = Throttle::default();
     for _ in 0..2 {
-        assert_eq!(one.try_take_with(&mut group, 0, Op::Read, 0), Ok(()));
+        assert_eq!(one.try_take_with(&group, 0, Op::Read, 0), Ok(()));
     }
     // The disk refuses: the group keeps its token for the other disk.
     assert_eq!(
-        one.try_take_with(&mut group, 0, Op::Read, 0),
+        one.try_take_with(&group, 0, Op::Read, 0),
         Err(RetryAt(SECOND / 1000))
     );
-    assert_eq!(two.try_take_with(&mut group, 0, Op::Read, 0), Ok(()));
+    assert_eq!(two.try_take_with(&group, 0, Op::Read, 0), Ok(()));
     // Both refuse: the later of the two. Only the group refuses: the disk keeps its token.
     let group_at = RetryAt(SECOND / 10);
-    assert_eq!(one.try_take_with(&mut group, 0, Op::Read, 0), Err(group_at));
-    assert_eq!(two.try_take_with(&mut group, 0, Op::Read, 0), Err(group_at));
+    assert_eq!(one.try_take_with(&group, 0, Op::Read, 0), Err(group_at));
+    assert_eq!(two.try_take_with(&group, 0, Op::Read, 0), Err(group_at));
     let now = SECOND / 1000;
-    assert_eq!(
-        one.try_take_with(&mut group, now, Op::Read, 0),
-        Err(group_at)
-    );
+    assert_eq!(one.try_take_with(&group, now, Op::Read, 0), Err(group_at));
     assert_eq!(one.try_take(now, Op::Read, 0), Ok(()));
 }
 
 #[test]
 fn disks_of_a_group_share_its_rate_whatever_the_size_of_their_requests() {
-    let mut group = Throttle::new(bytes(rate(100 << 20, 1 << 20)));
-    let mut disks = [Throttle::default(), Throttle::default()];
+    let group = Throttle::new(bytes(rate(100 << 20, 1 << 20)));
+    let disks = [Throttle::default(), Throttle::default()];
     let sizes = [4096, 1 << 20];
     let mut admitted = [0u64; 2];
     // Each waits as told; those whose time has come are asked in the order they came to wait.
@@ -150,7 +158,7 @@ fn disks_of_a_group_share_its_rate_whatever_the_size_of_their_requests() {
         waiting.make_contiguous().sort_by_key(|wait| wait.0);
         let (at, disk) = waiting.pop_front().unwrap();
         now = now.max(at);
-        match disks[disk].try_take_with(&mut group, now, Op::Read, sizes[disk]) {
+        match disks[disk].try_take_with(&group, now, Op::Read, sizes[disk]) {
             Ok(()) => {
                 admitted[disk] += 1;
                 waiting.push_back((now, disk));
@@ -165,8 +173,8 @@ fn disks_of_a_group_share_its_rate_whatever_the_size_of_their_requests() {
 
 #[test]
 fn changing_limits_back_and_forth_makes_no_burst() {
-    let mut throttle = Throttle::new(ops(rate(10, 100)));
-    assert_eq!(backlog(&mut throttle, 0, 1, Op::Read, 0), 100);
+    let throttle = Throttle::new(ops(rate(10, 100)));
+    assert_eq!(backlog(&throttle, 0, 1, Op::Read, 0), 100);
     for step in 1..=1000 {
         throttle.set_limits(step, ops(rate(10 + step % 2, 50 + step % 50)));
         assert!(throttle.try_take(step, Op::Read, 0).is_err());
@@ -182,7 +190,7 @@ fn changing_limits_back_and_forth_makes_no_burst() {
 
 #[test]
 fn a_higher_rate_helps_those_who_wait() {
-    let mut throttle = Throttle::new(ops(rate(1, 1)));
+    let throttle = Throttle::new(ops(rate(1, 1)));
     assert_eq!(throttle.try_take(0, Op::Read, 0), Ok(()));
     assert_eq!(throttle.try_take(0, Op::Read, 0), Err(RetryAt(SECOND)));
     throttle.set_limits(SECOND / 2, ops(rate(1000, 1)));
@@ -195,7 +203,7 @@ fn a_higher_rate_helps_those_who_wait() {
 #[test]
 fn extreme_numbers_neither_overflow_nor_panic() {
     let most = rate(u64::MAX, u64::MAX);
-    let mut throttle = Throttle::new(bytes(most));
+    let throttle = Throttle::new(bytes(most));
     for now in [0, 1, u64::MAX, 0, u64::MAX] {
         let _ = throttle.try_take(now, Op::Write, u64::MAX);
         throttle.set_limits(now, bytes(rate(1, 1)));
@@ -203,24 +211,9 @@ fn extreme_numbers_neither_overflow_nor_panic() {
         throttle.refund(Op::Write, u64::MAX);
         throttle.set_limits(now, bytes(most));
     }
-    let mut throttle = Throttle::new(bytes(rate(1, 1)));
+    let throttle = Throttle::new(bytes(rate(1, 1)));
     assert_eq!(throttle.try_take(0, Op::Write, u64::MAX), Ok(()));
     assert_eq!(throttle.try_take(0, Op::Write, 1), Err(RetryAt(u64::MAX)));
-}
-
-#[test]
-fn parts_add_up_to_the_whole() {
-    let mut limits = ops(rate(1000, 7));
-    limits.bytes.read = rate(3, 0);
-    let parts: Vec<Limits> = (0..3).map(|index| limits.share(index, 3)).collect();
-    let sum = |of: fn(&Limits) -> u64| parts.iter().map(of).sum::<u64>();
-    assert_eq!(sum(|part| part.ops.total.per_second), 1000);
-    assert_eq!(sum(|part| part.ops.total.burst), 7);
-    assert_eq!(sum(|part| part.bytes.read.per_second), 3);
-    assert_eq!(sum(|part| part.bytes.read.burst), 0);
-    assert_eq!(parts[1].ops.read, Rate::default());
-    // A part of a limit is a limit.
-    assert_eq!(ops(rate(1, 1)).share(3, 4).ops.total, rate(1, 1));
 }
 
 #[test]
@@ -290,7 +283,7 @@ proptest! {
         limits in any_limits(),
         requests in prop::collection::vec(any_request(), 1..120),
     ) {
-        let mut throttle = Throttle::new(limits);
+        let throttle = Throttle::new(limits);
         let (mut now, mut log) = (0, Vec::new());
         for (pause, op, bytes) in requests {
             now += pause;
@@ -298,7 +291,9 @@ proptest! {
                 log.push((now, demand(op, bytes)));
             }
         }
-        for (bucket, rate) in limits.rates().into_iter().enumerate() {
+        let Limits { ops, bytes } = limits;
+        let rates = [ops.read, ops.write, ops.total, bytes.read, bytes.write, bytes.total];
+        for (bucket, rate) in rates.into_iter().enumerate() {
             if rate.per_second == 0 {
                 continue;
             }
@@ -326,7 +321,7 @@ proptest! {
     ) {
         let first = steps[0];
         let mut current = rate(first.0, first.1);
-        let mut throttle = Throttle::new(bytes(current));
+        let throttle = Throttle::new(bytes(current));
         let (mut now, mut sum, mut gain, mut largest) = (0, 0u128, 0u128, 0u128);
         for (per_second, burst, (pause, _, size)) in steps {
             now += pause;
@@ -345,10 +340,10 @@ proptest! {
     /// A stream that always asks when told gets its rate.
     #[test]
     fn a_backlog_gets_its_rate(per_second in 100u64..10_000_000, size in 1u64..100_000) {
-        let mut throttle = Throttle::new(bytes(rate(per_second, 1)));
+        let throttle = Throttle::new(bytes(rate(per_second, 1)));
         // Long enough for a thousand requests.
         let window = u64::try_from(u128::from(size) * 1000 * u128::from(SECOND) / u128::from(per_second)).unwrap();
-        let got = backlog(&mut throttle, 0, window, Op::Write, size) * size;
+        let got = backlog(&throttle, 0, window, Op::Write, size) * size;
         prop_assert!(got >= size * 990, "{} of {}", got, size * 1000);
         prop_assert!(got <= size * 1002);
     }
@@ -360,20 +355,20 @@ proptest! {
         group in any_limits(),
         requests in prop::collection::vec(any_request(), 1..60),
     ) {
-        let (mut disk, mut group) = (Throttle::new(disk), Throttle::new(group));
+        let (disk, group) = (Throttle::new(disk), Throttle::new(group));
         let mut now = 0;
         for (pause, op, bytes) in requests {
             now += pause;
-            if let Err(RetryAt(at)) = disk.try_take_with(&mut group, now, op, bytes) {
+            if let Err(RetryAt(at)) = disk.try_take_with(&group, now, op, bytes) {
                 prop_assert!(at > now);
                 for early in [now, at.saturating_sub(US).max(now), at - 1] {
-                    let mut copies = (disk.clone(), group.clone());
+                    let copies = (copy(&disk), copy(&group));
                     prop_assert_eq!(
-                        copies.0.try_take_with(&mut copies.1, early, op, bytes),
+                        copies.0.try_take_with(&copies.1, early, op, bytes),
                         Err(RetryAt(at))
                     );
                 }
-                prop_assert_eq!(disk.try_take_with(&mut group, at, op, bytes), Ok(()));
+                prop_assert_eq!(disk.try_take_with(&group, at, op, bytes), Ok(()));
                 now = at;
             }
         }
@@ -388,25 +383,22 @@ proptest! {
         (pause, op, bytes) in any_request(),
         later in any_request(),
     ) {
-        let mut throttle = Throttle::new(limits);
+        let throttle = Throttle::new(limits);
         let mut now = 0;
         for (pause, op, bytes) in before {
             now += pause;
             let _ = throttle.try_take(now, op, bytes);
         }
         now += pause;
-        let mut twin = throttle.clone();
+        let twin = copy(&throttle);
         if throttle.try_take(now, op, bytes).is_ok() {
             // Time passes, and something else asks, before the refund comes.
             now += later.0;
-            let _ = throttle.check(now, Price::of(Op::Write, 1).unwrap());
+            let _ = throttle.check(throttle.limited(), ticks(now), Price::of(Op::Write, 1).unwrap());
             throttle.refund(op, bytes);
         }
-        for bucket in throttle.buckets.iter_mut().chain(&mut twin.buckets) {
-            bucket.refill(now);
-        }
         for (left, right) in throttle.buckets.iter().zip(&twin.buckets) {
-            prop_assert_eq!(left.level, right.level);
+            prop_assert_eq!(left.full_at(ticks(now)), right.full_at(ticks(now)));
         }
     }
 }

@@ -1,4 +1,4 @@
-//! What a disk looks like: to the engine, to the parser, and in the configuration space.
+//! An image, described for the engine and for the guest.
 
 use std::io;
 
@@ -11,6 +11,7 @@ use crate::virtio::abi::ID_BYTES;
 use crate::virtio::config_space::{self, ConfigSpace};
 use crate::virtio::shape::{DiskShape, RangeLimits};
 
+/// What an engine needs to know of the image, with a descriptor of its own.
 pub(super) fn target(config: &DiskConfig, image: &Image) -> io::Result<Target> {
     if image.kind == ImageKind::Null {
         return Ok(Target::Null {
@@ -28,6 +29,7 @@ pub(super) fn target(config: &DiskConfig, image: &Image) -> io::Result<Target> {
     }))
 }
 
+/// What requests are checked against.
 pub(super) fn shape(config: &DiskConfig, image: &Image) -> DiskShape {
     let mut serial = [0; ID_BYTES];
     let len = config.serial.len().min(ID_BYTES);
@@ -58,6 +60,7 @@ pub(super) fn shape(config: &DiskConfig, image: &Image) -> DiskShape {
     }
 }
 
+/// What the guest reads in the configuration space, before it changes anything.
 pub(super) fn space(config: &DiskConfig, image: &Image, shape: &DiskShape) -> ConfigSpace {
     let block = config.logical_block_size;
     let blocks = |bytes: u32| bytes / block;
