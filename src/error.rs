@@ -99,18 +99,22 @@ pub enum StartError {
     /// Somebody is listening on the socket already.
     #[error(
         "the socket {path:?} is in use: another process is listening on it; \
-         stop that process or give another --socket-path"
+         stop that process or give another {option}"
     )]
     SocketInUse {
+        /// The option that gave the path.
+        option: &'static str,
         /// The socket's path.
         path: PathBuf,
     },
 
     /// The path of the socket is taken by something that is no socket, and that we will not delete.
     #[error(
-        "{path:?} exists and is not a socket; give another --socket-path, or remove it if it is not needed"
+        "{path:?} exists and is not a socket; give another {option}, or remove it if it is not needed"
     )]
     SocketOccupied {
+        /// The option that gave the path.
+        option: &'static str,
         /// The socket's path.
         path: PathBuf,
     },

@@ -13,13 +13,17 @@
 //!                                     engine: io_uring ─▶ image
 //! ```
 //!
-//! Arrows of knowledge point one way: `daemon → {virtio, engine} → mq`. `docs/ARCHITECTURE.md` says
+//! Beside it, `control` answers whoever asks on the control socket: it reads copies of what workers
+//! counted, and changes things by messages.
+//!
+//! Arrows of knowledge point one way: `control, daemon → {virtio, engine} → mq`. `docs/ARCHITECTURE.md` says
 //! why each part is as it is.
 
 #![cfg_attr(test, allow(clippy::cast_possible_truncation))]
 
 pub mod cli;
 pub mod config;
+pub mod control;
 pub mod daemon;
 pub mod engine;
 pub mod error;

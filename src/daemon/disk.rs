@@ -1,6 +1,7 @@
 //! A disk of the process, from its configuration to the workers that serve its queues.
 
 mod describe;
+mod tuning;
 
 use std::collections::BTreeSet;
 use std::io;
@@ -9,16 +10,18 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::config::DiskConfig;
 use crate::engine::disk::{Image, ImageKind};
-use crate::mq::elevator::{ParamError, Params};
+use crate::mq::elevator::Params;
 use crate::mq::ids::{DiskId, QueueId, RingId, WorkerId};
 use crate::mq::map::{MapKind, Topology};
+use crate::mq::qos::Throttle;
 use crate::mq::types::{Counts, QueueMaps};
 use crate::virtio::config_space::{ConfigError, ConfigSpace, WriteCache};
 use crate::virtio::features;
 use crate::virtio::shape::DiskShape;
 
 use self::describe::{shape, space, target};
-use super::message::{Message, WorkerGone, WorkerHandle};
+pub use self::tuning::Membership;
+use super::message::{Message, Reply, WorkerGone, WorkerHandle};
 
 /// A disk that is being served.
 #[derive(Debug)]
@@ -36,6 +39,13 @@ pub struct Disk {
     workers: Vec<WorkerHandle>,
     queues: Mutex<QueuesInUse>,
     scheduler: Mutex<Params>,
+    /// Held while the workers change the scheduler.
+    switching: Mutex<()>,
+    /// Its own limits, shared by the workers.
+    throttle: Arc<Throttle>,
+    group: Mutex<Option<Membership>>,
+    /// A front end is being served.
+    connected: AtomicBool,
 }
 
 /// Why writes may have to be durable when they complete.
@@ -58,7 +68,8 @@ struct QueuesInUse {
 }
 
 impl Disk {
-    /// Makes the image known to all workers.
+    /// Makes the image known to all workers, with the scheduler and the limits of the configuration,
+    /// in `group` or in none.
     ///
     /// # Errors
     ///
@@ -68,6 +79,7 @@ impl Disk {
         config: DiskConfig,
         image: Image,
         workers: Vec<WorkerHandle>,
+        group: Option<Membership>,
     ) -> io::Result<Arc<Disk>> {
         let shape = shape(&config, &image);
         let space = space(&config, &image, &shape);
@@ -78,12 +90,16 @@ impl Disk {
                 chosen: config.cache.is_write_through(),
                 flushless: false,
             }),
+            throttle: Arc::new(Throttle::new(config.limits)),
+            group: Mutex::new(None),
+            connected: AtomicBool::new(false),
             config,
             image,
             shape,
             space,
             workers,
             scheduler: Mutex::new(Params::None),
+            switching: Mutex::new(()),
             queues: Mutex::new(QueuesInUse {
                 started: BTreeSet::new(),
                 polled: BTreeSet::new(),
@@ -98,9 +114,17 @@ impl Disk {
                     target,
                     shape: Box::new(disk.shape.clone()),
                     write_through: Arc::clone(&disk.write_through),
+                    throttle: Arc::clone(&disk.throttle),
                     done,
                 })
                 .map_err(io::Error::other)??;
+        }
+        let scheduler = disk.choose_scheduler(disk.config.scheduler);
+        if scheduler != Params::None {
+            disk.set_scheduler(scheduler);
+        }
+        if group.is_some() {
+            disk.set_group(group);
         }
         Ok(Arc::new(disk))
     }
@@ -177,55 +201,37 @@ impl Disk {
         }
     }
 
-    /// The elevator it has, with its parameters.
-    pub fn scheduler(&self) -> Params {
-        *self.lock_scheduler()
-    }
-
-    /// Gives the disk another elevator, on all workers, while requests may be in flight: each
-    /// worker finishes what it has first. Returns when the last one has changed.
-    pub fn set_scheduler(&self, params: Params) {
-        let mut scheduler = self.lock_scheduler();
+    /// Tells all workers something at once, and returns when the last one has adopted it.
+    fn tell_workers(&self, message: impl Fn(Reply<()>) -> Message) {
         let answers: Vec<_> = self
             .workers
             .iter()
-            .filter_map(|worker| {
-                worker
-                    .send(|done| Message::SetScheduler(self.id, params, done))
-                    .ok()
-            })
+            .filter_map(|worker| worker.send(&message).ok())
             .collect();
         for answer in answers {
-            // A worker that has ended has no requests to schedule.
+            // A worker that has ended has nothing to change.
             let _ = answer.recv();
         }
-        *scheduler = params;
     }
 
-    /// Changes one parameter of the elevator, by its name in sysfs, on all workers.
-    ///
-    /// # Errors
-    ///
-    /// The elevator has no such parameter, or not with that value.
-    pub fn set_scheduler_param(&self, name: &str, value: u64) -> Result<(), ParamError> {
-        let mut scheduler = self.lock_scheduler();
-        // Checked here once; what holds here holds on each worker.
-        scheduler.set(name, value)?;
-        for worker in &self.workers {
-            let name = name.to_owned();
-            if let Ok(outcome) =
-                worker.ask(|done| Message::SetSchedulerParam(self.id, name, value, done))
-            {
-                outcome?;
-            }
-        }
-        Ok(())
+    /// What is behind it.
+    pub fn image(&self) -> &Image {
+        &self.image
     }
 
-    fn lock_scheduler(&self) -> MutexGuard<'_, Params> {
-        self.scheduler
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+    /// Whether writes are durable when they complete, as things are now.
+    pub fn is_write_through(&self) -> bool {
+        self.write_through.load(Ordering::Relaxed)
+    }
+
+    /// Whether a front end is being served.
+    pub fn is_connected(&self) -> bool {
+        self.connected.load(Ordering::Relaxed)
+    }
+
+    /// A front end came, or left.
+    pub fn set_connected(&self, connected: bool) {
+        self.connected.store(connected, Ordering::Relaxed);
     }
 
     /// The worker a queue belongs to, always the same.

@@ -12,11 +12,13 @@ use std::sync::mpsc::{self, Receiver, Sender, SyncSender};
 use crate::engine::{Target, Waker};
 use crate::mq::elevator::{ParamError, Params};
 use crate::mq::ids::{DiskId, RingId, WorkerId};
+use crate::mq::qos::Throttle;
+use crate::mq::trace::Action;
 use crate::virtio::memory::MemoryTable;
 use crate::virtio::ring::{RingError, RingSetup};
 use crate::virtio::shape::DiskShape;
 
-use super::report::WorkerReport;
+use super::report::{TraceReport, WorkerReport};
 
 /// A ring the front end has finished describing.
 #[derive(Debug)]
@@ -63,6 +65,8 @@ pub enum Message {
         shape: Box<DiskShape>,
         /// Whether writes have to be durable when they complete; the guest can change it.
         write_through: Arc<AtomicBool>,
+        /// What it may do in a second; the same for all workers.
+        throttle: Arc<Throttle>,
         /// Answered when it is known to the engine.
         done: Reply<std::io::Result<()>>,
     },
@@ -84,6 +88,16 @@ pub enum Message {
     SetScheduler(DiskId, Params, Reply<()>),
     /// Change one parameter of the disk's elevator, by its name in sysfs, at once.
     SetSchedulerParam(DiskId, String, u64, Reply<Result<(), ParamError>>),
+    /// The disk shares the limits of a group, or of none.
+    SetGroup(DiskId, Option<Arc<Throttle>>, Reply<()>),
+    /// Limits have changed: who was told to wait asks again.
+    LimitsChanged(Reply<()>),
+    /// Forget what was traced before, and record these actions, this many events at most.
+    StartTrace(usize, Arc<[Action]>, Reply<()>),
+    /// Record no more; what was recorded can still be taken.
+    StopTrace(Reply<()>),
+    /// Hand out what was recorded and not handed out before.
+    TakeTrace(Reply<TraceReport>),
     /// Say what was counted.
     Report(Reply<WorkerReport>),
     /// Finish what is in flight and end. Answers the last counts.

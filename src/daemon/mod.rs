@@ -4,6 +4,7 @@ pub mod backend;
 pub mod disk;
 pub mod message;
 pub mod report;
+pub mod roster;
 pub mod server;
 pub mod session;
 pub mod socket;

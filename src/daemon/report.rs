@@ -9,7 +9,8 @@ use crate::mq::diskstats::DiskStats;
 use crate::mq::hist::Histogram;
 use crate::mq::stats::{HctxStats, HctxTimes};
 
-use crate::mq::ids::{DiskId, RingId};
+use crate::mq::ids::{DiskId, RingId, WorkerId};
+use crate::mq::trace::Event;
 
 /// What a ring itself counted, beside blk-mq.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
@@ -71,6 +72,26 @@ impl QueueReport {
         self.io.calls += io.calls;
         self.io.answered += io.answered;
     }
+}
+
+/// One traced event, with the virtqueue it is about.
+#[derive(Clone, Copy, Debug)]
+pub struct Traced {
+    /// Where it happened.
+    pub ring: RingId,
+    /// Who recorded it.
+    pub worker: WorkerId,
+    /// What happened.
+    pub event: Event,
+}
+
+/// What one worker traced.
+#[derive(Clone, Debug, Default)]
+pub struct TraceReport {
+    /// Oldest first.
+    pub events: Vec<Traced>,
+    /// How many were overwritten since the start of the trace before anybody took them.
+    pub lost: u64,
 }
 
 /// The summary of all disks.

@@ -14,18 +14,19 @@ use vhost_user_backend::VhostUserDaemon;
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
 use crate::config::{Config, SocketSource, SummaryFormat};
+use crate::control;
 use crate::engine::disk::Image;
 use crate::error::StartError;
-use crate::mq::diskstats::DiskStats;
 use crate::mq::ids::DiskId;
 use crate::mq::limits::{MAX_HCTXS, MAX_RING_SIZE};
 
 use super::backend::DeviceBackend;
 use super::disk::{Disk, worker_id};
-use super::message::{Message, Reply, WorkerHandle};
-use super::report::{DiskSummary, QueueSummary, Summary, WorkerReport, WorkerSummary};
+use super::message::WorkerHandle;
+use super::report::Summary;
+use super::roster::{Groups, Roster};
 use super::session::{Guard, SessionEnd, SessionLimits, open_fd_table};
-use super::socket::{Door, Junction, Stop};
+use super::socket::{Door, Junction, Stop, listen_privately};
 use super::vring::{SessionState, bind};
 use super::worker::{self, WorkerOptions};
 
@@ -58,6 +59,11 @@ pub fn run(config: Config) -> Result<(), StartError> {
             SocketSource::Fd(fd) => Door::inherit(*fd),
         })
         .collect::<Result<Vec<_>, _>>()?;
+    let control_door = config
+        .control_path
+        .as_deref()
+        .map(|path| listen_privately(path, "--control-path"))
+        .transpose()?;
     open_fd_table().map_err(|source| system("look into /proc/self/fd", source))?;
     let junction =
         Arc::new(Junction::new().map_err(|source| system("create an internal socket", source))?);
@@ -66,16 +72,30 @@ pub fn run(config: Config) -> Result<(), StartError> {
     let signals = watch_signals(events.clone())
         .map_err(|source| system("install signal handlers", source))?;
 
-    let (workers, worker_threads) = start_workers(&config)?;
+    let clock = Instant::now();
+    let (workers, worker_threads) = start_workers(&config, clock)?;
+    let groups = Groups::new(&config.groups);
     let mut disks = Vec::new();
     for (index, (disk_config, image)) in config.disks.iter().zip(images).enumerate() {
         let id = DiskId(u16::try_from(index).expect("disks are bounded by the configuration"));
-        let disk = Disk::new(id, disk_config.clone(), image, workers.clone())
+        let group = disk_config
+            .group
+            .as_ref()
+            .and_then(|name| groups.find(name));
+        let disk = Disk::new(id, disk_config.clone(), image, workers.clone(), group)
             .map_err(|source| system("add the disk to a worker", source))?;
         disks.push(disk);
     }
+    let roster = Arc::new(Roster::new(disks, workers, groups, clock));
+    let control_thread = control_door
+        .map(|(listener, file)| {
+            control::serve(listener, Arc::clone(&roster), Arc::clone(&stop))
+                .map(|thread| (thread, file))
+        })
+        .transpose()
+        .map_err(|source| system("start the control socket's thread", source))?;
     let mut disk_threads = Vec::new();
-    for (disk, door) in disks.iter().zip(doors) {
+    for (disk, door) in roster.disks().iter().zip(doors) {
         let server = DiskServer {
             disk: Arc::clone(disk),
             junction: Arc::clone(&junction),
@@ -84,12 +104,11 @@ pub fn run(config: Config) -> Result<(), StartError> {
         disk_threads.push(server.spawn(door, events.clone())?);
     }
 
-    let mut serving = disks.len();
+    let mut serving = roster.disks().len();
     while serving > 0 {
         match happened.recv() {
             Ok(Happened::Signal(SIGUSR1)) => {
-                let summary = summarize(&disks, &ask_all(&workers, Message::Report));
-                eprint!("{}", summary.text());
+                eprint!("{}", roster.summarize(&roster.reports()).text());
             }
             Ok(Happened::Signal(signal)) => {
                 log::info!("signal {signal}: finishing what is in flight");
@@ -105,12 +124,16 @@ pub fn run(config: Config) -> Result<(), StartError> {
     for thread in disk_threads {
         let _ = thread.join();
     }
-    let reports = ask_all(&workers, Message::Shutdown);
+    if let Some((thread, file)) = control_thread {
+        let _ = thread.join();
+        drop(file);
+    }
+    let reports = roster.shut_down();
     for thread in worker_threads {
         let _ = thread.join();
     }
     signals.close();
-    print(&config, &summarize(&disks, &reports));
+    print(&config, &roster.summarize(&reports));
     Ok(())
 }
 
@@ -137,7 +160,10 @@ fn watch_signals(events: Sender<Happened>) -> io::Result<signal_hook::iterator::
     Ok(handle)
 }
 
-fn start_workers(config: &Config) -> Result<(Vec<WorkerHandle>, Vec<JoinHandle<()>>), StartError> {
+fn start_workers(
+    config: &Config,
+    clock: Instant,
+) -> Result<(Vec<WorkerHandle>, Vec<JoinHandle<()>>), StartError> {
     let queues: usize = config
         .disks
         .iter()
@@ -155,7 +181,7 @@ fn start_workers(config: &Config) -> Result<(Vec<WorkerHandle>, Vec<JoinHandle<(
         poll_us: config.poll_us,
         timeout_s: config.timeout_s,
         on_timeout: config.on_timeout,
-        started: Instant::now(),
+        started: clock,
     };
     for index in 0..count {
         let (handle, thread) =
@@ -169,66 +195,6 @@ fn start_workers(config: &Config) -> Result<(Vec<WorkerHandle>, Vec<JoinHandle<(
         threads.push(thread);
     }
     Ok((handles, threads))
-}
-
-fn ask_all(
-    workers: &[WorkerHandle],
-    message: fn(Reply<WorkerReport>) -> Message,
-) -> Vec<WorkerReport> {
-    workers
-        .iter()
-        .filter_map(|worker| worker.ask(message).ok())
-        .collect()
-}
-
-/// One summary of what all workers reported, in the workers' order.
-fn summarize(disks: &[Arc<Disk>], reports: &[WorkerReport]) -> Summary {
-    let workers = reports
-        .iter()
-        .zip(0..)
-        .map(|(report, worker)| WorkerSummary {
-            worker,
-            queues: report.queues.len(),
-            enters: report.engine.enters,
-            sqes: report.engine.sqes,
-            cqes: report.engine.cqes,
-            bounced: report.engine.bounced,
-            continued: report.engine.continued,
-        })
-        .collect();
-    let disks = disks
-        .iter()
-        .map(|disk| {
-            let mut queues: Vec<QueueSummary> = reports
-                .iter()
-                .flat_map(|report| &report.queues)
-                .filter(|report| report.ring.disk == disk.id)
-                .map(|report| QueueSummary {
-                    queue: report.ring.queue.0,
-                    cpus: disk.cpus_of(report.ring.queue),
-                    ctxs: report.ctxs,
-                    worker: report.worker,
-                    mq: report.mq,
-                    io: report.io,
-                    times: (&*report.times).into(),
-                })
-                .collect();
-            queues.sort_by_key(|queue| queue.queue);
-            let mut stats = DiskStats::default();
-            for report in reports {
-                for (_, counted) in report.disks.iter().filter(|(id, _)| *id == disk.id) {
-                    stats.add(counted);
-                }
-            }
-            DiskSummary {
-                serial: disk.config.serial.clone(),
-                scheduler: disk.scheduler().kind().to_string(),
-                stats,
-                queues,
-            }
-        })
-        .collect();
-    Summary { disks, workers }
 }
 
 fn print(config: &Config, summary: &Summary) {
@@ -288,7 +254,10 @@ impl DiskServer {
     fn serve(&self, stream: UnixStream) {
         let serial = &self.disk.config.serial;
         log::info!("disk {serial}: a front end connected");
-        match self.session(stream) {
+        self.disk.set_connected(true);
+        let outcome = self.session(stream);
+        self.disk.set_connected(false);
+        match outcome {
             Ok(SessionEnd::FrontEndLeft | SessionEnd::Stopped) => {
                 log::info!("disk {serial}: the session ended");
             }

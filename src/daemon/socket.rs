@@ -12,7 +12,7 @@ use std::sync::{Mutex, PoisonError};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
-use rustix::net::{AddressFamily, SocketType, sockopt};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, sockopt};
 use vhost::vhost_user::Listener;
 use vmm_sys_util::tempdir::TempDir;
 
@@ -51,36 +51,7 @@ impl Door {
     ///
     /// Somebody listens there; something else is there; the kernel refuses.
     pub fn bind(path: &Path) -> Result<Door, StartError> {
-        let fail = |source| StartError::SocketBind {
-            path: path.to_owned(),
-            source,
-        };
-        match fs::symlink_metadata(path) {
-            Ok(there) if there.file_type().is_socket() => match UnixStream::connect(path) {
-                Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-                    fs::remove_file(path).map_err(fail)?;
-                }
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                Ok(_) | Err(_) => {
-                    return Err(StartError::SocketInUse {
-                        path: path.to_owned(),
-                    });
-                }
-            },
-            Ok(_) => {
-                return Err(StartError::SocketOccupied {
-                    path: path.to_owned(),
-                });
-            }
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => return Err(fail(error)),
-        }
-        let listener = UnixListener::bind(path).map_err(fail)?;
-        let bound = fs::symlink_metadata(path).map_err(fail)?;
-        let file = SocketFile {
-            path: path.to_owned(),
-            identity: (bound.dev(), bound.ino()),
-        };
+        let (listener, file) = listen(path, "--socket-path", None)?;
         Ok(Door::Listening(listener, Some(file)))
     }
 
@@ -117,6 +88,78 @@ impl Door {
             Err(why) => Err(bad(why)),
         }
     }
+}
+
+/// Listens on `path` for this user only. What is there already is treated as by [`Door::bind`];
+/// `option` is the one that gave the path.
+///
+/// # Errors
+///
+/// As for [`Door::bind`].
+pub fn listen_privately(
+    path: &Path,
+    option: &'static str,
+) -> Result<(UnixListener, SocketFile), StartError> {
+    listen(path, option, Some(Mode::RUSR | Mode::WUSR))
+}
+
+fn listen(
+    path: &Path,
+    option: &'static str,
+    mode: Option<Mode>,
+) -> Result<(UnixListener, SocketFile), StartError> {
+    let fail = |source| StartError::SocketBind {
+        path: path.to_owned(),
+        source,
+    };
+    match fs::symlink_metadata(path) {
+        Ok(there) if there.file_type().is_socket() => match UnixStream::connect(path) {
+            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+                fs::remove_file(path).map_err(fail)?;
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Ok(_) | Err(_) => {
+                return Err(StartError::SocketInUse {
+                    option,
+                    path: path.to_owned(),
+                });
+            }
+        },
+        Ok(_) => {
+            return Err(StartError::SocketOccupied {
+                option,
+                path: path.to_owned(),
+            });
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(fail(error)),
+    }
+    let listener = bind(path, mode).map_err(fail)?;
+    let bound = fs::symlink_metadata(path).map_err(fail)?;
+    let file = SocketFile {
+        path: path.to_owned(),
+        identity: (bound.dev(), bound.ino()),
+    };
+    Ok((listener, file))
+}
+
+fn bind(path: &Path, mode: Option<Mode>) -> io::Result<UnixListener> {
+    let Some(mode) = mode else {
+        return UnixListener::bind(path);
+    };
+    let address = SocketAddrUnix::new(path)?;
+    let socket = rustix::net::socket_with(
+        AddressFamily::UNIX,
+        SocketType::STREAM,
+        SocketFlags::CLOEXEC,
+        None,
+    )?;
+    // The file is made with the mode of the socket (unix_bind_bsd, net/unix/af_unix.c), so there is no
+    // moment in which somebody else could connect.
+    rustix::fs::fchmod(&socket, mode)?;
+    rustix::net::bind(&socket, &address)?;
+    rustix::net::listen(&socket, 16)?;
+    Ok(socket.into())
 }
 
 /// Whether a UNIX stream socket listens (true) or is connected (false).
@@ -274,6 +317,21 @@ mod tests {
         fs::write(&path, "another").unwrap();
         drop(door);
         assert!(path.exists());
+    }
+
+    #[test]
+    fn a_private_socket_is_its_users_from_the_start() {
+        let directory = TempDir::new().unwrap();
+        let path = directory.as_path().join("s");
+        let (_listener, file) = listen_privately(&path, "--control-path").unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
+        UnixStream::connect(&path).expect("it listens");
+        let error = listen_privately(&path, "--control-path")
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains("give another --control-path"), "{error}");
+        drop(file);
+        assert!(!path.exists());
     }
 
     #[test]

@@ -15,6 +15,7 @@ mod intake;
 mod port;
 mod rest;
 mod spin;
+mod traced;
 mod watchdog;
 
 use std::io;
@@ -38,6 +39,7 @@ use self::control::Pending;
 use self::driver::EngineDriver;
 use self::port::Port;
 use self::spin::Spin;
+use self::traced::Named;
 use self::watchdog::Watchdog;
 use super::message::{Message, WorkerHandle};
 use super::report::QueueReport;
@@ -71,6 +73,7 @@ struct Worker {
     pending: Vec<Pending>,
     /// Counts of rings that were stopped.
     reports: Vec<QueueReport>,
+    named: Named,
     spin: Spin,
     watchdog: Watchdog,
     /// Where the clock of all workers begins.
@@ -155,6 +158,7 @@ impl Worker {
             has_mail: true,
             pending: Vec::new(),
             reports: Vec::new(),
+            named: Named::default(),
             spin: Spin::new(options.poll_us),
             watchdog: Watchdog::new(options.timeout_s, options.on_timeout, DRIVER_TAGS),
             started: options.started,

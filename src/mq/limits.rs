@@ -47,6 +47,12 @@ pub const MERGE_LOOKBACK: usize = 8;
 /// How many hctxs one worker serves at most, over all disks.
 pub const MAX_HCTXS: u16 = 4096;
 
+/// Most events one worker keeps of a trace.
+pub const MAX_TRACE_EVENTS: usize = 128 * 1024;
+
+/// Most groups of disks.
+pub const MAX_GROUPS: usize = 1024;
+
 const _: () = {
     assert!(MAX_RING_SIZE.is_power_of_two());
     assert!(INLINE_SEGMENTS < MAX_SEGMENTS);

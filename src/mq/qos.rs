@@ -39,7 +39,8 @@ impl Rate {
         }
     }
 
-    fn burst(self) -> u64 {
+    /// The burst that holds: the one given, or the one that comes with the rate.
+    pub fn burst(self) -> u64 {
         match self.burst {
             0 => (self.per_second / 10).max(1),
             burst => burst,

@@ -53,6 +53,7 @@ impl Worker {
                 target,
                 shape,
                 write_through,
+                throttle,
                 done,
             } => {
                 let needed = disk.index() + 1;
@@ -60,6 +61,7 @@ impl Worker {
                     self.disks.resize_with(needed, || None);
                     self.slots.resize(needed, None);
                 }
+                self.mq.set_throttle(disk, Some(throttle));
                 done.send(self.engine.add_disk(*target).map(|slot| {
                     self.slots[disk.index()] = Some(slot);
                     self.disks[disk.index()] = Some(WorkerDisk {
@@ -110,6 +112,23 @@ impl Worker {
                 }
                 done.send(());
             }
+            Message::SetGroup(disk, group, done) => {
+                self.mq.set_group(disk, group);
+                done.send(());
+            }
+            Message::LimitsChanged(done) => {
+                self.mq.limits_changed();
+                done.send(());
+            }
+            Message::StartTrace(events, actions, done) => {
+                self.start_trace(events, &actions);
+                done.send(());
+            }
+            Message::StopTrace(done) => {
+                self.mq.trace().stop();
+                done.send(());
+            }
+            Message::TakeTrace(done) => done.send(self.take_trace()),
             Message::Report(done) => done.send(self.report()),
             Message::Shutdown(done) => {
                 for port in self.ports.iter_mut().flatten() {
@@ -296,6 +315,7 @@ impl Worker {
 
     /// Lets go of a ring that has nothing in flight; returns its next avail index.
     fn stop(&mut self, hctx: HctxId) -> u16 {
+        self.name_traced();
         self.set_fd(hctx, FdRole::Kick, None);
         self.set_fd(hctx, FdRole::Call, None);
         self.set_fd(hctx, FdRole::Err, None);

@@ -1,0 +1,223 @@
+//! Which question gets which answer.
+
+use std::fmt::Write as _;
+use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
+
+use serde_json::json;
+
+use crate::cli::tuning::parse_group_name;
+use crate::daemon::disk::Disk;
+use crate::daemon::report::{TraceReport, Traced};
+use crate::daemon::roster::Roster;
+use crate::mq::ids::HctxId;
+use crate::mq::limits::MAX_GROUPS;
+
+use super::change::{self, DiskChange};
+use super::http::{Request, Response};
+use super::{metrics, view};
+
+/// Answers for the process.
+#[derive(Debug)]
+pub(super) struct Api {
+    roster: Arc<Roster>,
+    /// Held while something is changed, so that two changes do not mix.
+    changing: Mutex<()>,
+}
+
+impl Api {
+    pub fn new(roster: Arc<Roster>) -> Api {
+        Api {
+            roster,
+            changing: Mutex::new(()),
+        }
+    }
+
+    /// The answer to a request.
+    pub fn answer(&self, request: &Request) -> Response {
+        self.route(request).unwrap_or_else(|refusal| refusal)
+    }
+
+    fn route(&self, request: &Request) -> Result<Response, Response> {
+        let path = request.path.split('?').next().unwrap_or_default();
+        let parts: Vec<String> = path
+            .split('/')
+            .filter(|part| !part.is_empty())
+            .map(decode)
+            .collect();
+        let parts: Vec<&str> = parts.iter().map(String::as_str).collect();
+        let method = request.method.as_str();
+        let roster = &*self.roster;
+        match (&parts[..], method) {
+            (["v1", "disks"], "GET") => Ok(Response::json(&view::overview(roster))),
+            (["v1", "disks"], _) => Err(Response::method_not_allowed("GET")),
+            (["v1", "disks", name], "GET") => {
+                let disk = self.find(name)?;
+                Ok(Response::json(&view::disk(roster, disk)))
+            }
+            (["v1", "disks", name], "PATCH") => {
+                let disk = self.find(name)?;
+                let _alone = self.begin_change()?;
+                let change = DiskChange::read(&request.body, disk, roster).map_err(bad)?;
+                change.apply(disk, roster);
+                Ok(Response::json(&view::disk(roster, disk)))
+            }
+            (["v1", "disks", _], _) => Err(Response::method_not_allowed("GET, PATCH")),
+            (["v1", "groups"], "GET") => {
+                let names = roster.group_names();
+                let groups: Vec<_> = names
+                    .iter()
+                    .filter_map(|name| view::group(roster, name))
+                    .collect();
+                Ok(Response::json(&json!({ "groups": groups })))
+            }
+            (["v1", "groups"], _) => Err(Response::method_not_allowed("GET")),
+            (["v1", "groups", name], "GET") => self.group(name),
+            (["v1", "groups", name], "PUT") => {
+                let name = parse_group_name(name).map_err(bad)?;
+                let limits = change::group_limits(&request.body).map_err(bad)?;
+                let _alone = self.begin_change()?;
+                if roster.group(&name).is_none() && roster.group_names().len() >= MAX_GROUPS {
+                    return Err(Response::error(
+                        409,
+                        format!("there are {MAX_GROUPS} groups already"),
+                    ));
+                }
+                roster.set_group_limits(&name, limits);
+                self.group(&name)
+            }
+            (["v1", "groups", _], _) => Err(Response::method_not_allowed("GET, PUT")),
+            (["v1", "trace"], "GET") => {
+                let text = trace_text(&roster.take_trace());
+                Ok(Response::text(text, "text/plain; charset=utf-8"))
+            }
+            (["v1", "trace"], "POST") => {
+                let (events, actions) = change::trace(&request.body).map_err(bad)?;
+                roster.start_trace(events, &actions);
+                Ok(Response::json(&json!({ "events": events })))
+            }
+            (["v1", "trace"], "DELETE") => {
+                roster.stop_trace();
+                Ok(Response::json(&json!({})))
+            }
+            (["v1", "trace"], _) => Err(Response::method_not_allowed("GET, POST, DELETE")),
+            (["metrics"], "GET") => Ok(Response::text(
+                metrics::text(roster),
+                "text/plain; version=0.0.4; charset=utf-8",
+            )),
+            (["metrics"], _) => Err(Response::method_not_allowed("GET")),
+            _ => Err(Response::error(
+                404,
+                format!("there is no {path}; there are /v1/disks, /v1/groups, /v1/trace, /metrics"),
+            )),
+        }
+    }
+
+    /// One change at a time; a second one is not made to wait, as the first may take long.
+    fn begin_change(&self) -> Result<MutexGuard<'_, ()>, Response> {
+        match self.changing.try_lock() {
+            Ok(guard) => Ok(guard),
+            Err(TryLockError::Poisoned(poisoned)) => Ok(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) => Err(Response::error(
+                409,
+                "another change is under way (a scheduler is switched when what is in flight has \
+                 ended); try again",
+            )),
+        }
+    }
+
+    /// A disk by its serial, by its index if no serial is the same, or by its index with an @.
+    fn find(&self, name: &str) -> Result<&Arc<Disk>, Response> {
+        let disks = self.roster.disks();
+        let mut same = disks.iter().filter(|disk| disk.config.serial == name);
+        match (same.next(), same.next()) {
+            (Some(disk), None) => return Ok(disk),
+            (Some(first), Some(second)) => {
+                return Err(Response::error(
+                    409,
+                    format!(
+                        "several disks have the serial '{name}'; use the index: @{} or @{}",
+                        first.id, second.id
+                    ),
+                ));
+            }
+            (None, _) => {}
+        }
+        let index = name.strip_prefix('@').unwrap_or(name).parse::<usize>();
+        index
+            .ok()
+            .and_then(|index| disks.get(index))
+            .ok_or_else(|| {
+                Response::error(404, format!("no disk has the serial or the index '{name}'"))
+            })
+    }
+
+    fn group(&self, name: &str) -> Result<Response, Response> {
+        match view::group(&self.roster, name) {
+            Some(group) => Ok(Response::json(&group)),
+            None => Err(Response::error(404, format!("there is no group '{name}'"))),
+        }
+    }
+}
+
+fn bad(why: String) -> Response {
+    Response::error(400, why)
+}
+
+/// Undoes percent-encoding; what is not well encoded stays as it is.
+fn decode(part: &str) -> String {
+    let bytes = part.as_bytes();
+    let mut out = Vec::with_capacity(bytes.len());
+    let mut at = 0;
+    while at < bytes.len() {
+        let hex = part.get(at + 1..at + 3).filter(|_| bytes[at] == b'%');
+        match hex.and_then(|hex| u8::from_str_radix(hex, 16).ok()) {
+            Some(byte) => {
+                out.push(byte);
+                at += 3;
+            }
+            None => {
+                out.push(bytes[at]);
+                at += 1;
+            }
+        }
+    }
+    String::from_utf8_lossy(&out).into_owned()
+}
+
+/// The trace in the manner of blkparse.
+fn trace_text(report: &TraceReport) -> String {
+    let mut text =
+        String::from("# disk worker queue seconds tag action operation sector + sectors\n");
+    for Traced {
+        ring,
+        worker,
+        event,
+    } in &report.events
+    {
+        let mut event = *event;
+        // Shown under the number that people know.
+        event.hctx = HctxId(ring.queue.0);
+        let _ = writeln!(text, "{:>4} {worker:>4} {event}", ring.disk);
+    }
+    if report.lost > 0 {
+        let _ = writeln!(
+            text,
+            "# {} events were overwritten before they were taken",
+            report.lost
+        );
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn percent_encoding_is_undone() {
+        assert_eq!(decode("a%20b%2Fc"), "a b/c");
+        assert_eq!(decode("100%"), "100%");
+        assert_eq!(decode("%zz%4"), "%zz%4");
+        assert_eq!(decode("caf\u{e9}%"), "caf\u{e9}%");
+    }
+}

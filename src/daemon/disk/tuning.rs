@@ -1,0 +1,111 @@
+//! What can be changed about a disk while it is served: its elevator, its limits, its group.
+
+use std::sync::{Arc, MutexGuard, PoisonError};
+
+use crate::config::Scheduler;
+use crate::mq::elevator::{Kind, ParamError, Params};
+use crate::mq::qos::{Limits, Throttle};
+
+use super::super::message::Message;
+use super::Disk;
+
+/// The group a disk is in.
+#[derive(Clone, Debug)]
+pub struct Membership {
+    /// The group's name.
+    pub name: String,
+    /// The limits its disks share.
+    pub throttle: Arc<Throttle>,
+}
+
+impl Disk {
+    /// The elevator it has, with its parameters.
+    pub fn scheduler(&self) -> Params {
+        *self.lock_scheduler()
+    }
+
+    /// Gives the disk another elevator, on all workers, while requests may be in flight: each
+    /// worker finishes what it has first. Returns when the last one has changed.
+    pub fn set_scheduler(&self, params: Params) {
+        // Not the lock of the value, which whoever looks at the disk takes: a switch lasts as long as
+        // the requests in flight.
+        let _one_at_a_time = self.lock_switching();
+        self.tell_workers(|done| Message::SetScheduler(self.id, params, done));
+        *self.lock_scheduler() = params;
+    }
+
+    /// Changes one parameter of the elevator, by its name in sysfs, on all workers.
+    ///
+    /// # Errors
+    ///
+    /// The elevator has no such parameter, or not with that value.
+    pub fn set_scheduler_param(&self, name: &str, value: u64) -> Result<(), ParamError> {
+        let _one_at_a_time = self.lock_switching();
+        // Checked here once; what holds here holds on each worker.
+        self.lock_scheduler().set(name, value)?;
+        for worker in &self.workers {
+            let name = name.to_owned();
+            if let Ok(outcome) =
+                worker.ask(|done| Message::SetSchedulerParam(self.id, name, value, done))
+            {
+                outcome?;
+            }
+        }
+        Ok(())
+    }
+
+    fn lock_switching(&self) -> MutexGuard<'_, ()> {
+        self.switching
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn lock_scheduler(&self) -> MutexGuard<'_, Params> {
+        self.scheduler
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The elevator that `choice` means for this disk.
+    ///
+    /// Linux gives its disks `mq-deadline` if they have one queue and `none` otherwise
+    /// (elevator_get_default, block/elevator.c). A medium that turns gets it too: there the order of
+    /// sectors is worth more than the scheduler costs, however many queues the guest uses.
+    pub fn choose_scheduler(&self, choice: Scheduler) -> Params {
+        match choice {
+            Scheduler::Given(params) => params,
+            Scheduler::Auto if self.config.num_queues == 1 || self.image.rotational => {
+                Kind::MqDeadline.into()
+            }
+            Scheduler::Auto => Params::None,
+        }
+    }
+
+    /// The limits of the disk alone.
+    pub fn limits(&self) -> Limits {
+        self.throttle.limits()
+    }
+
+    /// Changes the limits from `now_ns` on, a time on the workers' clock.
+    pub fn set_limits(&self, now_ns: u64, limits: Limits) {
+        self.throttle.set_limits(now_ns, limits);
+        self.tell_workers(Message::LimitsChanged);
+    }
+
+    /// The group it is in.
+    pub fn group(&self) -> Option<Membership> {
+        self.lock_group().clone()
+    }
+
+    /// Puts it into a group, or takes it out of the one it is in.
+    pub fn set_group(&self, group: Option<Membership>) {
+        let mut current = self.lock_group();
+        let throttle = group.as_ref().map(|group| &group.throttle);
+        self.tell_workers(|done| Message::SetGroup(self.id, throttle.map(Arc::clone), done));
+        *current = group;
+    }
+
+    fn lock_group(&self) -> MutexGuard<'_, Option<Membership>> {
+        self.group.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

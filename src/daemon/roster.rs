@@ -1,0 +1,208 @@
+//! Who is there: the disks, the workers and the groups of the process. Whoever looks at the process or
+//! changes it while it runs does so here; the answers are copies, the changes are messages.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Instant, SystemTime};
+
+use crate::config::Group;
+use crate::mq::diskstats::DiskStats;
+use crate::mq::qos::{Limits, Throttle};
+use crate::mq::trace::Action;
+
+use super::disk::{Disk, Membership};
+use super::message::{Message, Reply, WorkerHandle};
+use super::report::{DiskSummary, QueueSummary, Summary, TraceReport, WorkerReport, WorkerSummary};
+
+/// The groups of disks that share limits, by name.
+#[derive(Debug, Default)]
+pub struct Groups(Mutex<BTreeMap<String, Arc<Throttle>>>);
+
+impl Groups {
+    /// Those of the configuration, with full buckets.
+    pub fn new(groups: &[Group]) -> Groups {
+        let groups = groups
+            .iter()
+            .map(|group| (group.name.clone(), Arc::new(Throttle::new(group.limits))));
+        Groups(Mutex::new(groups.collect()))
+    }
+
+    /// The group of that name, as what a disk can be a member of.
+    pub fn find(&self, name: &str) -> Option<Membership> {
+        let throttle = Arc::clone(self.lock().get(name)?);
+        Some(Membership {
+            name: name.to_owned(),
+            throttle,
+        })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Arc<Throttle>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The process, for those who look at it and change it.
+#[derive(Debug)]
+pub struct Roster {
+    disks: Vec<Arc<Disk>>,
+    workers: Vec<WorkerHandle>,
+    groups: Groups,
+    /// Where the workers' clock begins.
+    clock: Instant,
+    since: SystemTime,
+}
+
+impl Roster {
+    /// `clock` is where the workers' clock began.
+    pub fn new(
+        disks: Vec<Arc<Disk>>,
+        workers: Vec<WorkerHandle>,
+        groups: Groups,
+        clock: Instant,
+    ) -> Roster {
+        Roster {
+            disks,
+            workers,
+            groups,
+            clock,
+            since: SystemTime::now() - clock.elapsed(),
+        }
+    }
+
+    /// The disks, by number.
+    pub fn disks(&self) -> &[Arc<Disk>] {
+        &self.disks
+    }
+
+    /// When the workers started.
+    pub fn since(&self) -> SystemTime {
+        self.since
+    }
+
+    fn now_ns(&self) -> u64 {
+        u64::try_from(self.clock.elapsed().as_nanos()).expect("uptime below five centuries")
+    }
+
+    /// What each worker has counted so far, in the workers' order.
+    pub fn reports(&self) -> Vec<WorkerReport> {
+        self.ask_all(Message::Report)
+    }
+
+    /// Ends all workers when nothing is in flight any more; their last counts.
+    pub fn shut_down(&self) -> Vec<WorkerReport> {
+        self.ask_all(Message::Shutdown)
+    }
+
+    /// Asks all workers at once. One that has ended has no answer.
+    fn ask_all<T>(&self, message: impl Fn(Reply<T>) -> Message) -> Vec<T> {
+        let answers: Vec<_> = self
+            .workers
+            .iter()
+            .filter_map(|worker| worker.send(&message).ok())
+            .collect();
+        answers
+            .into_iter()
+            .filter_map(|answer| answer.recv().ok())
+            .collect()
+    }
+
+    /// The summary of `reports`.
+    pub fn summarize(&self, reports: &[WorkerReport]) -> Summary {
+        summarize(&self.disks, reports)
+    }
+
+    /// Limits a disk from now on.
+    pub fn set_limits(&self, disk: &Disk, limits: Limits) {
+        disk.set_limits(self.now_ns(), limits);
+    }
+
+    /// The names of the groups, in order.
+    pub fn group_names(&self) -> Vec<String> {
+        self.groups.lock().keys().cloned().collect()
+    }
+
+    /// A group and its limits.
+    pub fn group(&self, name: &str) -> Option<Membership> {
+        self.groups.find(name)
+    }
+
+    /// Limits a group from now on; the group comes into being with its first limits.
+    pub fn set_group_limits(&self, name: &str, limits: Limits) {
+        let throttle = Arc::clone(self.groups.lock().entry(name.to_owned()).or_default());
+        throttle.set_limits(self.now_ns(), limits);
+        self.ask_all(Message::LimitsChanged);
+    }
+
+    /// Begins to trace `actions` on all workers, `events` at most on each. What was traced before is
+    /// forgotten.
+    pub fn start_trace(&self, events: usize, actions: &Arc<[Action]>) {
+        self.ask_all(|done| Message::StartTrace(events, Arc::clone(actions), done));
+    }
+
+    /// Ends the trace; what was recorded can still be taken.
+    pub fn stop_trace(&self) {
+        self.ask_all(Message::StopTrace);
+    }
+
+    /// What was traced since it was taken last: the events of all workers in the order of time.
+    pub fn take_trace(&self) -> TraceReport {
+        let mut all = TraceReport::default();
+        for report in self.ask_all(Message::TakeTrace) {
+            all.events.extend(report.events);
+            all.lost += report.lost;
+        }
+        // Stable: events of one turn of one worker have one time, and keep their order.
+        all.events.sort_by_key(|traced| traced.event.time_ns);
+        all
+    }
+}
+
+/// One summary of what all workers reported, in the workers' order.
+fn summarize(disks: &[Arc<Disk>], reports: &[WorkerReport]) -> Summary {
+    let workers = reports
+        .iter()
+        .zip(0..)
+        .map(|(report, worker)| WorkerSummary {
+            worker,
+            queues: report.queues.len(),
+            enters: report.engine.enters,
+            sqes: report.engine.sqes,
+            cqes: report.engine.cqes,
+            bounced: report.engine.bounced,
+            continued: report.engine.continued,
+        })
+        .collect();
+    let disks = disks
+        .iter()
+        .map(|disk| {
+            let mut queues: Vec<QueueSummary> = reports
+                .iter()
+                .flat_map(|report| &report.queues)
+                .filter(|report| report.ring.disk == disk.id)
+                .map(|report| QueueSummary {
+                    queue: report.ring.queue.0,
+                    cpus: disk.cpus_of(report.ring.queue),
+                    ctxs: report.ctxs,
+                    worker: report.worker,
+                    mq: report.mq,
+                    io: report.io,
+                    times: (&*report.times).into(),
+                })
+                .collect();
+            queues.sort_by_key(|queue| queue.queue);
+            let mut stats = DiskStats::default();
+            for report in reports {
+                for (_, counted) in report.disks.iter().filter(|(id, _)| *id == disk.id) {
+                    stats.add(counted);
+                }
+            }
+            DiskSummary {
+                serial: disk.config.serial.clone(),
+                scheduler: disk.scheduler().kind().to_string(),
+                stats,
+                queues,
+            }
+        })
+        .collect();
+    Summary { disks, workers }
+}
