@@ -109,10 +109,10 @@ impl Model {
     }
 }
 
-/// A sector holds its version at both ends. Where several are possible, it may be torn.
+/// A sector holds its version at both ends, so that its first and last byte tell it from others. Where several are possible, it may be torn.
 fn check_sector(sector: &[u8], versions: &mut Vec<u64>, at: usize) {
-    let head = u64::from_ne_bytes(sector[..8].try_into().expect("8 bytes"));
-    let tail = u64::from_ne_bytes(sector[504..].try_into().expect("8 bytes"));
+    let head = u64::from_le_bytes(sector[..8].try_into().expect("8 bytes"));
+    let tail = u64::from_be_bytes(sector[504..].try_into().expect("8 bytes"));
     assert!(
         versions.contains(&head) && versions.contains(&tail),
         "sector {at} reads {head} and {tail}, not {versions:?}"
@@ -359,11 +359,11 @@ impl World {
             self.models[disk].lock(&request);
             let tag = self.rings[at].free.pop().expect("counted");
             self.versions += 1;
-            let mut buffer = vec![0; usize::try_from(request.bytes).expect("small")];
+            let mut buffer = vec![0xa5; usize::try_from(request.bytes).expect("small")];
             if request.op == Op::Write {
                 for sector in buffer.chunks_exact_mut(512) {
-                    sector[..8].copy_from_slice(&self.versions.to_ne_bytes());
-                    sector[504..].copy_from_slice(&self.versions.to_ne_bytes());
+                    sector[..8].copy_from_slice(&self.versions.to_le_bytes());
+                    sector[504..].copy_from_slice(&self.versions.to_be_bytes());
                 }
             }
             let io = self.io(&mut request, &mut buffer);
