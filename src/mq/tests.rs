@@ -5,6 +5,8 @@ use super::request::{IoPrio, Op};
 use super::*;
 
 mod exhaustive;
+mod merging;
+mod sharing;
 
 /// What was handed to the engine, and how it is to behave.
 #[derive(Default)]
