@@ -99,6 +99,8 @@ pub struct Mq<P> {
 struct Member<P> {
     hctx: Hctx<P>,
     place: Place,
+    /// Since when it waits for a time and got nothing, as a place in a line.
+    ticket: Option<u64>,
 }
 
 impl<P> Mq<P> {
@@ -129,6 +131,7 @@ impl<P> Mq<P> {
         let member = Some(Member {
             hctx: Hctx::new(id, config),
             place: Place::Nowhere,
+            ticket: None,
         });
         match free {
             Some(index) => self.hctxs[index] = member,
@@ -331,7 +334,8 @@ impl<P> Mq<P> {
     pub fn unquiesce(&mut self, id: HctxId) {
         let hctx = &mut self.member(id).hctx;
         hctx.quiesced = false;
-        if hctx.has_work() {
+        let (disk, has_work) = (hctx.config.disk, hctx.has_work());
+        if has_work || self.queue_of(disk).elevator_waits() {
             self.place(id, Want::Run);
         }
     }

@@ -44,12 +44,17 @@ impl<P> Mq<P> {
     }
 
     fn dispatch(&mut self, id: HctxId, driver: &mut impl Driver<P>) {
+        let in_use = self.tags.in_use();
         let (hctx, mut below) = self.split(id, driver);
         let quiesced = hctx.quiesced;
         let mut want = hctx.dispatch(&mut below);
         if want == Want::Nothing && !quiesced && below.queue.elevator_waits() {
             let disk = below.queue.disk;
             want = self.dispatch_elevator(disk, driver);
+        }
+        if want == Want::Nothing || self.tags.in_use() > in_use {
+            // It got something: of those that wait for one time, others have waited longer.
+            self.member(id).ticket = None;
         }
         self.place(id, want);
     }
@@ -76,6 +81,11 @@ impl<P> Mq<P> {
             let (hctx, mut below) = self.split(next.hctx, driver);
             let entry = hctx.table.get_mut(next.tag);
             entry.dispatch_ns.get_or_insert(now_ns);
+            if hctx.quiesced {
+                // Another hctx of the disk may go on; this request is the first when its own does.
+                hctx.leftovers.push_back(&mut hctx.table, next.tag);
+                continue;
+            }
             let queued = Queued {
                 id: next,
                 request: entry.request,
@@ -109,11 +119,18 @@ impl<P> Mq<P> {
             }
             other => other,
         };
-        let delay = self.delays;
+        let delays = self.delays;
         let member = self.member(id);
-        if want == Want::Nothing || member.place != Place::Nowhere {
-            return;
+        match (want, member.place) {
+            (Want::Nothing, _) => return,
+            // Something has happened, and who waits for a time is to know at once.
+            (Want::Run, Place::Delayed) => {
+                self.delayed.retain(|Reverse((.., other))| *other != id);
+            }
+            (_, Place::Nowhere) => {}
+            _ => return,
         }
+        let member = self.member(id);
         match want {
             Want::Nothing => {}
             Want::Run => {
@@ -126,7 +143,8 @@ impl<P> Mq<P> {
             }
             Want::At(at) => {
                 member.place = Place::Delayed;
-                self.delayed.push(Reverse((at, delay, id)));
+                let ticket = *member.ticket.get_or_insert(delays);
+                self.delayed.push(Reverse((at, ticket, id)));
                 self.delays += 1;
             }
         }

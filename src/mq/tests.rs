@@ -6,6 +6,8 @@ use super::qos::{Directions, Limits, Rate, Throttle};
 use super::request::{IoPrio, Op};
 use super::*;
 
+mod exhaustive;
+
 /// What was handed to the engine, and how it is to behave.
 #[derive(Default)]
 struct Below {
@@ -69,6 +71,13 @@ impl Bench {
         self.mq.complete(tag, result, |_, payload, status, read| {
             done.push((payload, status, read));
         });
+    }
+
+    /// Limits the disk, from empty buckets on.
+    fn limit(&mut self, limits: Limits) {
+        let throttle = Throttle::new(Limits::default());
+        throttle.set_limits(0, limits);
+        self.mq.set_throttle(DiskId(0), Some(Arc::new(throttle)));
     }
 
     fn run(&mut self) {
@@ -339,6 +348,44 @@ fn a_stale_completion_is_counted_and_harmless() {
     bench.complete(0, Ok(()));
     bench.mq.complete(tag, Ok(()), |_, _, _, _| panic!("twice"));
     assert_eq!(bench.mq.stale_completions(), 1);
+}
+
+#[test]
+fn hctxs_that_wait_for_one_bucket_take_turns() {
+    let mut bench = Bench::new(64);
+    let hctxs = [bench.hctx(0, 1), bench.hctx(1, 1)];
+    let mut limits = Limits::default();
+    limits.ops.total = Rate::per_second(10);
+    bench.limit(limits);
+    for id in hctxs {
+        let many: Vec<_> = (0..40).map(|i| (i, read(u64::from(i) * 100))).collect();
+        bench.drain(id, &many);
+    }
+    bench.run();
+    let mut shares = [0; 2];
+    for _ in 0..40 {
+        let deadline = bench.mq.next_deadline_ns().expect("both wait");
+        bench.mq.start_turn(deadline);
+        bench.run();
+        for (_, _, parts) in std::mem::take(&mut bench.below.taken) {
+            shares[parts[0] as usize / 100] += 1;
+        }
+    }
+    assert!(shares.iter().all(|n| *n >= 19), "shares {shares:?}");
+}
+
+#[test]
+fn a_flush_does_not_wait_for_the_tokens_of_a_write() {
+    let mut bench = Bench::new(64);
+    let id = bench.hctx(0, 1);
+    let mut limits = Limits::default();
+    limits.ops.total = Rate::per_second(1);
+    bench.limit(limits);
+    bench.drain(id, &[(0, request(Op::Write, 0, 8))]);
+    assert!(bench.taken().is_empty(), "the bucket begins empty");
+    bench.drain(id, &[(1, request(Op::Flush, 0, 0))]);
+    bench.run();
+    assert_eq!(bench.taken(), [[1]]);
 }
 
 /// splitmix64: small, seedable, and the same everywhere.

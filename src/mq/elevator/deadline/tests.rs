@@ -10,6 +10,35 @@ const RT: u16 = 1 << 13;
 const BE: u16 = (2 << 13) | 4;
 const IDLE: u16 = 3 << 13;
 
+impl Deadline {
+    /// All that decides what is dispatched when; `timed` says whether deadlines can pass.
+    pub(in crate::mq) fn digest(&self, timed: bool, state: &mut Vec<u64>) {
+        let number = |id: RequestId| u64::from(id.hctx.0) << 16 | u64::from(id.tag.0);
+        for class in &self.classes {
+            state.extend([u64::MAX, class.unfinished as u64]);
+            let lists = [&class.head, &class.queues[0].fifo, &class.queues[1].fifo];
+            for list in lists {
+                state.push(u64::MAX);
+                for slot in list.newest_first(&self.store) {
+                    let node = self.store.get(slot);
+                    state.extend([number(node.queued.id), node.at_head.into()]);
+                    state.extend(timed.then_some(node.deadline_ns));
+                }
+            }
+            state.extend(class.queues.iter().map(|queues| queues.last.0));
+        }
+        let Batch {
+            dir,
+            count,
+            starved,
+        } = self.batch;
+        state.extend([dir as u64, count.into(), starved.into()]);
+        if self.last_merge != NONE {
+            state.push(number(self.store.get(self.last_merge).queued.id));
+        }
+    }
+}
+
 fn id(hctx: u16, tag: u16) -> RequestId {
     RequestId {
         hctx: HctxId(hctx),

@@ -6,6 +6,23 @@ use super::*;
 
 const MS: u64 = 1_000_000;
 
+impl Kyber {
+    /// All that decides what is dispatched, as long as too few requests have ended for latencies to
+    /// be compared with their targets.
+    pub(in crate::mq) fn digest(&self, state: &mut Vec<u64>) {
+        for domain in &self.domains {
+            state.extend([u64::MAX, domain.depth.into(), domain.taken.into()]);
+            for slot in domain.queue.newest_first(&self.store) {
+                let node = self.store.get(slot);
+                let id = node.queued.id;
+                state.push(u64::from(id.hctx.0) << 16 | u64::from(id.tag.0));
+                state.push(node.at_head.into());
+            }
+        }
+        state.extend([self.current as u64, self.batching.into()]);
+    }
+}
+
 fn id(hctx: u16, tag: u16) -> RequestId {
     RequestId {
         hctx: HctxId(hctx),
