@@ -868,6 +868,45 @@ fn a_stale_completion_is_counted_and_ignored() {
 }
 
 #[test]
+fn a_request_that_hangs_can_be_given_up() {
+    // Nobody writes into the pipe, so a read of it never ends by itself.
+    let (pipe, _writer) = rustix::pipe::pipe().unwrap();
+    let mut engine = engine(4);
+    let disk = engine
+        .add_disk(Target::File(FileTarget {
+            file: pipe,
+            size_bytes: 1 << 20,
+            direct: false,
+            memory_align: 1,
+            offset_align: 1,
+            block_device: false,
+            ignore_flush: false,
+        }))
+        .unwrap();
+    let mut buffer = Buffer::new(512, 0);
+    let segments = buffer.segments(&[]);
+    let command = transfer(Op::Read, 0, &segments);
+    // SAFETY: the buffer is alive until the engine is. Unsafe because `queue_rq` is.
+    unsafe { engine.queue_rq(disk, tag(1, 7), command) }.unwrap();
+    engine.commit_rqs().unwrap();
+    // Not this one: a tag that was given to somebody else since.
+    engine.cancel_rq(tag(1, 6));
+    engine.commit_rqs().unwrap();
+    engine.wait(Some(Duration::from_millis(50))).unwrap();
+    engine
+        .reap(&mut |event| panic!("{event:?} before it was given up"))
+        .unwrap();
+    engine.cancel_rq(tag(1, 7));
+    let events = reap_until(&mut engine, |events| !events.is_empty());
+    let expected = Event::Done {
+        tag: tag(1, 7),
+        result: Err(Errno(libc::ECANCELED)),
+    };
+    assert_eq!(events, [expected]);
+    assert_eq!(engine.in_flight(), 0);
+}
+
+#[test]
 fn dropping_an_engine_waits_for_what_is_in_flight() {
     let image = Image::new(On::Direct, 4 << 20);
     let mut engine = engine(32);
