@@ -287,3 +287,42 @@ fn a_restarted_daemon_finds_its_guest_again() {
         "most was read back through the third daemon"
     );
 }
+
+/// Four jobs of different I/O priority, more than a limited disk can serve: mq-deadline orders their
+/// latencies by class, `none` treats all alike. The guest's own scheduler is out of the way.
+#[test]
+fn the_guests_priorities_count_with_mq_deadline_and_not_without() {
+    let latencies_us = |scheduler: &str| -> [u64; 4] {
+        let disk = Disk::new(64 * MIB);
+        // 200 a second for jobs that want 256 together, 192 of them above the idle class.
+        let daemon = Daemon::start(&disk, &["--scheduler", scheduler, "--limit", "iops=200/1"]);
+        let out = Guest::qemu(2, 1).disk(&disk).run(
+            r#"
+            echo none >/sys/block/vda/queue/scheduler
+            job() { echo --name=$1 --prioclass=$2 --prio=$3; }
+            fio --minimal --terse-version=3 --direct=1 --ioengine=libaio --filename=/dev/vda --rw=randread --bs=4k \
+                --time_based --runtime=8 --iodepth=16 --rate_iops=64 \
+                $(job realtime 1 4) $(job best-effort 2 0) $(job low 2 7) $(job idle 3 0) >/tmp/out 2>&1 || { cat /tmp/out; exit 1; }
+            awk -F';' '$1 == 3 { print "@@" $3, int($16) }' /tmp/out
+            "#,
+        );
+        daemon.stop().assert_no_errors();
+        ["@@realtime", "@@best-effort", "@@low", "@@idle"]
+            .map(|job| out.value(job).parse().expect("a number of microseconds"))
+    };
+    let none = latencies_us("none");
+    let deadline = latencies_us("mq-deadline");
+    println!(
+        "mean latency in µs, realtime, best effort, low, idle: none {none:?}, mq-deadline {deadline:?}"
+    );
+    let (least, most) = (none.iter().min().unwrap(), none.iter().max().unwrap());
+    assert!(most < &(least * 2), "without a scheduler: {none:?}");
+    let [realtime, best_effort, low, idle] = deadline;
+    let middle = best_effort.min(low);
+    assert!(realtime < middle, "{deadline:?}");
+    assert!(best_effort.max(low) * 4 < idle, "{deadline:?}");
+    assert!(
+        realtime * 10 < *least,
+        "the first class does not wait: {deadline:?}"
+    );
+}

@@ -28,6 +28,8 @@ mod uring;
 mod watch;
 
 #[cfg(test)]
+mod sim;
+#[cfg(test)]
 mod tests;
 
 use std::fmt;

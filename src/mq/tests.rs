@@ -7,6 +7,8 @@ use super::request::{IoPrio, Op};
 use super::*;
 
 mod exhaustive;
+mod merging;
+mod sharing;
 
 /// What was handed to the engine, and how it is to behave.
 #[derive(Default)]
@@ -386,6 +388,28 @@ fn a_flush_does_not_wait_for_the_tokens_of_a_write() {
     bench.drain(id, &[(1, request(Op::Flush, 0, 0))]);
     bench.run();
     assert_eq!(bench.taken(), [[1]]);
+}
+
+#[test]
+fn a_flush_finds_its_tag_although_its_hctx_waits_for_others() {
+    let mut bench = Bench::new(3);
+    let hctxs = [bench.hctx(0, 1), bench.hctx(1, 1)];
+    let write = |sector| request(Op::Write, sector, 8);
+    for id in hctxs {
+        bench.drain(id, &[(0, write(0)), (1, write(100))]);
+    }
+    assert_eq!(bench.taken(), [[0], [1]]);
+    bench.drain(hctxs[0], &[(2, write(200))]);
+    bench.drain(hctxs[1], &[(2, request(Op::Flush, 0, 0))]);
+    bench.run();
+    assert_eq!(bench.taken(), [[0], [1], [102]]);
+    bench.complete(0, Ok(()));
+    bench.run();
+    assert_eq!(
+        bench.taken(),
+        [[1], [102], [100]],
+        "it waits on where it was"
+    );
 }
 
 /// splitmix64: small, seedable, and the same everywhere.

@@ -45,7 +45,8 @@ impl Worker {
             return;
         }
         let timeout = self.timeout();
-        self.spin.sleeps(self.now_ns);
+        self.spin.sleeps();
+        self.empty_turns = 0;
         if let Err(error) = self.engine.wait(timeout) {
             self.engine_broken(&error);
         }

@@ -1,12 +1,23 @@
 //! How long a worker looks before it sleeps.
 //!
 //! Sleeping and being woken costs microseconds on both sides; looking costs a core. The bound moves
-//! between 0 and the configured maximum: a sleep that ended so soon that looking on would have
-//! caught the event makes it longer, a sleep that lasted makes it shorter. An idle worker looks
-//! for nothing: the bound is halved at each long sleep and small ones become 0.
+//! between 0 and the configured maximum by what the last pauses were. A pause (from the last
+//! progress to the next, asleep or not) that looking on would have caught makes the bound longer,
+//! one beyond the maximum makes it shorter, and small bounds become 0: an idle worker looks for
+//! nothing.
+//!
+//! Looking can defeat itself: on a CPU that the front end shares, it keeps away what it looks for,
+//! which then comes as soon as the worker sleeps. So a worker that looked in vain several times in
+//! a row, although the bound grew, stops looking for a while, and for longer each time.
 
 /// The smallest bound worth having, in nanoseconds: less than a wake-up costs.
 const SMALLEST_NS: u64 = 4_000;
+
+/// As often as this the bound can double before it is at any maximum worth having, and some.
+const MISSES: u32 = 8;
+
+/// For how many sleeps a worker that looked in vain does not look: at first, and at most.
+const HOLD_OFF: (u32, u32) = (32, 4096);
 
 /// A worker's spinning.
 #[derive(Debug)]
@@ -14,7 +25,12 @@ pub(super) struct Spin {
     max_ns: u64,
     bound_ns: u64,
     last_progress_ns: u64,
-    slept_at_ns: u64,
+    asleep: bool,
+    /// Sleeps that began after looking, in a row.
+    misses: u32,
+    /// Sleeps left before it looks again.
+    held_off: u32,
+    hold_off: u32,
 }
 
 impl Spin {
@@ -24,25 +40,51 @@ impl Spin {
             max_ns: u64::from(max_us) * 1000,
             bound_ns: 0,
             last_progress_ns: 0,
-            slept_at_ns: 0,
+            asleep: false,
+            misses: 0,
+            held_off: 0,
+            hold_off: HOLD_OFF.0,
         }
     }
 
     /// The turn at `now_ns` found something to do.
     #[inline]
     pub fn progress(&mut self, now_ns: u64) {
-        if self.slept_at_ns != 0 {
-            let slept = now_ns.saturating_sub(self.slept_at_ns);
-            self.slept_at_ns = 0;
-            self.bound_ns = if slept <= self.max_ns {
-                (self.bound_ns * 2).clamp(SMALLEST_NS.min(self.max_ns), self.max_ns)
-            } else if self.bound_ns / 2 < SMALLEST_NS {
-                0
-            } else {
-                self.bound_ns / 2
-            };
+        if self.asleep {
+            self.woken(now_ns.saturating_sub(self.last_progress_ns));
+        } else if self.misses != 0 {
+            // Found by looking.
+            self.misses = 0;
+            self.hold_off = HOLD_OFF.0;
         }
         self.last_progress_ns = now_ns;
+    }
+
+    fn woken(&mut self, pause_ns: u64) {
+        self.asleep = false;
+        if self.held_off > 0 {
+            self.held_off -= 1;
+            return;
+        }
+        if pause_ns > self.max_ns {
+            self.bound_ns /= 2;
+            if self.bound_ns < SMALLEST_NS {
+                self.bound_ns = 0;
+            }
+            return;
+        }
+        if self.bound_ns != 0 {
+            self.misses += 1;
+        }
+        if self.misses >= MISSES {
+            self.misses = 0;
+            self.bound_ns = 0;
+            self.held_off = self.hold_off;
+            self.hold_off = (self.hold_off * 2).min(HOLD_OFF.1);
+            return;
+        }
+        let least = SMALLEST_NS.min(self.max_ns);
+        self.bound_ns = (self.bound_ns * 2).clamp(least, self.max_ns);
     }
 
     /// Whether to look once more before sleeping.
@@ -58,8 +100,8 @@ impl Spin {
     }
 
     /// The worker goes to sleep.
-    pub fn sleeps(&mut self, now_ns: u64) {
-        self.slept_at_ns = now_ns.max(1);
+    pub fn sleeps(&mut self) {
+        self.asleep = true;
     }
 }
 
@@ -67,34 +109,81 @@ impl Spin {
 mod tests {
     use super::*;
 
-    fn sleep_for(spin: &mut Spin, now: &mut u64, ns: u64) {
-        spin.sleeps(*now);
+    /// A pause of `ns` that ends by being woken.
+    fn pause(spin: &mut Spin, now: &mut u64, ns: u64) {
+        spin.sleeps();
         *now += ns;
         spin.progress(*now);
     }
 
-    #[test]
-    fn short_sleeps_lengthen_the_bound_up_to_the_maximum() {
-        let (mut spin, mut now) = (Spin::new(50), 1);
-        assert!(!spin.is_on());
-        sleep_for(&mut spin, &mut now, 10_000);
-        assert!(spin.again(now + SMALLEST_NS - 1) && !spin.again(now + SMALLEST_NS));
-        (0..10).for_each(|_| sleep_for(&mut spin, &mut now, 10_000));
-        assert!(spin.again(now + 49_999) && !spin.again(now + 50_000));
+    /// A pause that is caught if the bound allows; true if it was.
+    fn offer(spin: &mut Spin, now: &mut u64, ns: u64) -> bool {
+        let caught = spin.again(*now + ns);
+        if !caught {
+            spin.sleeps();
+        }
+        *now += ns;
+        spin.progress(*now);
+        caught
     }
 
     #[test]
-    fn long_sleeps_end_it() {
+    fn short_pauses_are_soon_caught() {
         let (mut spin, mut now) = (Spin::new(50), 1);
-        (0..10).for_each(|_| sleep_for(&mut spin, &mut now, 10_000));
-        (0..10).for_each(|_| sleep_for(&mut spin, &mut now, 1_000_000));
         assert!(!spin.is_on());
+        let caught: Vec<bool> = (0..100)
+            .map(|_| offer(&mut spin, &mut now, 30_000))
+            .collect();
+        assert!(caught[6..].iter().all(|caught| *caught), "{caught:?}");
+    }
+
+    #[test]
+    fn pauses_beyond_the_maximum_end_it() {
+        let (mut spin, mut now) = (Spin::new(50), 1);
+        (0..10).for_each(|_| {
+            offer(&mut spin, &mut now, 30_000);
+        });
+        assert!(spin.is_on());
+        (0..10).for_each(|_| pause(&mut spin, &mut now, 60_000));
+        assert!(!spin.is_on());
+    }
+
+    #[test]
+    fn looking_that_keeps_away_what_it_looks_for_is_given_up() {
+        // Whatever the bound, the event comes 2 µs after the worker has gone to sleep.
+        let (mut spin, mut now) = (Spin::new(50), 1);
+        let mut looked_ns = 0;
+        let mut pauses = 0;
+        for _ in 0..10_000 {
+            looked_ns += spin.bound_ns;
+            pauses += 1;
+            let ns = spin.bound_ns.min(47_000) + 2_000;
+            pause(&mut spin, &mut now, ns);
+        }
+        assert!(
+            looked_ns / pauses < 1000,
+            "{} ns a pause",
+            looked_ns / pauses
+        );
+    }
+
+    #[test]
+    fn it_looks_again_when_looking_pays_again() {
+        let (mut spin, mut now) = (Spin::new(50), 1);
+        (0..200).for_each(|_| {
+            let ns = spin.bound_ns.min(47_000) + 2_000;
+            pause(&mut spin, &mut now, ns);
+        });
+        let caught = (0..2000)
+            .filter(|_| offer(&mut spin, &mut now, 30_000))
+            .count();
+        assert!(caught > 1500, "{caught} of 2000");
     }
 
     #[test]
     fn zero_never_spins() {
         let (mut spin, mut now) = (Spin::new(0), 1);
-        (0..10).for_each(|_| sleep_for(&mut spin, &mut now, 0));
+        (0..10).for_each(|_| pause(&mut spin, &mut now, 0));
         assert!(!spin.is_on() && !spin.again(now));
     }
 }
