@@ -4,6 +4,8 @@ use std::fmt::Write as _;
 
 use serde_json::Value;
 
+use crate::daemon::report::bytes;
+
 /// The table for the answer to `GET /v1/disks`. What an older daemon does not say shows as `-`.
 pub fn status(overview: &Value) -> String {
     let mut out = String::new();
@@ -15,7 +17,7 @@ pub fn status(overview: &Value) -> String {
             "disk {} (@{}): {}, {}{}, {}",
             text(&disk["serial"]),
             text(&disk["index"]),
-            disk["size_bytes"].as_u64().map_or("-".to_owned(), size),
+            disk["size_bytes"].as_u64().map_or("-".to_owned(), bytes),
             text(&disk["image"]),
             if disk["read_only"] == true {
                 ", read-only"
@@ -122,24 +124,6 @@ fn text(value: &Value) -> String {
     }
 }
 
-fn size(bytes: u64) -> String {
-    let units = [
-        (1u64 << 40, "TiB"),
-        (1 << 30, "GiB"),
-        (1 << 20, "MiB"),
-        (1 << 10, "KiB"),
-    ];
-    for (unit, name) in units {
-        if bytes >= unit {
-            return match bytes % unit {
-                0 => format!("{} {name}", bytes / unit),
-                _ => format!("{}.{} {name}", bytes / unit, bytes % unit / (unit / 10 + 1)),
-            };
-        }
-    }
-    format!("{bytes} B")
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -171,13 +155,5 @@ mod tests {
             .collect();
         assert_eq!(row[..4], ["3", "-", "-", "9"]);
         assert_eq!(row[10], "5");
-    }
-
-    #[test]
-    fn sizes_are_shown_with_one_digit() {
-        assert_eq!(size(512), "512 B");
-        assert_eq!(size(1 << 30), "1 GiB");
-        assert_eq!(size((1 << 30) + (1 << 30) / 2), "1.5 GiB");
-        assert_eq!(size((2 << 30) - 1), "1.9 GiB");
     }
 }

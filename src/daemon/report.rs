@@ -299,7 +299,7 @@ fn ranges(sorted: &[u16]) -> String {
 }
 
 /// `1.5 MiB` and the like.
-fn bytes(n: u64) -> String {
+pub(crate) fn bytes(n: u64) -> String {
     let mut unit = 1u64;
     for name in ["B", "KiB", "MiB", "GiB", "TiB"] {
         if n < unit * 1024 || name == "TiB" {
