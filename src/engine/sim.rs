@@ -367,7 +367,7 @@ impl mq::Driver<Io> for SimEngine {
         let payload = match request.op {
             Op::Flush => Payload::None,
             Op::Discard | Op::WriteZeroes => {
-                extents = first.extents.iter().copied();
+                extents = parts.clone().flat_map(|io| io.extents.iter().copied());
                 Payload::Extents(&mut extents)
             }
             _ if parts.clone().count() == 1 => Payload::Buffers(&first.iovecs),

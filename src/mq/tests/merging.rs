@@ -24,9 +24,23 @@ fn add(list: &mut Vec<Group>, late: Group, lookback: usize) {
             && early.bytes + late.bytes <= 1024 * 1024
             && early.segments + late.segments <= 1024
     };
-    let candidate = matches!(late.request.op, Op::Read | Op::Write) && !late.request.fua;
+    let mergeable = matches!(late.request.op, Op::Read | Op::Write | Op::Discard);
+    let candidate = mergeable && !late.request.fua;
     let newest = list.iter_mut().rev().take(lookback);
     for early in newest.filter(|_| candidate) {
+        // Discards need not touch: each brings its ranges, 32 at most in one request.
+        if early.request.op == Op::Discard && late.request.op == Op::Discard {
+            if early.request.ioprio != late.request.ioprio
+                || early.request.fua
+                || early.request.segments + late.request.segments > 32
+            {
+                continue;
+            }
+            early.request.bytes += late.request.bytes;
+            early.request.segments += late.request.segments;
+            early.parts.extend(late.parts);
+            return;
+        }
         let back = early.request.end() == late.request.sector;
         let front = late.request.end() == early.request.sector;
         if !back && !front {
@@ -87,7 +101,7 @@ fn any_request() -> impl Strategy<Value = Request> {
     let op = prop_oneof![
         8 => Just(Op::Read),
         4 => Just(Op::Write),
-        1 => Just(Op::Discard),
+        3 => Just(Op::Discard),
         1 => Just(Op::WriteZeroes),
     ];
     let sectors = prop_oneof![12 => 1u64..4, 1 => Just(256u64), 1 => 1000u64..1500];
