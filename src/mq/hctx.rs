@@ -131,6 +131,12 @@ impl<P> Hctx<P> {
         usize::from(self.leftovers.len()) + self.ctxs.staged()
     }
 
+    /// Whether a flush is the next to go.
+    pub fn flush_is_first(&self) -> bool {
+        let first = self.leftovers.front();
+        first.is_some_and(|tag| self.table.get(tag).request.op == Op::Flush)
+    }
+
     /// Changes how many vCPUs are mapped here. What is staged moves to the leftovers, in the order
     /// it would have been flushed; the ctxs' counts begin anew.
     pub fn set_ctxs(&mut self, count: u16) {

@@ -232,9 +232,15 @@ impl<P> Mq<P> {
     /// Ends the drain of `id`'s ring: its plug is issued directly or staged.
     #[inline]
     pub fn unplug(&mut self, id: HctxId, driver: &mut impl Driver<P>) {
+        let waits = self.member(id).place == Place::Waiting;
         let (hctx, mut below) = self.split(id, driver);
         hctx.stats.batches += 1;
         let want = hctx.unplug(&mut below);
+        if waits && hctx.flush_is_first() {
+            // A flush has tags of its own. The others keep their place in the line.
+            hctx.dispatch(&mut below);
+            return;
+        }
         self.place(id, want);
     }
 

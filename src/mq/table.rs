@@ -258,6 +258,11 @@ impl Fifo {
         self.len
     }
 
+    /// The oldest.
+    pub fn front(&self) -> Option<RequestTag> {
+        (self.len > 0).then_some(RequestTag(self.head))
+    }
+
     /// The newest.
     pub fn back(&self) -> Option<RequestTag> {
         (self.len > 0).then_some(RequestTag(self.tail))

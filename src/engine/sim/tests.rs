@@ -2,14 +2,15 @@
 //! meanwhile, and an oracle that knows what each request must come to.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use super::*;
 use crate::mq::elevator::{DeadlineParams, Kind, KyberParams, Params};
 use crate::mq::ids::{HctxId, QueueId, RequestTag, Sector};
-use crate::mq::qos::{Limits, Rate};
+use crate::mq::qos::{Limits, Rate, Throttle};
 use crate::mq::request::{IoPrio, Status};
 use crate::mq::stats::HctxStats;
-use crate::mq::{GroupId, HctxConfig, Mq};
+use crate::mq::{HctxConfig, Mq};
 
 const SECTORS: u64 = 1024;
 const MOST_SECTORS: u64 = 8;
@@ -139,6 +140,10 @@ struct World {
     engine: SimEngine,
     random: Random,
     rings: Vec<Ring>,
+    /// Of each disk.
+    throttles: Vec<Arc<Throttle>>,
+    /// Of the one group.
+    group: Arc<Throttle>,
     models: Vec<Model>,
     asked: Vec<Option<Asked>>,
     free_ids: Vec<u32>,
@@ -189,13 +194,18 @@ impl World {
             }));
         }
         let mut mq = Mq::new(tags + 2, 2);
-        mq.set_group_limits(GroupId(0), Limits::default());
+        let throttles: Vec<_> = (0..disks).map(|_| Arc::default()).collect();
+        for (disk, throttle) in (0..).map(DiskId).zip(&throttles) {
+            mq.set_throttle(disk, Some(Arc::clone(throttle)));
+        }
         World {
             seed,
             mq,
             engine,
             random,
             rings,
+            throttles,
+            group: Arc::default(),
             models: (0..disks).map(|_| Model::new()).collect(),
             asked: Vec::new(),
             free_ids: Vec::new(),
@@ -475,14 +485,16 @@ impl World {
             }
             4 => {
                 let limits = self.limits();
-                self.mq.set_limits(disk, limits);
+                self.throttles[disk.index()].set_limits(self.now_ns, limits);
+                self.mq.limits_changed();
                 self.saw("limited");
             }
             5 => {
                 let limits = self.limits();
-                self.mq.set_group_limits(GroupId(0), limits);
-                let group = (self.random.below(2) == 0).then_some(GroupId(0));
+                self.group.set_limits(self.now_ns, limits);
+                let group = (self.random.below(2) == 0).then(|| Arc::clone(&self.group));
                 self.mq.set_group(disk, group);
+                self.mq.limits_changed();
             }
             6 if self.frozen.is_none() => self.frozen = Some(disk.0),
             7 => self.rings[at].stopping = true,
