@@ -255,7 +255,7 @@ pub struct DiskArguments {
 
     /// Which requests go first: none (as they come), mq-deadline, kyber, or auto; with
     /// parameters behind it as in /sys/block/*/queue/iosched [default: auto, which is
-    /// mq-deadline for one queue or a medium that turns, else none]
+    /// mq-deadline for one queue, else none]
     #[arg(
         verbatim_doc_comment, long, value_name = "NAME[,PARAM=VALUE...]",
         value_parser = parse_scheduler, help_heading = SHARE

@@ -69,14 +69,12 @@ impl Disk {
     /// The elevator that `choice` means for this disk.
     ///
     /// Linux gives its disks `mq-deadline` if they have one queue and `none` otherwise
-    /// (elevator_get_default, block/elevator.c). A medium that turns gets it too: there the order of
-    /// sectors is worth more than the scheduler costs, however many queues the guest uses.
+    /// (elevator_get_default, block/elevator.c), whatever the medium is: that a disk turns is what
+    /// most virtual machines' hosts are told of every disk they have.
     pub fn choose_scheduler(&self, choice: Scheduler) -> Params {
         match choice {
             Scheduler::Given(params) => params,
-            Scheduler::Auto if self.config.num_queues == 1 || self.image.rotational => {
-                Kind::MqDeadline.into()
-            }
+            Scheduler::Auto if self.config.num_queues == 1 => Kind::MqDeadline.into(),
             Scheduler::Auto => Params::None,
         }
     }
