@@ -7,7 +7,7 @@ use serde::Serialize;
 use crate::engine::EngineCounters;
 use crate::mq::diskstats::DiskStats;
 use crate::mq::hist::Histogram;
-use crate::mq::stats::{HctxStats, HctxTimes};
+use crate::mq::stats::{CtxStats, HctxStats, HctxTimes};
 
 use crate::mq::ids::{DiskId, RingId, WorkerId};
 use crate::mq::trace::Event;
@@ -41,8 +41,8 @@ pub struct QueueReport {
     pub ring: RingId,
     /// Who served it last.
     pub worker: u16,
-    /// How many ctxs it has.
-    pub ctxs: u16,
+    /// What each ctx did since the queue has that many.
+    pub ctx: Vec<CtxStats>,
     /// blk-mq's counts.
     pub mq: HctxStats,
     /// How long its requests were where.
@@ -53,19 +53,20 @@ pub struct QueueReport {
 
 impl QueueReport {
     /// Nothing counted yet.
-    pub fn new(ring: RingId, worker: u16, ctxs: u16) -> Self {
+    pub fn new(ring: RingId, worker: u16) -> Self {
         QueueReport {
             ring,
             worker,
-            ctxs,
+            ctx: Vec::new(),
             mq: HctxStats::default(),
             times: Box::default(),
             io: RingStats::default(),
         }
     }
 
-    /// Adds what another period of the same queue counted.
-    pub fn add(&mut self, mq: &HctxStats, times: &HctxTimes, io: &RingStats) {
+    /// Adds what another period of the same queue counted; ctxs come and go, so theirs is the last.
+    pub fn add(&mut self, ctx: Vec<CtxStats>, mq: &HctxStats, times: &HctxTimes, io: &RingStats) {
+        self.ctx = ctx;
         self.mq.add(mq);
         self.times.add(times);
         self.io.kicks += io.kicks;
@@ -124,9 +125,11 @@ pub struct QueueSummary {
     /// The vCPUs the queue map sends here.
     pub cpus: Vec<u16>,
     /// Its staging queues.
-    pub ctxs: u16,
+    pub ctxs: usize,
     /// Who served it.
     pub worker: u16,
+    /// What each ctx did since the queue has that many.
+    pub ctx: Vec<CtxStats>,
     /// blk-mq's counts.
     #[serde(flatten)]
     pub mq: HctxStats,

@@ -182,8 +182,9 @@ fn summarize(disks: &[Arc<Disk>], reports: &[WorkerReport]) -> Summary {
                 .map(|report| QueueSummary {
                     queue: report.ring.queue.0,
                     cpus: disk.cpus_of(report.ring.queue),
-                    ctxs: report.ctxs,
+                    ctxs: report.ctx.len(),
                     worker: report.worker,
+                    ctx: report.ctx.clone(),
                     mq: report.mq,
                     io: report.io,
                     times: (&*report.times).into(),

@@ -111,7 +111,14 @@ impl<P> Mq<P> {
             .as_mut()
     }
 
+    #[inline]
     pub(super) fn place(&mut self, id: HctxId, want: Want) {
+        if want != Want::Nothing {
+            self.put(id, want);
+        }
+    }
+
+    fn put(&mut self, id: HctxId, want: Want) {
         // With nothing in flight no completion will come to wake anybody.
         let want = match want {
             Want::Completion if self.tags.in_use() == 0 => {
@@ -122,7 +129,6 @@ impl<P> Mq<P> {
         let delays = self.delays;
         let member = self.member(id);
         match (want, member.place) {
-            (Want::Nothing, _) => return,
             // Something has happened, and who waits for a time is to know at once.
             (Want::Run, Place::Delayed) => {
                 self.delayed.retain(|Reverse((.., other))| *other != id);
@@ -132,7 +138,7 @@ impl<P> Mq<P> {
         }
         let member = self.member(id);
         match want {
-            Want::Nothing => {}
+            Want::Nothing => unreachable!("place() keeps those to itself"),
             Want::Run => {
                 member.place = Place::Runnable;
                 self.runnable.push_back(id);

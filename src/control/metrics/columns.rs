@@ -117,7 +117,9 @@ fn bytes(direction: Direction) -> f64 {
 }
 
 pub(super) const QUEUE_COLUMNS: &[Column<QueueReport>] = &[
-    ("ctxs", "gauge", "Staging queues.", |q| f64::from(q.ctxs)),
+    ("ctxs", "gauge", "Staging queues.", |q| {
+        f64::from(u32::try_from(q.ctx.len()).unwrap_or(u32::MAX))
+    }),
     (
         "read_bytes_total",
         "counter",

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use crate::engine::{CallSlot, Engine};
 use crate::mq::HctxConfig;
 use crate::mq::elevator::Params;
-use crate::mq::ids::{DiskId, HctxId, RingId};
+use crate::mq::ids::{DiskId, HctxId, RingId, WorkerId};
 use crate::virtio::memory::MemoryTable;
 use crate::virtio::ring::{Ring, RingError};
 
@@ -326,18 +326,10 @@ impl Worker {
         self.pending
             .retain(|p| !matches!(p, Pending::Disable(other, _) if *other == hctx));
         let port = self.ports[hctx.index()].take().expect("the port exists");
-        let ctxs = u16::try_from(self.mq.ctx_count(hctx)).expect("as many as vCPUs");
+        let ctx = self.mq.ctx_stats(hctx).to_vec();
         let (stats, times) = self.mq.remove_hctx(hctx);
-        let report = match self.reports.iter_mut().find(|r| r.ring == port.id) {
-            Some(report) => report,
-            None => {
-                self.reports
-                    .push(QueueReport::new(port.id, self.id.0, ctxs));
-                self.reports.last_mut().expect("just pushed")
-            }
-        };
-        report.ctxs = ctxs;
-        report.add(&stats, &times, &port.stats);
+        let report = report_of(&mut self.reports, port.id, self.id);
+        report.add(ctx, &stats, &times, &port.stats);
         port.ring.next_avail()
     }
 
@@ -357,14 +349,13 @@ impl Worker {
     fn report(&mut self) -> WorkerReport {
         let mut reports = self.reports.clone();
         for (hctx, port) in self.ports() {
-            let ctxs = u16::try_from(self.mq.ctx_count(hctx)).expect("as many as vCPUs");
-            let index = reports.iter().position(|r| r.ring == port.id);
-            let index = index.unwrap_or_else(|| {
-                reports.push(QueueReport::new(port.id, self.id.0, ctxs));
-                reports.len() - 1
-            });
-            reports[index].ctxs = ctxs;
-            reports[index].add(self.mq.stats(hctx), self.mq.times(hctx), &port.stats);
+            let ctx = self.mq.ctx_stats(hctx).to_vec();
+            report_of(&mut reports, port.id, self.id).add(
+                ctx,
+                self.mq.stats(hctx),
+                self.mq.times(hctx),
+                &port.stats,
+            );
         }
         let disks = (0..self.disks.len())
             .map(|index| DiskId(u16::try_from(index).expect("disks are bounded")))
@@ -376,6 +367,16 @@ impl Worker {
             engine: self.engine.counters(),
         }
     }
+}
+
+/// The report of a ring; a new one if there is none yet.
+fn report_of(reports: &mut Vec<QueueReport>, ring: RingId, worker: WorkerId) -> &mut QueueReport {
+    let index = reports.iter().position(|report| report.ring == ring);
+    let index = index.unwrap_or_else(|| {
+        reports.push(QueueReport::new(ring, worker.0));
+        reports.len() - 1
+    });
+    &mut reports[index]
 }
 
 fn replace_call(
