@@ -209,7 +209,9 @@ pub fn pin(tid: Option<Pid>, cpus: &[usize]) -> Result<(), String> {
 fn ours(socket: &Path, image: &Image, queues: usize, args: &[String]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_vhost-user-blkmq"));
     command.arg("--socket-path").arg(socket);
-    command.args(["--summary", "none", "--num-queues", &queues.to_string()]);
+    command.args(["--summary", "none"]);
+    // As with the default, which offers many queues: nobody else has a scheduler either.
+    command.args(["--scheduler", "none", "--num-queues", &queues.to_string()]);
     match image {
         Image::Null(bytes) => command.args(["--engine", "null", "--size", &bytes.to_string()]),
         Image::File(path) => command

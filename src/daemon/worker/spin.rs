@@ -7,11 +7,15 @@
 //! nothing.
 //!
 //! Looking can defeat itself: on a CPU that the front end shares, it keeps away what it looks for,
-//! which then comes as soon as the worker sleeps. So a worker that looked in vain several times in
-//! a row, although the bound grew, stops looking for a while, and for longer each time.
+//! which then comes as soon as the worker sleeps. So a worker to which that happened several times
+//! in a row, although the bound grew, stops looking for a while, and for longer each time.
 
 /// The smallest bound worth having, in nanoseconds: less than a wake-up costs.
 const SMALLEST_NS: u64 = 4_000;
+
+/// What comes this soon after the worker went to sleep, in nanoseconds, seems to have waited for
+/// that; and pauses that exceed the maximum by less say nothing.
+const SLACK_NS: u64 = 10_000;
 
 /// As often as this the bound can double before it is at any maximum worth having, and some.
 const MISSES: u32 = 8;
@@ -26,7 +30,7 @@ pub(super) struct Spin {
     bound_ns: u64,
     last_progress_ns: u64,
     asleep: bool,
-    /// Sleeps that began after looking, in a row.
+    /// Sleeps that ended as soon as they began, after looking, in a row.
     misses: u32,
     /// Sleeps left before it looks again.
     held_off: u32,
@@ -66,14 +70,7 @@ impl Spin {
             self.held_off -= 1;
             return;
         }
-        if pause_ns > self.max_ns {
-            self.bound_ns /= 2;
-            if self.bound_ns < SMALLEST_NS {
-                self.bound_ns = 0;
-            }
-            return;
-        }
-        if self.bound_ns != 0 {
+        if self.bound_ns != 0 && pause_ns < self.bound_ns + SLACK_NS {
             self.misses += 1;
         }
         if self.misses >= MISSES {
@@ -83,8 +80,15 @@ impl Spin {
             self.hold_off = (self.hold_off * 2).min(HOLD_OFF.1);
             return;
         }
-        let least = SMALLEST_NS.min(self.max_ns);
-        self.bound_ns = (self.bound_ns * 2).clamp(least, self.max_ns);
+        if pause_ns <= self.max_ns {
+            let least = SMALLEST_NS.min(self.max_ns);
+            self.bound_ns = (self.bound_ns * 2).clamp(least, self.max_ns);
+        } else if pause_ns > self.max_ns + SLACK_NS {
+            self.bound_ns /= 2;
+            if self.bound_ns < SMALLEST_NS {
+                self.bound_ns = 0;
+            }
+        }
     }
 
     /// Whether to look once more before sleeping.
@@ -144,8 +148,17 @@ mod tests {
             offer(&mut spin, &mut now, 30_000);
         });
         assert!(spin.is_on());
-        (0..10).for_each(|_| pause(&mut spin, &mut now, 60_000));
+        (0..10).for_each(|_| pause(&mut spin, &mut now, 70_000));
         assert!(!spin.is_on());
+    }
+
+    #[test]
+    fn pauses_around_the_maximum_are_caught_when_they_can_be() {
+        let (mut spin, mut now) = (Spin::new(50), 1);
+        let caught = (0..1000)
+            .filter(|i| offer(&mut spin, &mut now, [35_000, 55_000][i % 2]))
+            .count();
+        assert!(caught > 480, "{caught} of 500");
     }
 
     #[test]
