@@ -12,7 +12,7 @@ use super::memory::Memory;
 use super::slot::{Next, Slot, Stage};
 use super::start::start;
 use super::target::{Disk, Target};
-use super::uring::{REAP_BATCH, Ring};
+use super::uring::{Ask, REAP_BATCH, Ring};
 use super::watch::{Call, Table, Watch};
 use super::{Busy, Command, DiskSlot, EngineCounters, Errno, Event, MAX_DISKS};
 use crate::mq::ids::DriverTag;
@@ -57,6 +57,10 @@ impl Engine {
     /// The ring is for the calling thread. Fails with one line for the user when the kernel has no
     /// io_uring for us.
     pub fn new(depth: u16, watches: u16) -> io::Result<Self> {
+        Engine::asking(depth, watches, Ask::ALL)
+    }
+
+    pub(super) fn asking(depth: u16, watches: u16, ask: Ask) -> io::Result<Self> {
         assert!(depth > 0, "an engine without driver tags serves nobody");
         let (slots, fds) = (u32::from(depth), u32::from(watches) + 1);
         // An SQE for each slot and a good part of the fds: more are submitted in between. A CQE for
@@ -65,7 +69,7 @@ impl Engine {
         // it not do, the kernel keeps the rest and ends the polls, and we arm them again.
         let sqes = (slots + fds.min(slots) + 64).next_power_of_two().min(32768);
         let cqes = (sqes + 6 * fds).next_power_of_two().min(65536);
-        let ring = Ring::new(sqes, cqes)?;
+        let ring = Ring::new(sqes, cqes, ask)?;
         let memory = Memory::new(depth)?;
         Ok(Engine {
             ring,

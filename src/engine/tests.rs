@@ -11,6 +11,7 @@ use libc::iovec;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd};
 use rustix::fs::{OFlags, fcntl_setfl};
 
+use super::uring::Ask;
 use super::*;
 
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -970,4 +971,49 @@ fn an_alignment_that_cannot_be_served_is_refused() {
     };
     let error = engine(1).add_disk(Target::File(file)).unwrap_err();
     assert!(error.to_string().contains("65536"), "{error}");
+}
+
+#[test]
+fn an_older_kernels_ring_does_the_same() {
+    for skipped_modes in 0..3 {
+        for all in [false, true] {
+            let ask = Ask {
+                skipped_modes,
+                fixed_files: all,
+                silent_writes: all,
+            };
+            let mut engine = Engine::asking(4, 8, ask).unwrap();
+            let image = Image::new(On::Buffered, 1 << 20);
+            let disk = engine.add_disk(image.target()).unwrap();
+            let mut buffer = Buffer::new(8192, 0);
+            buffer.bytes().fill(0x5a);
+            let segments = buffer.segments(&[4096]);
+            let write = transfer(Op::Write, 4096, &segments);
+            assert_eq!(run(&mut engine, disk, write), Ok(8192));
+            assert_eq!(run(&mut engine, disk, FLUSH), Ok(0));
+            buffer.bytes().fill(0);
+            let segments = buffer.segments(&[512, 100]);
+            let read = transfer(Op::Read, 4096, &segments);
+            assert_eq!(run(&mut engine, disk, read), Ok(8192));
+            assert!(buffer.bytes().iter().all(|byte| *byte == 0x5a));
+
+            let (ours, theirs) = new_eventfd(EventfdFlags::NONBLOCK);
+            engine.watch(ours, 3).unwrap();
+            let (ours, called) = new_eventfd(EventfdFlags::NONBLOCK);
+            let call = engine.add_call(ours, 4).unwrap();
+            let waker = Waker::new().unwrap();
+            engine.watch_waker(&waker).unwrap();
+            for _ in 0..200 {
+                kick(&theirs);
+                reap_until(&mut engine, |events| events.contains(&Event::Kick(3)));
+                engine.call(call);
+                engine.commit_rqs().unwrap();
+                assert_eq!(read_soon(&called), 1);
+                waker.wake();
+                reap_until(&mut engine, |events| events.contains(&Event::Message));
+            }
+            engine.unwatch(3);
+            engine.remove_call(call);
+        }
+    }
 }

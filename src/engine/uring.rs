@@ -12,10 +12,29 @@ use super::{EngineCounters, MAX_DISKS};
 /// How many completions are taken out of the ring at a time.
 pub(super) const REAP_BATCH: usize = 32;
 
+/// What to ask the kernel for. Tests ask for less, to be where an older kernel is.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Ask {
+    /// How many of the ways to set a ring up, from the best on, are not even tried.
+    pub(super) skipped_modes: usize,
+    pub(super) fixed_files: bool,
+    pub(super) silent_writes: bool,
+}
+
+impl Ask {
+    pub(super) const ALL: Ask = Ask {
+        skipped_modes: 0,
+        fixed_files: true,
+        silent_writes: true,
+    };
+}
+
 /// An io_uring with what the kernel could give.
 pub(super) struct Ring {
     ring: IoUring,
     pub(super) fixed_files: bool,
+    /// A write can be told to complete without a word (Linux 5.17).
+    pub(super) silent_writes: bool,
     mode: &'static str,
 }
 
@@ -27,8 +46,8 @@ impl std::fmt::Debug for Ring {
 
 impl Ring {
     /// A ring with room for `sqes` entries to submit and `cqes` completions, for the calling thread
-    /// only.
-    pub(super) fn new(sqes: u32, cqes: u32) -> io::Result<Self> {
+    /// only: as good as `ask` says, or what the kernel has.
+    pub(super) fn new(sqes: u32, cqes: u32, ask: Ask) -> io::Result<Self> {
         let mut builder = IoUring::builder();
         builder.dontfork().setup_cqsize(cqes).setup_clamp();
         let mut best = builder.clone();
@@ -41,19 +60,21 @@ impl Ring {
             .setup_coop_taskrun()
             .setup_taskrun_flag()
             .setup_submit_all();
-
-        let (ring, mode) = match best.build(sqes) {
-            Ok(ring) => (ring, "single issuer, deferred task running"),
-            // Flags an older kernel does not know.
-            Err(e) if e.raw_os_error() == Some(libc::EINVAL) => match middle.build(sqes) {
-                Ok(ring) => (ring, "cooperative task running (Linux older than 6.1)"),
-                Err(_) => (
-                    builder.build(sqes).map_err(unavailable)?,
-                    "plain (Linux older than 5.19: more interruptions)",
-                ),
-            },
-            Err(e) => return Err(unavailable(e)),
-        };
+        let modes = [
+            (best, "single issuer, deferred task running"),
+            (middle, "cooperative task running (Linux older than 6.1)"),
+            (builder, "plain (Linux older than 5.19: more interruptions)"),
+        ];
+        let mut made = Err(io::Error::from_raw_os_error(libc::EINVAL));
+        for (builder, mode) in &modes[ask.skipped_modes..] {
+            made = builder.build(sqes).map(|ring| (ring, *mode));
+            match &made {
+                // Flags an older kernel does not know.
+                Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {}
+                _ => break,
+            }
+        }
+        let (ring, mode) = made.map_err(unavailable)?;
         let params = ring.params();
         // Completions are never lost, vectors are read at submission, waits have a timeout, and
         // polls repeat (5.13 brought the latter together with resource tagging).
@@ -71,13 +92,16 @@ impl Ring {
             params.cq_entries() >= cqes.min(65536),
             "the kernel keeps the size asked for"
         );
-        let fixed_files = ring
-            .submitter()
-            .register_files_sparse(u32::from(MAX_DISKS))
-            .is_ok();
+        let silent_writes = ask.silent_writes && params.is_feature_skip_cqe_on_success();
+        let fixed_files = ask.fixed_files
+            && ring
+                .submitter()
+                .register_files_sparse(u32::from(MAX_DISKS))
+                .is_ok();
         Ok(Ring {
             ring,
             fixed_files,
+            silent_writes,
             mode,
         })
     }

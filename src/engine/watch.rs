@@ -187,12 +187,12 @@ impl Call {
     /// The completion of a write would end the sleep that the same system call begins, so most
     /// writes ask for none; now and then one does, and none follows until it is over. That bounds
     /// what a front end can pile up by making its fd block. The flag says whether this one reports.
-    pub(super) fn sqe(&mut self) -> (squeue::Entry, bool) {
+    pub(super) fn sqe(&mut self, silent: bool) -> (squeue::Entry, bool) {
         let entry = opcode::Write::new(types::Fd(self.fd.as_raw_fd()), ONE.as_ptr(), 8).build();
         if self.blocking {
             return (entry.flags(squeue::Flags::ASYNC), true);
         }
-        if self.unheard < UNHEARD_CALLS {
+        if silent && self.unheard < UNHEARD_CALLS {
             self.unheard += 1;
             return (entry.flags(squeue::Flags::SKIP_SUCCESS), false);
         }

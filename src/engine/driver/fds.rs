@@ -95,7 +95,7 @@ impl Engine {
         let Some(call) = self.calls.get_mut(index) else {
             return;
         };
-        let (entry, reports) = call.sqe();
+        let (entry, reports) = call.sqe(self.ring.silent_writes);
         let entry = entry.user_data(user_data(KIND_CALL, call.generation, index));
         // SAFETY: the entry names a static and an fd that the table keeps open. Unsafe because other
         // entries name memory that goes away.

@@ -655,7 +655,7 @@ fn one_operation_a_second() {
 
 /// Takes minutes, and is for an optimized build.
 #[test]
-#[ignore = "explores millions of states"]
+#[ignore = "explores millions of states: cargo test --release --lib exhaustive -- --ignored"]
 fn all_of_it_with_more_refusals_and_failures() {
     let worlds = [
         ("mixed", mixed()),
