@@ -167,3 +167,24 @@ fn calmest(
         }
     }
 }
+
+/// What came out of a target.
+#[derive(Debug, Serialize)]
+pub struct Verdict {
+    /// The row.
+    pub row: String,
+    /// What was compared.
+    pub what: String,
+    /// Our median.
+    pub ours: f64,
+    /// The peer's median, or what ours is measured by.
+    pub peer: f64,
+    /// Whose it is.
+    pub peer_name: String,
+    /// Ours by the peer's.
+    pub ratio: Option<Ratio>,
+    /// The target in words.
+    pub target: String,
+    /// Whether it was reached.
+    pub met: bool,
+}

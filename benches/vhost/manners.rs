@@ -2,11 +2,11 @@
 
 use crate::backend::{Backend, Image, Who};
 use crate::cli::Args;
-use crate::compare::{Contender, Measured, Method, Ratio, compare};
+use crate::compare::{Contender, Measured, Method, Ratio, Verdict, compare};
 use crate::load::Rig;
 use crate::report;
 use crate::sample::Sample;
-use crate::suite::Verdict;
+
 use crate::support::ProcStats;
 use crate::usage::Resident;
 use crate::workload::Workload;

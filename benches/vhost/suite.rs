@@ -2,7 +2,7 @@
 
 use crate::backend::{self, Image};
 use crate::cli::{Args, Suite};
-use crate::compare::{Contender, Measured, Method, Ratio, compare};
+use crate::compare::{Contender, Measured, Method, Ratio, Verdict, compare};
 use crate::image::{self, Made};
 use crate::manners;
 use crate::report;
@@ -34,27 +34,6 @@ struct Row {
     contenders: Vec<Contender>,
     workload: Workload,
     targets: Vec<Target>,
-}
-
-/// What came out of a target.
-#[derive(Debug, Serialize)]
-pub struct Verdict {
-    /// The row.
-    pub row: String,
-    /// What was compared.
-    pub what: String,
-    /// Our median.
-    pub ours: f64,
-    /// The peer's median, or what ours is measured by.
-    pub peer: f64,
-    /// Whose it is.
-    pub peer_name: String,
-    /// Ours by the peer's.
-    pub ratio: Option<Ratio>,
-    /// The target in words.
-    pub target: String,
-    /// Whether it was reached.
-    pub met: bool,
 }
 
 #[derive(Default, Serialize)]
