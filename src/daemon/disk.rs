@@ -21,7 +21,7 @@ use crate::virtio::shape::DiskShape;
 
 use self::describe::{shape, space, target};
 pub use self::tuning::Membership;
-use super::message::{Message, Reply, WorkerGone, WorkerHandle};
+use super::message::{Message, Reply, WorkerGone, WorkerHandle, ask_all};
 
 /// A disk that is being served.
 #[derive(Debug)]
@@ -202,16 +202,8 @@ impl Disk {
     }
 
     /// Tells all workers something at once, and returns when the last one has adopted it.
-    fn tell_workers(&self, message: impl Fn(Reply<()>) -> Message) {
-        let answers: Vec<_> = self
-            .workers
-            .iter()
-            .filter_map(|worker| worker.send(&message).ok())
-            .collect();
-        for answer in answers {
-            // A worker that has ended has nothing to change.
-            let _ = answer.recv();
-        }
+    pub fn tell_workers(&self, message: impl Fn(Reply<()>) -> Message) {
+        ask_all(&self.workers, message);
     }
 
     /// What is behind it.

@@ -115,6 +115,19 @@ impl<T> Reply<T> {
     }
 }
 
+/// Asks all workers at once, then waits for each: the answers, in the workers' order. One that has
+/// ended has none.
+pub fn ask_all<T>(workers: &[WorkerHandle], message: impl Fn(Reply<T>) -> Message) -> Vec<T> {
+    let answers: Vec<_> = workers
+        .iter()
+        .filter_map(|worker| worker.send(&message).ok())
+        .collect();
+    answers
+        .into_iter()
+        .filter_map(|answer| answer.recv().ok())
+        .collect()
+}
+
 /// A worker that does not answer because its thread has ended.
 #[derive(Clone, Copy, Debug, thiserror::Error)]
 #[error("worker {0} has ended")]

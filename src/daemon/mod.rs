@@ -1,6 +1,7 @@
 //! The glue between front ends, threads, file descriptors and sockets.
 
 pub mod backend;
+pub mod clock;
 pub mod disk;
 pub mod message;
 pub mod report;

@@ -3,15 +3,16 @@
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Instant, SystemTime};
+use std::time::SystemTime;
 
 use crate::config::Group;
 use crate::mq::diskstats::DiskStats;
 use crate::mq::qos::{Limits, Throttle};
 use crate::mq::trace::Action;
 
+use super::clock::Clock;
 use super::disk::{Disk, Membership};
-use super::message::{Message, Reply, WorkerHandle};
+use super::message::{Message, Reply, WorkerHandle, ask_all};
 use super::report::{DiskSummary, QueueSummary, Summary, TraceReport, WorkerReport, WorkerSummary};
 
 /// The groups of disks that share limits, by name.
@@ -47,18 +48,18 @@ pub struct Roster {
     disks: Vec<Arc<Disk>>,
     workers: Vec<WorkerHandle>,
     groups: Groups,
-    /// Where the workers' clock begins.
-    clock: Instant,
+    /// The workers' clock.
+    clock: Clock,
     since: SystemTime,
 }
 
 impl Roster {
-    /// `clock` is where the workers' clock began.
+    /// `clock` is the workers'.
     pub fn new(
         disks: Vec<Arc<Disk>>,
         workers: Vec<WorkerHandle>,
         groups: Groups,
-        clock: Instant,
+        clock: Clock,
     ) -> Roster {
         Roster {
             disks,
@@ -79,10 +80,6 @@ impl Roster {
         self.since
     }
 
-    fn now_ns(&self) -> u64 {
-        u64::try_from(self.clock.elapsed().as_nanos()).expect("uptime below five centuries")
-    }
-
     /// What each worker has counted so far, in the workers' order.
     pub fn reports(&self) -> Vec<WorkerReport> {
         self.ask_all(Message::Report)
@@ -93,17 +90,8 @@ impl Roster {
         self.ask_all(Message::Shutdown)
     }
 
-    /// Asks all workers at once. One that has ended has no answer.
     fn ask_all<T>(&self, message: impl Fn(Reply<T>) -> Message) -> Vec<T> {
-        let answers: Vec<_> = self
-            .workers
-            .iter()
-            .filter_map(|worker| worker.send(&message).ok())
-            .collect();
-        answers
-            .into_iter()
-            .filter_map(|answer| answer.recv().ok())
-            .collect()
+        ask_all(&self.workers, message)
     }
 
     /// The summary of `reports`.
@@ -113,7 +101,7 @@ impl Roster {
 
     /// Limits a disk from now on.
     pub fn set_limits(&self, disk: &Disk, limits: Limits) {
-        disk.set_limits(self.now_ns(), limits);
+        disk.set_limits(self.clock.now_ns(), limits);
     }
 
     /// The names of the groups, in order.
@@ -129,7 +117,7 @@ impl Roster {
     /// Limits a group from now on; the group comes into being with its first limits.
     pub fn set_group_limits(&self, name: &str, limits: Limits) {
         let throttle = Arc::clone(self.groups.lock().entry(name.to_owned()).or_default());
-        throttle.set_limits(self.now_ns(), limits);
+        throttle.set_limits(self.clock.now_ns(), limits);
         self.ask_all(Message::LimitsChanged);
     }
 

@@ -3,10 +3,9 @@
 
 use std::io::{self, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::Arc;
 use std::sync::mpsc::{self, Sender};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
-use std::time::Instant;
 
 use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
 use signal_hook::iterator::Signals;
@@ -21,6 +20,7 @@ use crate::mq::ids::DiskId;
 use crate::mq::limits::{MAX_HCTXS, MAX_RING_SIZE};
 
 use super::backend::DeviceBackend;
+use super::clock::Clock;
 use super::disk::{Disk, worker_id};
 use super::message::WorkerHandle;
 use super::report::Summary;
@@ -72,7 +72,7 @@ pub fn run(config: Config) -> Result<(), StartError> {
     let signals = watch_signals(events.clone())
         .map_err(|source| system("install signal handlers", source))?;
 
-    let clock = Instant::now();
+    let clock = Clock::start();
     let (workers, worker_threads) = start_workers(&config, clock)?;
     let groups = Groups::new(&config.groups);
     let mut disks = Vec::new();
@@ -162,7 +162,7 @@ fn watch_signals(events: Sender<Happened>) -> io::Result<signal_hook::iterator::
 
 fn start_workers(
     config: &Config,
-    clock: Instant,
+    clock: Clock,
 ) -> Result<(Vec<WorkerHandle>, Vec<JoinHandle<()>>), StartError> {
     let queues: usize = config
         .disks
@@ -181,7 +181,7 @@ fn start_workers(
         poll_us: config.poll_us,
         timeout_s: config.timeout_s,
         on_timeout: config.on_timeout,
-        started: clock,
+        clock,
     };
     for index in 0..count {
         let (handle, thread) =
@@ -268,27 +268,25 @@ impl DiskServer {
 
     fn session(&self, stream: UnixStream) -> io::Result<SessionEnd> {
         let state = SessionState::new(Arc::clone(&self.disk));
-        let ending = Ending(&state);
+        // Declared first, so that it comes last, however the session ends.
+        let _ending = Ending(&state);
         let backend = Arc::new(DeviceBackend::new(Arc::clone(&state)));
         let memory = GuestMemoryAtomic::new(GuestMemoryMmap::<()>::new());
         let name = format!("session-{}", self.disk.id);
-        let daemon = bind(&state, || VhostUserDaemon::new(name, backend, memory))
+        let mut daemon = bind(&state, || VhostUserDaemon::new(name, backend, memory))
             .map_err(|error| io::Error::other(error.to_string()))?;
-        let daemon = Mutex::new(daemon);
-        let locked = || daemon.lock().unwrap_or_else(PoisonError::into_inner);
         let device = self.junction.join(|listener| {
-            locked()
+            daemon
                 .start(listener)
                 .map_err(|error| io::Error::other(error.to_string()))
         })?;
         let limits = SessionLimits::new(self.disk.config.num_queues, MAX_RING_SIZE);
         let end = Guard::new(stream, device, limits, self.stop.watch()?)?.run();
         // The guard has closed both connections, so the crate's thread is on its way out.
-        locked().request_shutdown();
-        if let Err(error) = locked().wait() {
+        daemon.request_shutdown();
+        if let Err(error) = daemon.wait() {
             log::debug!("disk {}: {error}", self.disk.config.serial);
         }
-        drop(ending);
         Ok(end)
     }
 }

@@ -52,21 +52,8 @@ impl SessionState {
     /// Uses `memory` for rings that start from now on, and for those that run.
     pub fn set_memory(&self, memory: Arc<MemoryTable>) {
         *self.memory.write().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&memory));
-        // All workers freeze at once; then each is waited for.
-        let answers: Vec<_> = self
-            .disk
-            .workers()
-            .iter()
-            .filter_map(|worker| {
-                let memory = Arc::clone(&memory);
-                worker
-                    .send(|done| Message::SetMemory(self.disk.id, memory, done))
-                    .ok()
-            })
-            .collect();
-        for answer in answers {
-            let _ = answer.recv();
-        }
+        let disk = &self.disk;
+        disk.tell_workers(|done| Message::SetMemory(disk.id, Arc::clone(&memory), done));
     }
 
     fn memory(&self) -> Option<Arc<MemoryTable>> {

@@ -23,7 +23,6 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::{self, Receiver};
 use std::thread::{self, JoinHandle};
-use std::time::Instant;
 
 use crate::config::OnTimeout;
 use crate::engine::{DiskSlot, Engine, Errno, Event, Waker};
@@ -41,6 +40,7 @@ use self::port::Port;
 use self::spin::Spin;
 use self::traced::Named;
 use self::watchdog::Watchdog;
+use super::clock::Clock;
 use super::message::{Message, WorkerHandle};
 use super::report::QueueReport;
 
@@ -82,8 +82,7 @@ struct Worker {
     /// Turns since the last one that found something, or since the last sleep.
     empty_turns: u32,
     watchdog: Watchdog,
-    /// Where the clock of all workers begins.
-    started: Instant,
+    clock: Clock,
     now_ns: u64,
     errors_logged_ns: Option<u64>,
     leaving: bool,
@@ -100,9 +99,9 @@ pub struct WorkerOptions {
     pub timeout_s: u32,
     /// What is done about it.
     pub on_timeout: OnTimeout,
-    /// Where its clock begins. All workers get the same, because they share the limits of the disks,
+    /// Its clock. All workers get the same, because they share the limits of the disks,
     /// and with them the times.
-    pub started: Instant,
+    pub clock: Clock,
 }
 
 /// Starts worker `id` on a thread of its own.
@@ -168,7 +167,7 @@ impl Worker {
             spin: Spin::new(options.poll_us),
             empty_turns: 0,
             watchdog: Watchdog::new(options.timeout_s, options.on_timeout, DRIVER_TAGS),
-            started: options.started,
+            clock: options.clock,
             now_ns: 0,
             errors_logged_ns: None,
             leaving: false,
@@ -182,7 +181,7 @@ impl Worker {
     /// One turn; true after the last.
     fn turn(&mut self) -> bool {
         if self.empty_turns.is_multiple_of(CLOCK_TURNS) {
-            self.now_ns = self.clock();
+            self.now_ns = self.clock.now_ns();
         }
         self.mq.start_turn(self.now_ns);
         let completed = self.reap();
@@ -204,10 +203,6 @@ impl Worker {
         }
         self.wait(completed || arrived);
         false
-    }
-
-    fn clock(&self) -> u64 {
-        u64::try_from(self.started.elapsed().as_nanos()).expect("uptime below five centuries")
     }
 
     /// Takes what the engine has to tell: completions go through blk-mq to their rings.

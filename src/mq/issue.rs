@@ -87,10 +87,6 @@ impl<P> Hctx<P> {
     pub fn update_busy(&mut self, busy: bool) {
         self.dispatch_busy = busy_average(self.dispatch_busy, busy);
     }
-
-    pub fn dispatch_busy(&self) -> u32 {
-        self.dispatch_busy
-    }
 }
 
 /// One step of the busy average: the past has weight 7 of 8, a refusal counts 16.

@@ -389,7 +389,7 @@ impl<P> Mq<P> {
 
     /// The busy average of an hctx, 0 to 16: above 0, requests are dispatched one by one.
     pub fn dispatch_busy(&self, id: HctxId) -> u32 {
-        self.hctx(id).dispatch_busy()
+        self.hctx(id).dispatch_busy
     }
 
     /// What an hctx counted so far.
