@@ -355,16 +355,19 @@ impl<P> Hctx<P> {
                     issued += 1;
                     continue;
                 }
-                Issue::NoTag => Want::Completion,
+                // Want of tokens says nothing about the engine.
                 Issue::Throttled(until) => Want::At(until),
-                Issue::Busy(busy) => want_after(busy, below),
+                Issue::NoTag => {
+                    self.update_busy(true);
+                    Want::Completion
+                }
+                Issue::Busy(busy) => {
+                    self.update_busy(true);
+                    want_after(busy, below)
+                }
             };
             list.push_front(&mut self.table, tag);
             self.leftovers.append(&mut self.table, &mut list);
-            // Want of tokens says nothing about the engine.
-            if !matches!(want, Want::At(_)) {
-                self.update_busy(true);
-            }
             self.times.runs.record(issued);
             return want;
         }

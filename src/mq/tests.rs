@@ -210,6 +210,39 @@ fn a_refusal_without_a_promise_is_tried_again_after_the_delay() {
 }
 
 #[test]
+fn an_engine_that_refuses_makes_a_staged_queue_busy_and_missing_tokens_do_not() {
+    for refusal in [Busy::RetryLater, Busy::UntilCompletion] {
+        let mut bench = Bench::new(32);
+        let id = bench.hctx(0, 1);
+        bench.mq.quiesce(id);
+        bench.drain(id, &[(0, read(0)), (1, read(100))]);
+        bench.mq.unquiesce(id);
+        bench.below.refuse = [Some(refusal)].into();
+        bench.run();
+        assert!(bench.mq.dispatch_busy(id) > 0, "{refusal:?}");
+    }
+    let mut bench = Bench::new(32);
+    let id = bench.hctx(0, 1);
+    let limits = Limits {
+        ops: Directions {
+            total: Rate {
+                per_second: 1,
+                burst: 1,
+            },
+            ..Directions::default()
+        },
+        ..Limits::default()
+    };
+    bench.limit(limits);
+    bench.mq.quiesce(id);
+    bench.drain(id, &[(0, read(0)), (1, read(100))]);
+    bench.mq.unquiesce(id);
+    bench.run();
+    assert!(bench.mq.stats(id).throttled > 0);
+    assert_eq!(bench.mq.dispatch_busy(id), 0);
+}
+
+#[test]
 fn a_promise_nobody_can_keep_becomes_a_delay() {
     let mut bench = Bench::new(32);
     let id = bench.hctx(0, 1);
