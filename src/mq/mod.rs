@@ -27,6 +27,7 @@ mod run;
 mod settings;
 pub mod stats;
 mod table;
+mod tally;
 pub mod tags;
 pub mod trace;
 pub mod types;
@@ -45,6 +46,9 @@ use self::stats::{CtxStats, HctxStats, HctxTimes};
 pub use self::table::Parts;
 use self::tags::TagSet;
 use self::trace::Trace;
+
+/// Stands for no hctx: there are fewer than [`limits::MAX_HCTXS`].
+const NOBODY: HctxId = HctxId(u16::MAX);
 
 /// Where an hctx stands that is not idle. It stands in one place at a time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -90,6 +94,8 @@ pub struct Mq<P> {
     delays: u64,
     completed_since_run: bool,
     trace: Trace,
+    /// The hctx whose latest requests are not in the statistics yet; there is never a second.
+    tallied: HctxId,
     now_ns: u64,
     next_decay_ns: u64,
     stale_completions: u64,
@@ -116,6 +122,7 @@ impl<P> Mq<P> {
             delays: 0,
             completed_since_run: false,
             trace: Trace::new(),
+            tallied: NOBODY,
             now_ns: 0,
             next_decay_ns: 0,
             stale_completions: 0,
@@ -148,6 +155,7 @@ impl<P> Mq<P> {
 
     /// Removes an hctx that has nothing in flight and says what it counted.
     pub fn remove_hctx(&mut self, id: HctxId) -> (HctxStats, Box<HctxTimes>) {
+        self.fold();
         let member = self.hctxs[id.index()].take().expect("the hctx exists");
         assert_eq!(
             member.hctx.table.live(),
@@ -181,7 +189,10 @@ impl<P> Mq<P> {
     /// Begins a turn at `now_ns`, a monotonic time in nanoseconds: the one clock reading the turn
     /// gets. Delayed hctxs whose time has come become runnable.
     pub fn start_turn(&mut self, now_ns: u64) {
-        self.now_ns = now_ns;
+        if self.now_ns != now_ns {
+            self.fold();
+            self.now_ns = now_ns;
+        }
         while let Some(&Reverse((at, _, id))) = self.delayed.peek() {
             if at > now_ns {
                 break;
@@ -251,6 +262,10 @@ impl<P> Mq<P> {
         id: HctxId,
         driver: &'a mut D,
     ) -> (&'a mut Hctx<P>, Below<'a, D>) {
+        if self.tallied != id {
+            self.fold();
+            self.tallied = id;
+        }
         let member = self.hctxs[id.index()].as_mut().expect("the hctx exists");
         let disk = member.hctx.config.disk;
         let below = Below {
@@ -263,6 +278,18 @@ impl<P> Mq<P> {
             now_ns: self.now_ns,
         };
         (&mut member.hctx, below)
+    }
+
+    /// Adds to the statistics what was counted apart.
+    fn fold(&mut self) {
+        if self.tallied == NOBODY {
+            return;
+        }
+        let id = std::mem::replace(&mut self.tallied, NOBODY);
+        let hctx = &mut self.hctxs[id.index()].as_mut().expect("it exists").hctx;
+        let queue = self.queues[hctx.config.disk.index()].as_mut();
+        let account = &mut queue.expect("made with its first hctx").account;
+        hctx.fold(self.now_ns, account);
     }
 
     /// The disk's request queue; made when it is first spoken of.
@@ -348,6 +375,7 @@ impl<P> Mq<P> {
 
     /// Changes how many vCPUs are mapped to an hctx, and with it its number of ctxs.
     pub fn set_ctxs(&mut self, id: HctxId, count: u16) {
+        self.fold();
         let hctx = &mut self.member(id).hctx;
         hctx.set_ctxs(count);
         if hctx.has_work() {
@@ -372,17 +400,20 @@ impl<P> Mq<P> {
     }
 
     /// What each ctx of an hctx did since it has that many.
-    pub fn ctx_stats(&self, id: HctxId) -> &[CtxStats] {
+    pub fn ctx_stats(&mut self, id: HctxId) -> &[CtxStats] {
+        self.fold();
         &self.hctx(id).ctxs.stats
     }
 
     /// How long requests of an hctx were where.
-    pub fn times(&self, id: HctxId) -> &HctxTimes {
+    pub fn times(&mut self, id: HctxId) -> &HctxTimes {
+        self.fold();
         &self.hctx(id).times
     }
 
     /// A disk's counts as of the last turn, in the terms of /proc/diskstats.
     pub fn disk_stats(&mut self, disk: DiskId) -> DiskStats {
+        self.fold();
         let now_ns = self.now_ns;
         self.queue_of(disk).account.at(now_ns)
     }
@@ -393,7 +424,8 @@ impl<P> Mq<P> {
     }
 
     /// What an hctx counted so far.
-    pub fn stats(&self, id: HctxId) -> &HctxStats {
+    pub fn stats(&mut self, id: HctxId) -> &HctxStats {
+        self.fold();
         &self.hctx(id).stats
     }
 

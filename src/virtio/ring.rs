@@ -240,6 +240,12 @@ impl Ring {
         Ok(Some(Head(head)))
     }
 
+    /// How many chains [`Ring::available`] saw that were not popped yet.
+    #[inline]
+    pub fn unpopped(&self) -> u16 {
+        self.seen_avail.wrapping_sub(self.next_avail)
+    }
+
     /// Gives the chain popped last back, because there is no room for it now.
     pub fn unpop(&mut self, head: Head) {
         assert_eq!(
