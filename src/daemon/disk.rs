@@ -2,6 +2,7 @@
 
 mod describe;
 mod tuning;
+mod usage;
 
 use std::collections::BTreeSet;
 use std::io;
@@ -21,6 +22,7 @@ use crate::virtio::shape::DiskShape;
 
 use self::describe::{shape, space, target};
 pub use self::tuning::Membership;
+use self::usage::Usage;
 use super::message::{Message, Reply, WorkerGone, WorkerHandle, ask_all};
 
 /// A disk that is being served.
@@ -44,6 +46,7 @@ pub struct Disk {
     /// Its own limits, shared by the workers.
     throttle: Arc<Throttle>,
     group: Mutex<Option<Membership>>,
+    usage: Usage,
     /// A front end is being served.
     connected: AtomicBool,
 }
@@ -92,6 +95,7 @@ impl Disk {
             }),
             throttle: Arc::new(Throttle::new(config.limits)),
             group: Mutex::new(None),
+            usage: Usage::default(),
             connected: AtomicBool::new(false),
             config,
             image,

@@ -280,6 +280,7 @@ impl DiskServer {
                 .start(listener)
                 .map_err(|error| io::Error::other(error.to_string()))
         })?;
+        state.can_give_up(&device)?;
         let limits = SessionLimits::new(self.disk.config.num_queues, MAX_RING_SIZE);
         let end = Guard::new(stream, device, limits, self.stop.watch()?)?.run();
         // The guard has closed both connections, so the crate's thread is on its way out.
