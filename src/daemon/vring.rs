@@ -23,6 +23,7 @@ use crate::virtio::ring::RingSetup;
 
 use super::disk::Disk;
 use super::message::{FdRole, Message, Reply, StartRing};
+use super::socket::Stop;
 use end::EndFromWithin;
 
 /// Guest memory as the crate hands it out. The data path does not go through it.
@@ -34,19 +35,35 @@ pub struct SessionState {
     disk: Arc<Disk>,
     /// The memory the front end has shared, as the workers use it.
     memory: RwLock<Option<Arc<MemoryTable>>>,
+    /// Said when some of it was taken away.
+    memory_lost: Arc<Stop>,
     rings: Mutex<Vec<Vring>>,
     end: EndFromWithin,
 }
 
 impl SessionState {
     /// A session of `disk` that has not begun.
-    pub fn new(disk: Arc<Disk>) -> Arc<SessionState> {
-        Arc::new(SessionState {
+    ///
+    /// # Errors
+    ///
+    /// No descriptor to be had.
+    pub fn new(disk: Arc<Disk>) -> io::Result<Arc<SessionState>> {
+        Ok(Arc::new(SessionState {
             disk,
             memory: RwLock::new(None),
+            memory_lost: Arc::new(Stop::new()?),
             rings: Mutex::new(Vec::new()),
             end: EndFromWithin::default(),
-        })
+        }))
+    }
+
+    /// A descriptor that becomes readable when some of the guest's memory was taken away.
+    ///
+    /// # Errors
+    ///
+    /// No descriptor to be had.
+    pub fn watch_memory(&self) -> io::Result<OwnedFd> {
+        self.memory_lost.watch()
     }
 
     /// The disk.
@@ -61,7 +78,8 @@ impl SessionState {
         disk.tell_workers(|done| Message::SetMemory(disk.id, Arc::clone(&memory), done));
     }
 
-    fn memory(&self) -> Option<Arc<MemoryTable>> {
+    /// The memory in use, if there is any yet.
+    pub fn memory(&self) -> Option<Arc<MemoryTable>> {
         self.memory
             .read()
             .unwrap_or_else(PoisonError::into_inner)
@@ -192,6 +210,7 @@ impl Vring {
             ring: link.ring,
             setup,
             memory,
+            memory_lost: Arc::clone(&link.session.memory_lost),
             kick: duplicate(own.kick.as_ref()),
             call: duplicate(own.call.as_ref()),
             err: duplicate(own.err.as_ref()),

@@ -16,7 +16,7 @@ use crate::virtio::ring::{Ring, RingError};
 use super::super::message::{FdRole, Message, Reply, StartRing};
 use super::super::report::{QueueReport, RingStats, WorkerReport};
 use super::port::{Gates, Port};
-use super::{Worker, WorkerDisk, heat, open_port};
+use super::{LOOK_FOR_LOSSES, Worker, WorkerDisk, heat, open_port};
 
 /// What waits for requests in flight to end.
 #[derive(Debug)]
@@ -184,6 +184,7 @@ impl Worker {
             ring: id,
             setup,
             memory,
+            memory_lost,
             kick,
             call,
             err,
@@ -208,6 +209,7 @@ impl Worker {
         self.ports[hctx.index()] = Some(Port {
             id,
             ring,
+            memory_lost,
             has_kick: false,
             call: None,
             err: None,
@@ -221,6 +223,7 @@ impl Worker {
             no_room: false,
             stats: RingStats::default(),
         });
+        self.losses = LOOK_FOR_LOSSES;
         self.set_fd(hctx, FdRole::Kick, kick);
         self.set_fd(hctx, FdRole::Call, call);
         self.set_fd(hctx, FdRole::Err, err);
@@ -335,6 +338,7 @@ impl Worker {
     }
 
     fn change_memory(&mut self, disk: DiskId, memory: &Arc<MemoryTable>) {
+        self.losses = LOOK_FOR_LOSSES;
         for index in 0..self.ports.len() {
             let Some(port) = self.ports[index].as_mut().filter(|p| p.id.disk == disk) else {
                 continue;
