@@ -281,7 +281,9 @@ impl DiskServer {
                 .map_err(|error| io::Error::other(error.to_string()))
         })?;
         let limits = SessionLimits::new(self.disk.config.num_queues, MAX_RING_SIZE);
-        let end = Guard::new(stream, device, limits, self.stop.watch()?)?.run();
+        let end = Guard::new(stream, device, limits, self.stop.watch()?)?
+            .with_inflight(Arc::clone(state.inflight()))
+            .run();
         // The guard has closed both connections, so the crate's thread is on its way out.
         daemon.request_shutdown();
         if let Err(error) = daemon.wait() {

@@ -21,6 +21,7 @@ use crate::virtio::ring::RingSetup;
 
 use super::disk::Disk;
 use super::message::{FdRole, Message, Reply, StartRing};
+use super::session::InflightStore;
 
 /// Guest memory as the crate hands it out. The data path does not go through it.
 pub type GuestMemory = GuestMemoryAtomic<GuestMemoryMmap>;
@@ -31,6 +32,7 @@ pub struct SessionState {
     disk: Arc<Disk>,
     /// The memory the front end has shared, as the workers use it.
     memory: RwLock<Option<Arc<MemoryTable>>>,
+    inflight: Arc<InflightStore>,
     rings: Mutex<Vec<Vring>>,
 }
 
@@ -40,6 +42,7 @@ impl SessionState {
         Arc::new(SessionState {
             disk,
             memory: RwLock::new(None),
+            inflight: Arc::default(),
             rings: Mutex::new(Vec::new()),
         })
     }
@@ -61,6 +64,17 @@ impl SessionState {
             .read()
             .unwrap_or_else(PoisonError::into_inner)
             .clone()
+    }
+
+    /// Where the session's in-flight region is, if its front end gives one.
+    pub fn inflight(&self) -> &Arc<InflightStore> {
+        &self.inflight
+    }
+
+    /// Stops all rings, and forgets what was in flight.
+    pub fn reset(&self) {
+        self.stop_all();
+        self.inflight.clear();
     }
 
     /// Stops all rings; each finishes what it has in flight first.
@@ -186,6 +200,7 @@ impl Vring {
             call: duplicate(own.call.as_ref()),
             err: duplicate(own.err.as_ref()),
             enabled,
+            inflight: link.session.inflight.queue(link.ring.queue.0, setup.size),
             ctxs: disk.queue_starts(link.ring.queue, own.call.is_none()),
         });
         match link.ask(|done| Message::Start(start, done)) {

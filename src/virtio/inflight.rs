@@ -40,14 +40,20 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64, Ordering};
 
-use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, fcntl_get_seals, ftruncate, memfd_create};
+use rustix::fs::{
+    MemfdFlags, SealFlags, fcntl_add_seals, fcntl_get_seals, fstat, ftruncate, memfd_create,
+};
 use rustix::io::Errno;
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+
+use crate::sigbus::Guarded;
 
 mod recover;
 
 pub use recover::InflightError;
 
+/// Bytes of the smallest page there is.
+const PAGE_BYTES: usize = 4096;
 /// Bytes in front of a queue's entries.
 const HEADER_BYTES: usize = 16;
 /// Bytes of an entry.
@@ -96,30 +102,22 @@ pub fn create(queues: u16, queue_size: u16) -> io::Result<OwnedFd> {
         made => made,
     }?;
     ftruncate(&file, region_bytes(queues, queue_size) as u64)?;
-    fcntl_add_seals(
-        &file,
-        SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL,
-    )?;
+    fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
     Ok(file)
 }
 
-/// Makes sure that `file` will never be shorter than now, so that its mapping can always be accessed.
-/// False if that cannot be had: it is no memfd, or its owner forbids seals.
-///
-/// # Errors
-///
-/// None that a descriptor of a file has.
-pub fn seal(file: &OwnedFd) -> io::Result<bool> {
-    match fcntl_get_seals(file) {
-        Ok(seals) if seals.contains(SealFlags::SHRINK) => Ok(true),
-        Ok(_) => match fcntl_add_seals(file, SealFlags::SHRINK) {
-            Ok(()) => Ok(true),
-            Err(Errno::PERM) => Ok(false),
-            Err(errno) => Err(errno.into()),
-        },
-        Err(Errno::INVAL) => Ok(false),
-        Err(errno) => Err(errno.into()),
+/// Whether `file` is memory: a memfd, or a file on tmpfs or hugetlbfs. Anything else may take its time over
+/// an access. Where its owner allows it, it is sealed, and will never be shorter than now.
+pub fn is_memory(file: &OwnedFd) -> bool {
+    // Files in memory have seals, and only they.
+    let Ok(seals) = fcntl_get_seals(file) else {
+        return false;
+    };
+    if !seals.contains(SealFlags::SHRINK) {
+        // One that cannot be sealed is guarded like guest memory, which is never sealed.
+        let _ = fcntl_add_seals(file, SealFlags::SHRINK);
     }
+    true
 }
 
 /// A region, mapped.
@@ -132,7 +130,7 @@ pub struct InflightRegion {
 
 impl InflightRegion {
     /// Maps the region for `queues` queues of up to `queue_size` descriptors that begins at byte `offset`
-    /// of `file`. The file is that long, and was sealed against shrinking ([`seal`]).
+    /// of `file`, which is that long and in memory ([`is_memory`]).
     ///
     /// # Errors
     ///
@@ -143,7 +141,9 @@ impl InflightRegion {
         queues: u16,
         queue_size: u16,
     ) -> io::Result<InflightRegion> {
-        let len = region_bytes(queues, queue_size);
+        // Huge pages are mapped as a whole; a file on hugetlbfs calls them its blocks.
+        let block = usize::try_from(fstat(file)?.st_blksize).unwrap_or(0);
+        let len = region_bytes(queues, queue_size).next_multiple_of(block.max(PAGE_BYTES));
         // SAFETY: a new mapping at an address that the kernel chooses replaces nothing. Unsafe because
         // mapping in general can.
         let base = unsafe {
@@ -157,8 +157,16 @@ impl InflightRegion {
             )
         }?;
         let base = NonNull::new(base.cast()).ok_or(Errno::NOMEM)?;
+        let mut mapping = Mapping {
+            base,
+            len,
+            guard: None,
+        };
+        // SAFETY: a whole mapping of ours, which the drop below unmaps after the guard is gone; all accesses
+        // are by raw pointers. Unsafe because the guard may replace what is mapped there.
+        mapping.guard = Some(unsafe { Guarded::new(base, len) }?);
         Ok(InflightRegion {
-            mapping: Arc::new(Mapping { base, len }),
+            mapping: Arc::new(mapping),
             queues,
             queue_size,
         })
@@ -207,6 +215,9 @@ impl InflightRegion {
 struct Mapping {
     base: NonNull<u8>,
     len: usize,
+    /// The front end may truncate a file that it did not let us seal. Then zeros are here, and what the next
+    /// process could have known is lost, which is the front end's own doing and its own guest's loss.
+    guard: Option<Guarded>,
 }
 
 // SAFETY: the mapping is shared with another process and may be accessed from any thread. Unsafe because
@@ -225,6 +236,7 @@ impl fmt::Debug for Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
+        drop(self.guard.take());
         // SAFETY: the mapping is ours, and whoever points into it keeps it. Unsafe because the kernel would
         // unmap anything.
         let unmapped = unsafe { munmap(self.base.as_ptr().cast(), self.len) };
@@ -267,7 +279,10 @@ impl InflightQueue {
         debug_assert!(head < self.size);
         // SAFETY: the record has `size` entries after its header. Unsafe because the memory is shared with
         // another process.
-        unsafe { self.base.add(HEADER_BYTES + usize::from(head) * ENTRY_BYTES) }
+        unsafe {
+            self.base
+                .add(HEADER_BYTES + usize::from(head) * ENTRY_BYTES)
+        }
     }
 
     #[inline]
@@ -345,9 +360,7 @@ impl Tracker {
             head = self.queue.next(head).load(Ordering::Relaxed);
         }
         kill_point();
-        self.queue
-            .u16(at::USED_IDX)
-            .store(used, Ordering::Release);
+        self.queue.u16(at::USED_IDX).store(used, Ordering::Release);
     }
 }
 
@@ -359,4 +372,4 @@ pub(super) fn kill_point() {
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

@@ -113,3 +113,6 @@ impl Ring {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
