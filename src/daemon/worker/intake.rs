@@ -16,7 +16,7 @@ impl Worker {
         for at in 0..self.hot.len() {
             let hctx = self.hot[at];
             let port = open_port(&mut self.ports, hctx);
-            if !port.is_open() || port.no_room {
+            if port.no_room || !port.is_open() && !port.must_resume() {
                 continue;
             }
             match self.drain_ring(hctx) {
