@@ -44,6 +44,7 @@ pub struct Account {
     busy_ns: u128,
     weighted_ns: u128,
     updated_ns: u64,
+    off: bool,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -84,6 +85,9 @@ impl Account {
     /// So many requests came in.
     #[inline]
     pub fn start_many(&mut self, now_ns: u64, op: Op, count: u64) {
+        if self.off {
+            return;
+        }
         self.advance(now_ns);
         self.in_flight[Group::of(op) as usize] += count;
         self.total_in_flight += count;
@@ -108,6 +112,9 @@ impl Account {
     /// So many requests ended that all started at `started_ns` and covered so many sectors together.
     #[inline]
     pub fn done_many(&mut self, now_ns: u64, op: Op, count: u64, sectors: u64, started_ns: u64) {
+        if self.off {
+            return;
+        }
         let group = Group::of(op);
         self.leave(now_ns, group, count);
         let counts = &mut self.groups[group as usize];
@@ -133,8 +140,22 @@ impl Account {
     /// (blk_account_io_merge_request, block/blk-merge.c). The survivor keeps the earlier start.
     #[inline]
     pub fn merged_started(&mut self, now_ns: u64, op: Op) {
+        if self.off {
+            return;
+        }
         self.leave(now_ns, Group::of(op), 1);
         self.merged(op);
+    }
+
+    /// Counts nothing, or everything again. Nothing may be in flight.
+    pub fn set_on(&mut self, on: bool) {
+        assert_eq!(self.total_in_flight, 0, "requests are in flight");
+        self.off = !on;
+    }
+
+    /// Whether anything is counted.
+    pub fn is_on(&self) -> bool {
+        !self.off
     }
 
     /// What is in flight: reads, and all else (the two numbers of a disk's `inflight` in sysfs).

@@ -27,22 +27,21 @@ mod run;
 mod settings;
 pub mod stats;
 mod table;
-mod tally;
 pub mod tags;
+mod tally;
 pub mod trace;
 pub mod types;
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, VecDeque};
 
-use self::diskstats::DiskStats;
 pub use self::hctx::{Busy, Driver, HctxConfig};
 use self::hctx::{Hctx, Want};
 use self::ids::{DiskId, DriverTag, HctxId, RequestTag, RingId};
 use self::limits::ACTIVITY_DECAY_NS;
 use self::queue::{Below, RequestQueue};
 use self::request::{Request, Status};
-use self::stats::{CtxStats, HctxStats, HctxTimes};
+use self::stats::{HctxStats, HctxTimes};
 pub use self::table::Parts;
 use self::tags::TagSet;
 use self::trace::Trace;
@@ -135,8 +134,10 @@ impl<P> Mq<P> {
         let index = free.unwrap_or(self.hctxs.len());
         let id = HctxId(u16::try_from(index).expect("fewer hctxs than MAX_HCTXS"));
         assert!(id.0 < limits::MAX_HCTXS, "more hctxs than MAX_HCTXS");
+        let mut hctx = Hctx::new(id, config);
+        hctx.tally.off = !self.queue_of(config.disk).account.is_on();
         let member = Some(Member {
-            hctx: Hctx::new(id, config),
+            hctx,
             place: Place::Nowhere,
             ticket: None,
         });
@@ -280,18 +281,6 @@ impl<P> Mq<P> {
         (&mut member.hctx, below)
     }
 
-    /// Adds to the statistics what was counted apart.
-    fn fold(&mut self) {
-        if self.tallied == NOBODY {
-            return;
-        }
-        let id = std::mem::replace(&mut self.tallied, NOBODY);
-        let hctx = &mut self.hctxs[id.index()].as_mut().expect("it exists").hctx;
-        let queue = self.queues[hctx.config.disk.index()].as_mut();
-        let account = &mut queue.expect("made with its first hctx").account;
-        hctx.fold(self.now_ns, account);
-    }
-
     /// The disk's request queue; made when it is first spoken of.
     fn queue_of(&mut self, disk: DiskId) -> &mut RequestQueue {
         let index = disk.index();
@@ -399,34 +388,9 @@ impl<P> Mq<P> {
         self.hctx(id).ctxs.count()
     }
 
-    /// What each ctx of an hctx did since it has that many.
-    pub fn ctx_stats(&mut self, id: HctxId) -> &[CtxStats] {
-        self.fold();
-        &self.hctx(id).ctxs.stats
-    }
-
-    /// How long requests of an hctx were where.
-    pub fn times(&mut self, id: HctxId) -> &HctxTimes {
-        self.fold();
-        &self.hctx(id).times
-    }
-
-    /// A disk's counts as of the last turn, in the terms of /proc/diskstats.
-    pub fn disk_stats(&mut self, disk: DiskId) -> DiskStats {
-        self.fold();
-        let now_ns = self.now_ns;
-        self.queue_of(disk).account.at(now_ns)
-    }
-
     /// The busy average of an hctx, 0 to 16: above 0, requests are dispatched one by one.
     pub fn dispatch_busy(&self, id: HctxId) -> u32 {
         self.hctx(id).dispatch_busy
-    }
-
-    /// What an hctx counted so far.
-    pub fn stats(&mut self, id: HctxId) -> &HctxStats {
-        self.fold();
-        &self.hctx(id).stats
     }
 
     /// Completions that came for a driver tag nobody held.

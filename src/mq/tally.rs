@@ -6,11 +6,14 @@
 //! request costs two comparisons and two additions instead of a dozen counters, a histogram and an
 //! account.
 
-use super::ids::CtxId;
+use super::diskstats::{Account, DiskStats};
+use super::hctx::Hctx;
+use super::ids::{CtxId, DiskId, HctxId};
 use super::limits::SECTOR_SIZE;
 use super::queue::Below;
 use super::request::{Op, Request};
-use super::{diskstats::Account, hctx::Hctx};
+use super::stats::{CtxStats, HctxStats, HctxTimes};
+use super::{Mq, NOBODY};
 
 /// Requests a plug has taken.
 #[derive(Debug)]
@@ -43,6 +46,8 @@ pub(super) struct Ended {
 /// The runs of one hctx.
 #[derive(Debug)]
 pub(super) struct Tally {
+    /// Nothing is counted.
+    pub off: bool,
     arrived: Arrived,
     sent: Sent,
     ended: Ended,
@@ -52,6 +57,7 @@ impl Tally {
     pub fn new() -> Self {
         let (op, ctx) = (Op::Read, CtxId(0));
         Tally {
+            off: false,
             arrived: Arrived {
                 op,
                 ctx,
@@ -75,6 +81,9 @@ impl<P> Hctx<P> {
     /// A request came.
     #[inline]
     pub(super) fn count_arrived<D>(&mut self, op: Op, ctx: CtxId, below: &mut Below<'_, D>) {
+        if self.tally.off {
+            return;
+        }
         let run = &self.tally.arrived;
         if run.op != op || run.ctx != ctx {
             self.fold_arrived(below.now_ns, &mut below.queue.account);
@@ -86,7 +95,9 @@ impl<P> Hctx<P> {
     /// The one that came last became a part of another in the plug.
     #[inline]
     pub(super) fn count_merged_arrival(&mut self) {
-        self.tally.arrived.merged += 1;
+        if !self.tally.off {
+            self.tally.arrived.merged += 1;
+        }
     }
 
     /// Adds the requests of a plug to the statistics; they are in flight for the disk from here on.
@@ -107,6 +118,9 @@ impl<P> Hctx<P> {
     /// A request was handed to the engine.
     #[inline]
     pub(super) fn count_sent(&mut self, ctx: CtxId) {
+        if self.tally.off {
+            return;
+        }
         if self.tally.sent.ctx != ctx {
             self.fold_sent();
             self.tally.sent.ctx = ctx;
@@ -133,6 +147,9 @@ impl<P> Hctx<P> {
         (queued_ns, started_ns): (u64, u64),
         below: &mut Below<'_, D>,
     ) {
+        if self.tally.off {
+            return;
+        }
         let run = &self.tally.ended;
         let alike = run.op == request.op
             && run.ctx == ctx
@@ -172,3 +189,57 @@ impl<P> Hctx<P> {
         self.fold_ended(now_ns, account);
     }
 }
+
+impl<P> Mq<P> {
+    /// Adds to the statistics what was counted apart.
+    pub(super) fn fold(&mut self) {
+        if self.tallied == NOBODY {
+            return;
+        }
+        let id = std::mem::replace(&mut self.tallied, NOBODY);
+        let hctx = &mut self.hctxs[id.index()].as_mut().expect("it exists").hctx;
+        let queue = self.queues[hctx.config.disk.index()].as_mut();
+        let account = &mut queue.expect("made with its first hctx").account;
+        hctx.fold(self.now_ns, account);
+    }
+
+    /// What each ctx of an hctx did since it has that many.
+    pub fn ctx_stats(&mut self, id: HctxId) -> &[CtxStats] {
+        self.fold();
+        &self.hctx(id).ctxs.stats
+    }
+
+    /// How long requests of an hctx were where.
+    pub fn times(&mut self, id: HctxId) -> &HctxTimes {
+        self.fold();
+        &self.hctx(id).times
+    }
+
+    /// A disk's counts as of the last turn, in the terms of /proc/diskstats.
+    pub fn disk_stats(&mut self, disk: DiskId) -> DiskStats {
+        self.fold();
+        let now_ns = self.now_ns;
+        self.queue_of(disk).account.at(now_ns)
+    }
+
+    /// What an hctx counted so far.
+    pub fn stats(&mut self, id: HctxId) -> &HctxStats {
+        self.fold();
+        &self.hctx(id).stats
+    }
+
+    /// Counts nothing more of what a disk's requests do, or everything again: the `iostats` of a
+    /// kernel's queue, to measure what counting costs. Nothing of the disk may be in flight.
+    pub fn set_iostats(&mut self, disk: DiskId, on: bool) {
+        self.fold();
+        self.queue_of(disk).account.set_on(on);
+        let of_disk = self.hctxs.iter_mut().flatten();
+        for member in of_disk.filter(|member| member.hctx.config.disk == disk) {
+            assert_eq!(member.hctx.table.live(), 0, "requests are in flight");
+            member.hctx.tally.off = !on;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;
