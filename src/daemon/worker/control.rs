@@ -25,6 +25,7 @@ pub(super) enum Pending {
     Disable(HctxId, Reply<()>),
     Memory(DiskId, Arc<MemoryTable>, Reply<()>),
     Scheduler(DiskId, Params, Reply<()>),
+    Drain(DiskId, Reply<()>),
     Shutdown(Reply<WorkerReport>),
 }
 
@@ -32,7 +33,9 @@ impl Pending {
     /// The disk that is frozen until this is carried out.
     fn freezes(&self) -> Option<DiskId> {
         match self {
-            Pending::Memory(disk, ..) | Pending::Scheduler(disk, ..) => Some(*disk),
+            Pending::Memory(disk, ..) | Pending::Scheduler(disk, ..) | Pending::Drain(disk, _) => {
+                Some(*disk)
+            }
             Pending::Stop(..) | Pending::Disable(..) | Pending::Shutdown(_) => None,
         }
     }
@@ -53,6 +56,7 @@ impl Worker {
                 target,
                 shape,
                 write_through,
+                sync_fault,
                 throttle,
                 done,
             } => {
@@ -63,6 +67,7 @@ impl Worker {
                 }
                 self.mq.set_throttle(disk, Some(throttle));
                 done.send(self.engine.add_disk(*target).map(|slot| {
+                    self.engine.share_sync_fault(slot, sync_fault);
                     self.slots[disk.index()] = Some(slot);
                     self.disks[disk.index()] = Some(WorkerDisk {
                         shape: *shape,
@@ -104,6 +109,7 @@ impl Worker {
             Message::SetScheduler(disk, params, done) => {
                 self.freeze(Pending::Scheduler(disk, params, done));
             }
+            Message::Drain(disk, done) => self.freeze(Pending::Drain(disk, done)),
             Message::SetSchedulerParam(disk, name, value, done) => {
                 done.send(self.mq.set_elevator_param(disk, &name, value));
             }
@@ -281,7 +287,9 @@ impl Worker {
         while at < self.pending.len() {
             let ready = match &self.pending[at] {
                 Pending::Stop(hctx, _) | Pending::Disable(hctx, _) => self.is_drained(*hctx),
-                Pending::Memory(disk, ..) | Pending::Scheduler(disk, ..) => self
+                Pending::Memory(disk, ..)
+                | Pending::Scheduler(disk, ..)
+                | Pending::Drain(disk, _) => self
                     .ports()
                     .all(|(hctx, port)| port.id.disk != *disk || self.mq.in_flight(hctx) == 0),
                 Pending::Shutdown(_) => self.ports().all(|(hctx, _)| self.is_drained(hctx)),
@@ -316,6 +324,10 @@ impl Worker {
             }
             Pending::Scheduler(disk, params, done) => {
                 self.mq.set_elevator(disk, params);
+                self.thaw(disk);
+                done.send(());
+            }
+            Pending::Drain(disk, done) => {
                 self.thaw(disk);
                 done.send(());
             }
