@@ -15,19 +15,18 @@ pub(super) struct Resume {
 impl Ring {
     /// Keeps account in `record` from now on of what is in flight, and takes up what was in flight when the
     /// process before ended: [`Ring::available`] and [`Ring::pop_head`] give those chains first, in the order in
-    /// which they were taken. The available index then follows from them, unless the record is new.
+    /// which they were taken. The available index follows from them, whatever was said in the set-up.
     ///
     /// Nothing may have been popped from the ring yet. On an error the ring cannot be used.
     pub fn track(&mut self, record: InflightQueue) -> Result<(), RingError> {
         assert_eq!(self.in_flight, 0, "the ring is in use already");
         let (size, used) = (self.setup.size, self.published);
         let (tracker, recovered) = Tracker::recover(record, size, used)?;
-        if let Some(next) = recovered.next_avail {
-            (self.next_avail, self.seen_avail) = (next, next);
-            // More in flight than was ever offered, or another ring's record.
-            self.available()?;
-            self.seen_avail = next;
-        }
+        let next = recovered.next_avail;
+        self.next_avail = next;
+        // More in flight than was ever offered, or another ring's record.
+        self.available()?;
+        self.seen_avail = next;
         self.tracker = Some(tracker);
         if !recovered.heads.is_empty() {
             self.used_before = true;
@@ -52,9 +51,7 @@ impl Ring {
     /// How many chains of the process before are there to be popped; `None` if there are none left.
     #[inline]
     pub(super) fn resumable(&mut self) -> Option<u16> {
-        if self.resume.is_none() {
-            return None;
-        }
+        self.resume.as_ref()?;
         self.look_at_resume()
     }
 
@@ -72,9 +69,7 @@ impl Ring {
     /// Pops the next chain of the process before.
     #[inline]
     pub(super) fn pop_resumed(&mut self) -> Option<Head> {
-        if self.resume.is_none() {
-            return None;
-        }
+        self.resume.as_ref()?;
         self.pop_from_resume()
     }
 
