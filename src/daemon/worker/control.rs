@@ -205,7 +205,10 @@ impl Worker {
             ring.track(record)?;
         }
         if ring.to_resume() > 0 {
-            log::info!("{id}: {} requests of before go on", ring.to_resume());
+            log::info!(
+                "{id}: goes on with {} requests that were in flight",
+                ring.to_resume()
+            );
         }
         let hctx = self.mq.add_hctx(HctxConfig {
             disk: id.disk,
