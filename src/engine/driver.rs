@@ -207,11 +207,7 @@ impl Engine {
     pub fn reap(&mut self, on: &mut impl FnMut(Event)) -> io::Result<usize> {
         self.ring.run_task_work(&mut self.counters)?;
         let mut reaped = self.ready.len();
-        for i in 0..self.ready.len() {
-            let (tag, result) = self.ready[i];
-            self.done(tag.index, result, on);
-        }
-        self.ready.clear();
+        self.reap_inline(on);
         let mut batch = [const { MaybeUninit::<cqueue::Entry>::uninit() }; REAP_BATCH];
         loop {
             let entries = self.ring.take(&mut batch);
@@ -225,6 +221,22 @@ impl Engine {
         }
         self.resend();
         Ok(reaped)
+    }
+
+    /// Reports the commands that were completed without the kernel.
+    #[inline]
+    pub fn reap_inline(&mut self, on: &mut impl FnMut(Event)) {
+        for i in 0..self.ready.len() {
+            let (tag, result) = self.ready[i];
+            self.done(tag.index, result, on);
+        }
+        self.ready.clear();
+    }
+
+    /// Whether [`Self::reap_inline`] has something to report.
+    #[inline]
+    pub fn has_inline(&self) -> bool {
+        !self.ready.is_empty()
     }
 
     /// Whether [`Self::reap`] has something to report without a system call.

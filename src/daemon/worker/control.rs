@@ -239,6 +239,7 @@ impl Worker {
             hot: false,
             touched: false,
             no_room: false,
+            inline: false,
             was_enabled: enabled,
             stats: RingStats::default(),
         });
@@ -380,14 +381,13 @@ impl Worker {
     /// Counts of the rings that were stopped and of those that run.
     fn report(&mut self) -> WorkerReport {
         let mut reports = self.reports.clone();
-        for (hctx, port) in self.ports() {
+        for (port, index) in self.ports.iter().zip(0..) {
+            let Some(port) = port else { continue };
+            let hctx = HctxId(index);
             let ctx = self.mq.ctx_stats(hctx).to_vec();
-            report_of(&mut reports, port.id, self.id).add(
-                ctx,
-                self.mq.stats(hctx),
-                self.mq.times(hctx),
-                &port.stats,
-            );
+            let stats = *self.mq.stats(hctx);
+            let times = self.mq.times(hctx);
+            report_of(&mut reports, port.id, self.id).add(ctx, &stats, times, &port.stats);
         }
         let disks = (0..self.disks.len())
             .map(|index| DiskId(u16::try_from(index).expect("disks are bounded")))
