@@ -23,3 +23,5 @@ mod ranges;
 mod rings;
 #[path = "native/sessions.rs"]
 mod sessions;
+#[path = "native/syscalls.rs"]
+mod syscalls;
