@@ -62,6 +62,8 @@ pub struct DiskConfig {
     pub image: ImageSource,
     /// Whether the guest may only read (VIRTIO_BLK_F_RO).
     pub read_only: bool,
+    /// Who does the I/O.
+    pub engine: EngineKind,
     /// How the host caches the image.
     pub cache: CacheMode,
     /// Whether discards are offered and free space.
@@ -209,6 +211,7 @@ impl DiskConfig {
         Ok(DiskConfig {
             socket,
             read_only: disk.read_only == Some(Switch::On),
+            engine: disk.engine.unwrap_or_default(),
             cache: disk.cache.unwrap_or_default(),
             discard: disk.discard != Some(Discard::Off),
             serial: disk.serial.unwrap_or_else(|| default_serial(&image)),

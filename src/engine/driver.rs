@@ -1,7 +1,9 @@
 //! The engine: slots, ring, watches and calls put together.
 
+mod copying;
 mod fds;
 
+use std::collections::VecDeque;
 use std::io;
 use std::mem::MaybeUninit;
 use std::time::Duration;
@@ -42,6 +44,8 @@ pub struct Engine {
     calls: Table<Call>,
     /// Commands completed without the kernel, to be reaped.
     ready: Vec<(DriverTag, Result<u64, Errno>)>,
+    /// Slots of copies that are not done, in the order in which they have their turns.
+    copying: VecDeque<u16>,
     /// Slots whose next step the ring had no room for.
     unsent: Vec<u16>,
     /// Calls and watches the ring had no room for.
@@ -81,6 +85,7 @@ impl Engine {
             watches: Table::new(watches.saturating_add(1)),
             calls: Table::new(watches),
             ready: Vec::with_capacity(usize::from(depth)),
+            copying: VecDeque::with_capacity(usize::from(depth)),
             unsent: Vec::with_capacity(usize::from(depth)),
             unsent_fds: false,
             in_flight: 0,
@@ -169,6 +174,7 @@ impl Engine {
                 self.counters.inline += 1;
                 self.ready.push((tag, result));
             }
+            Ok(Next::Copy) => self.begin_copy(tag.index),
             Ok(Next::Issue) => {
                 if !self.send(tag.index) {
                     self.release(tag.index);
@@ -199,6 +205,7 @@ impl Engine {
     /// Makes a system call only when the kernel says that it keeps something back for us.
     pub fn reap(&mut self, on: &mut impl FnMut(Event)) -> io::Result<usize> {
         self.ring.run_task_work(&mut self.counters)?;
+        self.copy_on();
         let mut reaped = self.ready.len();
         for i in 0..self.ready.len() {
             let (tag, result) = self.ready[i];
@@ -222,7 +229,7 @@ impl Engine {
 
     /// Whether [`Self::reap`] has something to report without a system call.
     pub fn has_events(&mut self) -> bool {
-        !self.ready.is_empty() || self.ring.has_completions()
+        !self.ready.is_empty() || !self.copying.is_empty() || self.ring.has_completions()
     }
 
     /// Submits what is queued and sleeps until there is something to reap, a signal comes, or
@@ -230,8 +237,7 @@ impl Engine {
     pub fn wait(&mut self, timeout: Option<Duration>) -> io::Result<()> {
         self.resend();
         let short = !self.unsent.is_empty() || self.unsent_fds;
-        if !self.ready.is_empty() || self.ring.has_completions() || timeout == Some(Duration::ZERO)
-        {
+        if self.has_events() || timeout == Some(Duration::ZERO) {
             return self.ring.submit(&mut self.counters);
         }
         // The kernel had no room: look again soon.
@@ -257,7 +263,12 @@ impl Engine {
         // SAFETY: the entry names the caller's buffers, which `queue_rq`'s caller keeps valid until
         // the slot is done, the slot's own memory, which goes after the ring is drained, or a static.
         // Unsafe because the kernel works on addresses.
-        unsafe { self.ring.push(&entry, &mut self.counters) }
+        let sent = unsafe { self.ring.push(&entry, &mut self.counters) };
+        if sent {
+            // Queued, not submitted: the kernel has not begun.
+            slot.sent(disk, self.memory.extents(index));
+        }
+        sent
     }
 
     /// Tries again what the ring had no room for.
@@ -306,6 +317,7 @@ impl Engine {
             .expect("a disk with requests in flight stays");
         match slot.on_cqe(res, disk, self.memory.extents(index), &mut self.counters) {
             Next::Done(result) => self.done(index, result, on),
+            Next::Copy => self.copying.push_back(index),
             Next::Issue => {
                 if !self.send(index) {
                     self.unsent.push(index);

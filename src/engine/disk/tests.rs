@@ -17,6 +17,7 @@ fn config(image: ImageSource) -> DiskConfig {
         socket: SocketSource::Fd(3),
         image,
         read_only: false,
+        engine: EngineKind::Auto,
         cache: CacheMode::None,
         discard: true,
         serial: "test".to_owned(),

@@ -1,0 +1,61 @@
+//! Copies from and to images in memory: small ones at once, large ones slice by slice in turn, so that
+//! neither waits long for the other.
+
+use super::Engine;
+use crate::engine::slot::{Next, Stage};
+use crate::engine::{COPY_NOW_BYTES, COPY_SLICE_BYTES, COPY_TURN_BYTES};
+use crate::mq::ids::DriverTag;
+
+impl Engine {
+    /// A copy was started.
+    #[inline]
+    pub(super) fn begin_copy(&mut self, index: u16) {
+        if self.slots[usize::from(index)].left() <= COPY_NOW_BYTES {
+            self.counters.inline += 1;
+            self.copy_slice(index, COPY_NOW_BYTES);
+        } else {
+            self.copying.push_back(index);
+        }
+    }
+
+    /// This turn's share of the large copies.
+    #[inline]
+    pub(super) fn copy_on(&mut self) {
+        if self.copying.is_empty() {
+            return;
+        }
+        let mut budget = COPY_TURN_BYTES;
+        while budget > 0 {
+            let Some(index) = self.copying.pop_front() else {
+                return;
+            };
+            budget = budget.saturating_sub(self.copy_slice(index, COPY_SLICE_BYTES).max(1));
+        }
+    }
+
+    /// Copies a slice; returns its length in bytes, more or less.
+    #[inline]
+    fn copy_slice(&mut self, index: u16, most: u64) -> u64 {
+        let slot = &mut self.slots[usize::from(index)];
+        let disk = self
+            .disks
+            .get(slot.disk)
+            .expect("a disk with requests in flight stays");
+        let moved = slot.left().min(most);
+        let next = slot.copy(disk, self.memory.extents(index), most, &mut self.counters);
+        match next {
+            Next::Copy => self.copying.push_back(index),
+            Next::Done(result) => {
+                slot.stage = Stage::Inline;
+                let generation = slot.generation;
+                self.ready.push((DriverTag { index, generation }, result));
+            }
+            Next::Issue => {
+                if !self.send(index) {
+                    self.unsent.push(index);
+                }
+            }
+        }
+        moved
+    }
+}
