@@ -19,6 +19,7 @@ use crate::virtio::ring::{RingError, RingSetup};
 use crate::virtio::shape::DiskShape;
 
 use super::report::{TraceReport, WorkerReport};
+use super::socket::Stop;
 
 /// A ring the front end has finished describing.
 #[derive(Debug)]
@@ -29,6 +30,8 @@ pub struct StartRing {
     pub setup: RingSetup,
     /// The guest memory it lies in.
     pub memory: Arc<MemoryTable>,
+    /// Said when some of that memory was taken away: the session is to end.
+    pub memory_lost: Arc<Stop>,
     /// Written to by the front end when there are requests. `None`: look without being told.
     pub kick: Option<OwnedFd>,
     /// Written to by us when requests are done. `None`: the guest polls.
@@ -82,6 +85,8 @@ pub enum Message {
     /// Freeze the disk's rings, use the new memory, thaw. Rings that do not lie in the new memory
     /// are stopped as broken.
     SetMemory(DiskId, Arc<MemoryTable>, Reply<()>),
+    /// The disk has this many bytes from now on, more than before; its rings go on meanwhile.
+    Resize(DiskId, u64, Reply<std::io::Result<()>>),
     /// The queue map changed: this many vCPUs use the ring.
     SetCtxs(RingId, u16, Reply<()>),
     /// Freeze the disk's rings, use another elevator, thaw.

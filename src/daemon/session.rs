@@ -14,7 +14,7 @@
 //! The guest is not heard here at all: its rings and requests never cross this socket. That ring
 //! addresses lie in memory and are aligned is checked here only so that a front end's mistake has a
 //! clear message; whoever maps a ring checks the whole of it. A file that is truncated *after* its
-//! region passed is likewise beyond the guard.
+//! region passed is likewise beyond the guard: see [`crate::sigbus`].
 //!
 //! The device's answers are trusted in what they say. They are still received whole and
 //! bounded in size, because the guard learns from them which features were offered.
@@ -96,6 +96,12 @@ pub enum SessionEnd {
     /// The front end sent what may not pass.
     #[error("the front end's message was refused: {0}")]
     Refused(#[from] Refusal),
+    /// A file of the guest's memory was truncated while it was used, or a page of it failed.
+    #[error(
+        "the guest's memory is gone: a file the front end gave for it was truncated, or a page of it \
+         failed"
+    )]
+    MemoryLost,
     /// The stop event was signalled.
     #[error("the session was stopped")]
     Stopped,
@@ -110,6 +116,7 @@ pub struct Guard {
     front_end: UnixStream,
     device: UnixStream,
     stop: OwnedFd,
+    memory_lost: Option<OwnedFd>,
     from_front_end: Receiver,
     from_device: Receiver,
     to_front_end: SendQueue,
@@ -141,6 +148,7 @@ impl Guard {
             front_end: vmm,
             device: backend,
             stop,
+            memory_lost: None,
             from_front_end: Receiver::new(),
             from_device: Receiver::new(),
             to_front_end: SendQueue::default(),
@@ -149,6 +157,14 @@ impl Guard {
             rules: Rules::new(limits, Arc::clone(&channel)),
             channel,
         })
+    }
+
+    /// Ends the session when `memory_lost` is readable.
+    pub fn watch_memory(self, memory_lost: OwnedFd) -> Guard {
+        Guard {
+            memory_lost: Some(memory_lost),
+            ..self
+        }
     }
 
     /// A handle with which other threads tell this session's front end that the config changed.
@@ -176,6 +192,9 @@ impl Guard {
         let ready = self.wait()?;
         if ready.stop {
             return Err(SessionEnd::Stopped);
+        }
+        if ready.memory_lost {
+            return Err(SessionEnd::MemoryLost);
         }
         self.flush()?;
         if ready.front_end.intersects(PollFlags::IN | HUNG_UP) {
@@ -209,12 +228,19 @@ impl Guard {
         ];
         // A hang-up is reported whether or not it is asked for. One that cannot be acted on yet,
         // because the last answers have nowhere to go, is not polled for: it would not let us sleep.
-        if from_device || !self.device_hung_up {
+        let with_device = from_device || !self.device_hung_up;
+        if with_device {
             fds.push(PollFd::new(
                 &self.device,
                 interest(from_device, !self.to_device.is_empty()),
             ));
         }
+        let others = fds.len();
+        fds.extend(
+            self.memory_lost
+                .iter()
+                .map(|fd| PollFd::new(fd, PollFlags::IN)),
+        );
         loop {
             match poll(&mut fds, None) {
                 Ok(_) => break,
@@ -225,7 +251,11 @@ impl Guard {
         Ok(Ready {
             stop: !fds[0].revents().is_empty(),
             front_end: fds[1].revents(),
-            device: fds.get(2).map_or(PollFlags::empty(), PollFd::revents),
+            device: match with_device {
+                true => fds[2].revents(),
+                false => PollFlags::empty(),
+            },
+            memory_lost: fds.get(others).is_some_and(|fd| !fd.revents().is_empty()),
         })
     }
 
@@ -315,6 +345,7 @@ const HUNG_UP: PollFlags = PollFlags::HUP.union(PollFlags::ERR);
 /// What a turn found ready.
 struct Ready {
     stop: bool,
+    memory_lost: bool,
     front_end: PollFlags,
     device: PollFlags,
 }

@@ -39,12 +39,13 @@ pub struct Engine {
     ring: Ring,
     slots: Box<[Slot]>,
     memory: Memory,
-    disks: Table<Disk>,
+    pub(super) disks: Table<Disk>,
     watches: Table<Watch>,
     calls: Table<Call>,
     /// Commands completed without the kernel, to be reaped.
     ready: Vec<(DriverTag, Result<u64, Errno>)>,
-    /// Slots of copies that are not done, in the order in which they have their turns.
+    /// Slots of small copies to be done, and of larger ones, in the order in which they have their turns.
+    copying_small: VecDeque<u16>,
     copying: VecDeque<u16>,
     /// Slots whose next step the ring had no room for.
     unsent: Vec<u16>,
@@ -85,6 +86,7 @@ impl Engine {
             watches: Table::new(watches.saturating_add(1)),
             calls: Table::new(watches),
             ready: Vec::with_capacity(usize::from(depth)),
+            copying_small: VecDeque::with_capacity(usize::from(depth)),
             copying: VecDeque::with_capacity(usize::from(depth)),
             unsent: Vec::with_capacity(usize::from(depth)),
             unsent_fds: false,
@@ -229,7 +231,8 @@ impl Engine {
 
     /// Whether [`Self::reap`] has something to report without a system call.
     pub fn has_events(&mut self) -> bool {
-        !self.ready.is_empty() || !self.copying.is_empty() || self.ring.has_completions()
+        let can_copy = !self.copying_small.is_empty() || !self.copying.is_empty();
+        can_copy || !self.ready.is_empty() || self.ring.has_completions()
     }
 
     /// Submits what is queued and sleeps until there is something to reap, a signal comes, or

@@ -36,6 +36,10 @@ pub(super) const PAGE_BYTES: u64 = 4096;
 /// reads.
 const MOST_PIECES: u32 = 50_000;
 
+/// How far beyond its end a file is mapped, so that it may grow: as far as it is long, and this many
+/// bytes at least. Addresses cost nothing.
+const ROOM_BYTES: u64 = 64 << 30;
+
 /// What a mapped image stands on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Medium {
@@ -67,13 +71,6 @@ impl Medium {
     pub(super) fn is_prompt(self) -> bool {
         self == Medium::Tmpfs
     }
-
-    fn page_bytes(self) -> u64 {
-        match self {
-            Medium::Hugetlbfs(bytes) => bytes,
-            Medium::Tmpfs | Medium::Dax => PAGE_BYTES,
-        }
-    }
 }
 
 /// See the module.
@@ -102,7 +99,13 @@ impl Mapping {
     ///
     /// What `mmap` says; `ENOMEM` for hugetlbfs: there are not as many huge pages.
     pub fn new(file: &File, size_bytes: u64, writable: bool, medium: Medium) -> io::Result<Self> {
-        let len = size_bytes.next_multiple_of(medium.page_bytes());
+        let len = match medium {
+            // To map more would make the file longer.
+            Medium::Hugetlbfs(page_bytes) => size_bytes.next_multiple_of(page_bytes),
+            Medium::Tmpfs | Medium::Dax => {
+                (size_bytes + size_bytes.max(ROOM_BYTES)).next_multiple_of(PAGE_BYTES)
+            }
+        };
         let len = usize::try_from(len).map_err(io::Error::other)?;
         let mut access = ProtFlags::READ;
         access.set(ProtFlags::WRITE, writable);
@@ -128,7 +131,7 @@ impl Mapping {
             len,
             medium,
             guard: ManuallyDrop::new(guard),
-            known: Known::new(size_bytes.div_ceil(PAGE_BYTES), medium != Medium::Dax),
+            known: Known::new(len as u64 / PAGE_BYTES, medium != Medium::Dax),
             told: AtomicBool::new(false),
         };
         mapping.look_up(file, size_bytes);
@@ -138,6 +141,11 @@ impl Mapping {
     /// What it stands on.
     pub fn medium(&self) -> Medium {
         self.medium
+    }
+
+    /// How many bytes of the file can be reached, should it grow.
+    pub fn reach_bytes(&self) -> u64 {
+        self.len as u64
     }
 
     /// Asks the file system for the pieces of the file that are there.

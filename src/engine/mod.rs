@@ -22,6 +22,8 @@ pub mod disk;
 mod driver;
 pub mod mapping;
 mod memory;
+mod prefetch;
+mod resize;
 mod slot;
 mod start;
 mod target;
@@ -52,13 +54,14 @@ pub const BOUNCE_BUFFERS: u16 = 16;
 /// The size of each of them, in bytes. Larger requests go through one buffer piece by piece.
 pub const BOUNCE_BYTES: u32 = 256 * 1024;
 
-/// How much of a large copy is done before another has its turn, and in one turn of the worker; and how
-/// large a copy may be to be done at once. In bytes: 64 KiB take about 10 µs.
+/// How much of a large copy is done before another has its turn, in bytes: about 10 µs.
 pub const COPY_SLICE_BYTES: u64 = 64 * 1024;
-/// See [`COPY_SLICE_BYTES`].
+
+/// How much is copied in one turn of the worker, in bytes, give or take a slice.
 pub const COPY_TURN_BYTES: u64 = 128 * 1024;
-/// See [`COPY_SLICE_BYTES`].
-pub const COPY_NOW_BYTES: u64 = 16 * 1024;
+
+/// A copy of so many bytes at most goes before all larger ones.
+pub const COPY_SMALL_BYTES: u64 = 16 * 1024;
 
 /// How much zeroing by writing does at a time, in bytes.
 pub const ZERO_BYTES: u32 = 1024 * 1024;

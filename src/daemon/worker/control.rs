@@ -16,7 +16,7 @@ use crate::virtio::ring::{Ring, RingError};
 use super::super::message::{FdRole, Message, Reply, StartRing};
 use super::super::report::{QueueReport, RingStats, WorkerReport};
 use super::port::{Gates, Port};
-use super::{Worker, WorkerDisk, heat, open_port};
+use super::{LOOK_FOR_LOSSES, Worker, WorkerDisk, heat, open_port};
 
 /// What waits for requests in flight to end.
 #[derive(Debug)]
@@ -106,6 +106,7 @@ impl Worker {
             Message::SetSchedulerParam(disk, name, value, done) => {
                 done.send(self.mq.set_elevator_param(disk, &name, value));
             }
+            Message::Resize(disk, size_bytes, done) => done.send(self.resize(disk, size_bytes)),
             Message::SetCtxs(ring, ctxs, done) => {
                 if let Some(hctx) = self.find(ring) {
                     self.mq.set_ctxs(hctx, ctxs);
@@ -183,6 +184,7 @@ impl Worker {
             ring: id,
             setup,
             memory,
+            memory_lost,
             kick,
             call,
             err,
@@ -207,6 +209,7 @@ impl Worker {
         self.ports[hctx.index()] = Some(Port {
             id,
             ring,
+            memory_lost,
             has_kick: false,
             call: None,
             err: None,
@@ -220,6 +223,7 @@ impl Worker {
             no_room: false,
             stats: RingStats::default(),
         });
+        self.losses = LOOK_FOR_LOSSES;
         self.set_fd(hctx, FdRole::Kick, kick);
         self.set_fd(hctx, FdRole::Call, call);
         self.set_fd(hctx, FdRole::Err, err);
@@ -334,6 +338,7 @@ impl Worker {
     }
 
     fn change_memory(&mut self, disk: DiskId, memory: &Arc<MemoryTable>) {
+        self.losses = LOOK_FOR_LOSSES;
         for index in 0..self.ports.len() {
             let Some(port) = self.ports[index].as_mut().filter(|p| p.id.disk == disk) else {
                 continue;

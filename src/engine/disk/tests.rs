@@ -18,6 +18,8 @@ fn config(image: ImageSource) -> DiskConfig {
         image,
         read_only: false,
         engine: EngineKind::Auto,
+        lock: LockWhen::Always,
+        force_share: false,
         cache: CacheMode::None,
         discard: true,
         serial: "test".to_owned(),

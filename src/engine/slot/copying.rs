@@ -8,6 +8,7 @@ use libc::iovec;
 
 use super::{Method, Next, Slot, Stage};
 use crate::engine::mapping::{Mapping, PAGE_BYTES, Since};
+use crate::engine::prefetch::{CACHE_LINE_BYTES, prefetch};
 use crate::engine::target::{Disk, FileTarget, Target};
 use crate::engine::{EngineCounters, Errno, Extent};
 use crate::mq::request::Op;
@@ -22,6 +23,19 @@ impl Slot {
     pub(in crate::engine) fn start_copy(&mut self, mapping: &Mapping) {
         self.unsynced = self.fua && mapping.medium().needs_sync();
         self.stage = Stage::Copy;
+    }
+
+    /// Has the processor fetch the first `lines` cache lines of what is copied next on the image's side,
+    /// which nobody may have looked at for long; the guest's side has just been used.
+    #[inline]
+    pub(in crate::engine) fn prefetch(&self, disk: &Disk, lines: usize) {
+        if let Some(mapping) = mapping_of(disk) {
+            let lines = lines.min((self.left() as usize).div_ceil(CACHE_LINE_BYTES));
+            let first = mapping.at(self.offset + self.done, 1);
+            for line in 0..lines {
+                prefetch(first.wrapping_add(line * CACHE_LINE_BYTES));
+            }
+        }
     }
 
     /// The bytes that are left of it.
