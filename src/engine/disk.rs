@@ -284,45 +284,6 @@ impl Image {
             };
         }
     }
-
-    /// The null engine's image: everything works and nothing is kept.
-    fn null(size_bytes: u64, config: &DiskConfig) -> Result<Image, StartError> {
-        let path = Path::new("/dev/null");
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .open(path)
-            .map_err(|source| open_error(path, source))?;
-        let block = config.logical_block_size;
-        let writable = !config.read_only;
-        let discard = if config.discard && writable {
-            DiscardLimits {
-                max_bytes: FILE_RANGE_MAX_BYTES,
-                granularity_bytes: block,
-            }
-        } else {
-            DiscardLimits::default()
-        };
-        Ok(Image {
-            file,
-            kind: ImageKind::Null,
-            size_bytes,
-            direct: false,
-            dio_mem_align: 1,
-            dio_offset_align: 1,
-            physical_block_bytes: block,
-            min_io_bytes: block,
-            opt_io_bytes: 0,
-            discard,
-            write_zeroes: WriteZeroesLimits {
-                max_bytes: if writable { FILE_RANGE_MAX_BYTES } else { 0 },
-                may_unmap: discard.max_bytes > 0,
-            },
-            rotational: false,
-            read_only: config.read_only,
-            mapping: None,
-        })
-    }
 }
 
 fn check_size(

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use io_uring::cqueue;
 
+use self::copying::Small;
 use super::memory::Memory;
 use super::slot::{Next, Slot, Stage};
 use super::start::start;
@@ -44,8 +45,9 @@ pub struct Engine {
     calls: Table<Call>,
     /// Commands completed without the kernel, to be reaped.
     ready: Vec<(DriverTag, Result<u64, Errno>)>,
-    /// Slots of small copies to be done, and of larger ones, in the order in which they have their turns.
-    copying_small: VecDeque<u16>,
+    /// Small copies to be done.
+    small: VecDeque<Small>,
+    /// Slots of larger ones that are not done, in the order in which they have their turns.
     copying: VecDeque<u16>,
     /// Slots whose next step the ring had no room for.
     unsent: Vec<u16>,
@@ -86,7 +88,7 @@ impl Engine {
             watches: Table::new(watches.saturating_add(1)),
             calls: Table::new(watches),
             ready: Vec::with_capacity(usize::from(depth)),
-            copying_small: VecDeque::with_capacity(usize::from(depth)),
+            small: VecDeque::with_capacity(usize::from(depth)),
             copying: VecDeque::with_capacity(usize::from(depth)),
             unsent: Vec::with_capacity(usize::from(depth)),
             unsent_fds: false,
@@ -231,7 +233,7 @@ impl Engine {
 
     /// Whether [`Self::reap`] has something to report without a system call.
     pub fn has_events(&mut self) -> bool {
-        let can_copy = !self.copying_small.is_empty() || !self.copying.is_empty();
+        let can_copy = !self.small.is_empty() || !self.copying.is_empty();
         can_copy || !self.ready.is_empty() || self.ring.has_completions()
     }
 

@@ -2,7 +2,7 @@
 //!
 //! A file of tmpfs has two traps. A page that was never written is a hole, and to touch it through a
 //! mapping allocates it, even by reading; and when the file system is full that is a SIGBUS, where
-//! a system call returns ENOSPC. So a mapping knows which pages are there ([`Known`]), and only those
+//! a system call returns ENOSPC. So a mapping knows which pages are there (`known`), and only those
 //! are touched; for the rest the slot asks the kernel, and learns from what it says.
 //!
 //! And somebody may truncate the file. Then the range is lost ([`Guarded`]): the copy at hand, which
@@ -237,7 +237,7 @@ impl Mapping {
             "a request beyond the image"
         );
         // SAFETY: inside the mapping. Unsafe because only the length tells.
-        unsafe { self.base.as_ptr().add(offset as usize) }
+        unsafe { self.base.as_ptr().add(in_memory(offset)) }
     }
 
     /// Whether all pages of a range are known. For tests.
@@ -258,6 +258,16 @@ impl Drop for Mapping {
     }
 }
 
+/// An offset or a length within a mapping.
+#[expect(
+    clippy::cast_possible_truncation,
+    reason = "what is mapped has addresses"
+)]
+#[inline]
+pub(super) const fn in_memory(bytes: u64) -> usize {
+    bytes as usize
+}
+
 /// The medium of an image with these facts, if it lies in memory.
 pub(super) fn medium_of(file: impl AsFd, is_dax: bool) -> Result<Option<Medium>, Errno> {
     /// linux/magic.h
@@ -268,7 +278,9 @@ pub(super) fn medium_of(file: impl AsFd, is_dax: bool) -> Result<Option<Medium>,
     }
     let facts = rustix::fs::fstatfs(file)?;
     // The field has another width and sign on each architecture; the constants have 32 bits.
-    Ok(match facts.f_type as u32 {
+    #[expect(clippy::cast_possible_truncation, reason = "see above")]
+    let magic = facts.f_type as u32;
+    Ok(match magic {
         TMPFS_MAGIC => Some(Medium::Tmpfs),
         HUGETLBFS_MAGIC => u64::try_from(facts.f_bsize).ok().map(Medium::Hugetlbfs),
         _ => None,

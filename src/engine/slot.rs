@@ -53,7 +53,7 @@ pub(super) enum Method {
 pub(super) enum Next {
     /// Submit [`Slot::sqe`].
     Issue,
-    /// Go on with [`Slot::copy`].
+    /// Go on with `Slot::copy`.
     Copy,
     /// Over.
     Done(Result<u64, Errno>),

@@ -11,7 +11,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::PAGE_BYTES;
+use super::{PAGE_BYTES, in_memory};
 
 const WORD_BITS: u64 = u64::BITS as u64;
 
@@ -60,7 +60,7 @@ impl Known {
 
     #[inline]
     fn get(&self, page: u64) -> bool {
-        let word = self.words[(page / WORD_BITS) as usize].load(Ordering::Relaxed);
+        let word = self.words[in_memory(page / WORD_BITS)].load(Ordering::Relaxed);
         word >> (page % WORD_BITS) & 1 != 0
     }
 
@@ -84,7 +84,16 @@ impl Known {
         } else {
             (offset.div_ceil(PAGE_BYTES), (offset + bytes) / PAGE_BYTES)
         };
+        self.set_pages(first, end);
+        self.take_back(since, first, end);
+    }
+
+    fn set_pages(&self, first: u64, end: u64) {
         self.change(first, end, true);
+    }
+
+    /// If a discard has begun meanwhile, it may have cleared the bits before they were set.
+    fn take_back(&self, since: Since, first: u64, end: u64) {
         if self.begun.load(Ordering::SeqCst) != since.begun {
             self.change(first, end, false);
         }
@@ -113,7 +122,7 @@ impl Known {
             let bit = page % WORD_BITS;
             let count = (WORD_BITS - bit).min(end - page);
             let mask = (u64::MAX >> (WORD_BITS - count)) << bit;
-            let word = &self.words[(page / WORD_BITS) as usize];
+            let word = &self.words[in_memory(page / WORD_BITS)];
             // Words that say it already are not written, so that other workers keep their copy.
             let before = word.load(Ordering::SeqCst);
             if set && before & mask != mask {
@@ -210,15 +219,12 @@ mod tests {
                 let known = copy(known);
                 let mut seen = seen;
                 let since = seen.0;
+                let learns = seen.1 && since.is_some_and(|since| since.quiet);
                 match at.0 {
                     0 => seen.0 = Some(known.now()),
                     1 => seen.1 = there,
-                    2 if seen.1 && since.is_some_and(|s| s.quiet) => known.change(0, 1, true),
-                    3 if seen.1 && since.is_some_and(|s| s.quiet) => {
-                        if since.map(|s| s.begun) != Some(known.begun.load(Ordering::SeqCst)) {
-                            known.change(0, 1, false);
-                        }
-                    }
+                    2 if learns => known.set_pages(0, 1),
+                    3 if learns => known.take_back(since.expect("learns"), 0, 1),
                     _ => {}
                 }
                 orders += go((at.0 + 1, at.1), there, &known, seen);

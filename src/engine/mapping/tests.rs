@@ -388,3 +388,22 @@ fn known_pages_are_there_whatever_threads_did() {
         }
     }
 }
+
+#[test]
+fn a_file_may_grow_as_far_as_it_is_mapped() {
+    let file = sparse(4 * P);
+    let mapping = map(&file, Medium::Tmpfs);
+    let (mut engine, disk) = engine_on(&file, &mapping);
+    file.set_len(64 * P).unwrap();
+    engine.resize_disk(disk, 64 * P).unwrap();
+    let mut bytes = [5; 512];
+    for _ in 0..2 {
+        let result = transfer(&mut engine, disk, Op::Write, 60 * P, &mut bytes);
+        assert_eq!(result, Ok(512));
+    }
+    assert!(mapping.knows(60 * P, P));
+    let refused = engine.resize_disk(disk, mapping.reach_bytes() + P);
+    assert!(refused.unwrap_err().to_string().contains("mapped up to"));
+    let result = transfer(&mut engine, disk, Op::Read, 64 * P, &mut bytes);
+    assert_eq!(result, Err(libc::EIO), "it keeps its size");
+}

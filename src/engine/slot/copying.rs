@@ -7,13 +7,12 @@ use std::ptr;
 use libc::iovec;
 
 use super::{Method, Next, Slot, Stage};
-use crate::engine::mapping::{Mapping, PAGE_BYTES, Since};
-use crate::engine::prefetch::{CACHE_LINE_BYTES, prefetch};
+use crate::engine::mapping::{Mapping, PAGE_BYTES, Since, in_memory};
 use crate::engine::target::{Disk, FileTarget, Target};
-use crate::engine::{EngineCounters, Errno, Extent};
+use crate::engine::{COPY_SMALL_BYTES, EngineCounters, Errno, Extent};
 use crate::mq::request::Op;
 
-static ZEROES: [u8; PAGE_BYTES as usize] = [0; PAGE_BYTES as usize];
+static ZEROES: [u8; in_memory(PAGE_BYTES)] = [0; in_memory(PAGE_BYTES)];
 
 /// Segments of one system call. A request of more needs several.
 const CALL_SEGMENTS: usize = 32;
@@ -25,17 +24,14 @@ impl Slot {
         self.stage = Stage::Copy;
     }
 
-    /// Has the processor fetch the first `lines` cache lines of what is copied next on the image's side,
-    /// which nobody may have looked at for long; the guest's side has just been used.
+    /// Where in memory the image's part of a small copy is, and its bytes; none if it is not small.
     #[inline]
-    pub(in crate::engine) fn prefetch(&self, disk: &Disk, lines: usize) {
-        if let Some(mapping) = mapping_of(disk) {
-            let lines = lines.min((self.left() as usize).div_ceil(CACHE_LINE_BYTES));
-            let first = mapping.at(self.offset + self.done, 1);
-            for line in 0..lines {
-                prefetch(first.wrapping_add(line * CACHE_LINE_BYTES));
-            }
+    pub(in crate::engine) fn small_copy(&self, disk: &Disk) -> Option<(*const u8, usize)> {
+        if self.stage != Stage::Copy || self.total > COPY_SMALL_BYTES {
+            return None;
         }
+        let image = mapping_of(disk)?.at(self.offset, self.total);
+        Some((image, in_memory(self.total)))
     }
 
     /// The bytes that are left of it.
@@ -87,8 +83,8 @@ impl Slot {
                 // neither has a Rust owner.
                 unsafe {
                     match zeroes {
-                        true => ours.write_bytes(0, run as usize),
-                        false => self.copy_segments(ours, run as usize, self.op == Op::Read),
+                        true => ours.write_bytes(0, in_memory(run)),
+                        false => self.copy_segments(ours, in_memory(run), self.op == Op::Read),
                     }
                 }
                 // What was copied after the loss are zeros, or went nowhere.
@@ -139,7 +135,7 @@ impl Slot {
             iov_base: ZEROES.as_ptr().cast_mut().cast(),
             iov_len: ZEROES.len(),
         }; CALL_SEGMENTS];
-        let (mut count, mut left) = (0, bytes as usize);
+        let (mut count, mut left) = (0, in_memory(bytes));
         while left > 0 && count < CALL_SEGMENTS {
             if self.stage == Stage::Copy {
                 // SAFETY: as in `copy_segments`, the walk stays inside the segments. Unsafe as there.
@@ -152,7 +148,10 @@ impl Slot {
         }
         let since = mapping.now();
         let at = i64::try_from(offset).expect("inside the image");
-        let (fd, vector_count) = (file.file.as_raw_fd(), count as i32);
+        let (fd, vector_count) = (
+            file.file.as_raw_fd(),
+            i32::try_from(count).expect("CALL_SEGMENTS at most"),
+        );
         // SAFETY: the buffers are valid for the transfer (`start_transfer`'s contract) or the static,
         // which is only read, and the fd is the target's. Unsafe because safe wrappers take slices, which guest memory cannot be.
         let moved = unsafe {
@@ -230,14 +229,14 @@ fn learn_from(mapping: &Mapping, since: Since, offset: u64, bytes: u64, vectors:
         while at < stop {
             let page_end = ((at / PAGE_BYTES + 1) * PAGE_BYTES).min(stop);
             if at >= skip_to {
-                let len = (page_end - at) as usize;
+                let len = in_memory(page_end - at);
                 // SAFETY: inside the vector's buffer, which the kernel has just filled, and no more
                 // than a page. The guest may write to it from outside this program; then what is
                 // learned may be wrong, which costs memory of its own image and nothing else. Unsafe
                 // because no slice may be made of it.
                 unsafe {
                     ptr::copy_nonoverlapping(
-                        base.add((at - start) as usize),
+                        base.add(in_memory(at - start)),
                         page.as_mut_ptr(),
                         len,
                     );
