@@ -5,7 +5,7 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 
 use super::mapping::{Mapping, Medium};
-use super::{BOUNCE_BYTES, memory};
+use super::{BOUNCE_BYTES, SyncFault, memory};
 
 /// A regular file or a block device.
 #[derive(Debug)]
@@ -65,6 +65,8 @@ pub(super) struct Disk {
     pub(super) can: Abilities,
     /// The SQE's fd is an index of the registered file table.
     pub(super) registered: bool,
+    /// Whether its syncs can be believed.
+    pub(super) sync_fault: Arc<SyncFault>,
 }
 
 /// What a file system or device may refuse to do.
@@ -112,6 +114,7 @@ impl Disk {
                 zero: is_mapped,
             },
             registered: false,
+            sync_fault: Arc::default(),
         })
     }
 }
