@@ -14,6 +14,7 @@ mod driver;
 mod intake;
 mod lost;
 mod port;
+mod resize;
 mod rest;
 mod spin;
 mod traced;
