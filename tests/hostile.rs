@@ -19,7 +19,11 @@ mod support;
 #[macro_use]
 mod stage;
 
+#[path = "hostile/fds.rs"]
+mod fds;
 #[path = "hostile/memory.rs"]
 mod memory;
+#[path = "hostile/messages.rs"]
+mod messages;
 #[path = "hostile/pace.rs"]
 mod pace;

@@ -3,6 +3,7 @@
 use crate::support::disk::{finish, kind, status};
 use crate::support::*;
 use std::collections::BTreeMap;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -90,6 +91,13 @@ impl Stage {
     /// The socket of the disk to attack.
     pub fn socket(&self) -> &Path {
         self.daemon.socket()
+    }
+
+    /// A plain connection to it.
+    pub fn connect(&self) -> UnixStream {
+        let stream = UnixStream::connect(self.socket()).expect("it listens");
+        stream.set_read_timeout(Some(DEADLINE)).expect("a timeout");
+        stream
     }
 
     /// A session as far as and with its memory.
