@@ -19,6 +19,8 @@ mod support;
 #[macro_use]
 mod stage;
 
+#[path = "hostile/ceilings.rs"]
+mod ceilings;
 #[path = "hostile/fds.rs"]
 mod fds;
 #[path = "hostile/memory.rs"]
@@ -27,3 +29,5 @@ mod memory;
 mod messages;
 #[path = "hostile/pace.rs"]
 mod pace;
+#[path = "hostile/rings.rs"]
+mod rings;
