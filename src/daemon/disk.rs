@@ -3,6 +3,7 @@
 mod describe;
 mod resize;
 mod tuning;
+mod usage;
 
 use std::collections::BTreeSet;
 use std::io;
@@ -25,6 +26,7 @@ use self::describe::{shape, space, target};
 pub use self::resize::ResizeError;
 use self::resize::Size;
 pub use self::tuning::Membership;
+use self::usage::Usage;
 use super::message::{Message, Reply, WorkerGone, WorkerHandle, ask_all};
 
 /// A disk that is being served.
@@ -49,6 +51,7 @@ pub struct Disk {
     /// Its own limits, shared by the workers.
     throttle: Arc<Throttle>,
     group: Mutex<Option<Membership>>,
+    usage: Usage,
     /// A front end is being served.
     connected: AtomicBool,
 }
@@ -97,6 +100,7 @@ impl Disk {
             }),
             throttle: Arc::new(Throttle::new(config.limits)),
             group: Mutex::new(None),
+            usage: Usage::default(),
             connected: AtomicBool::new(false),
             size: Size::new(image.size_bytes),
             config,

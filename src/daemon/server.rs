@@ -291,6 +291,7 @@ impl DiskServer {
                 .start(listener)
                 .map_err(|error| io::Error::other(error.to_string()))
         })?;
+        state.can_give_up(&device)?;
         let limits = SessionLimits::new(self.disk.config.num_queues, MAX_RING_SIZE);
         let guard = Guard::new(stream, device, limits, self.stop.watch()?)?;
         let guard = guard.watch_memory(state.watch_memory()?);

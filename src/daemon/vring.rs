@@ -5,6 +5,8 @@
 //! each change that matters on to the worker that owns the ring, waiting until the worker has
 //! adopted it.
 
+mod end;
+
 use std::cell::RefCell;
 use std::fs::File;
 use std::io;
@@ -23,6 +25,7 @@ use crate::virtio::ring::RingSetup;
 use super::disk::Disk;
 use super::message::{FdRole, Message, Reply, StartRing};
 use super::socket::Stop;
+use end::EndFromWithin;
 
 /// Guest memory as the crate hands it out. The data path does not go through it.
 pub type GuestMemory = GuestMemoryAtomic<GuestMemoryMmap>;
@@ -36,6 +39,7 @@ pub struct SessionState {
     /// Said when some of it was taken away.
     memory_lost: Arc<Stop>,
     rings: Mutex<Vec<Vring>>,
+    end: EndFromWithin,
 }
 
 impl SessionState {
@@ -50,6 +54,7 @@ impl SessionState {
             memory: RwLock::new(None),
             memory_lost: Arc::new(Stop::new()?),
             rings: Mutex::new(Vec::new()),
+            end: EndFromWithin::default(),
         }))
     }
 
@@ -197,6 +202,11 @@ impl Vring {
             log::debug!("{}: no addresses yet, not started", link.ring);
             return;
         }
+        if let Err(error) = disk.use_image() {
+            log::error!("{}: not started: {error}", link.ring);
+            link.session.give_up();
+            return;
+        }
         let start = Box::new(StartRing {
             ring: link.ring,
             setup,
@@ -213,6 +223,7 @@ impl Vring {
             Some(Err(error)) => {
                 log::warn!("{}: not started: {error}", link.ring);
                 disk.queue_stopped(link.ring.queue);
+                disk.leave_image();
             }
             None => {}
         }
@@ -230,6 +241,7 @@ impl Vring {
             self.inner.set_queue_next_avail(next_avail);
         }
         link.session.disk.queue_stopped(link.ring.queue);
+        link.session.disk.leave_image();
     }
 
     /// Back to how it was made.
