@@ -23,6 +23,8 @@ mod stage;
 mod ceilings;
 #[path = "hostile/fds.rs"]
 mod fds;
+#[path = "hostile/hoards.rs"]
+mod hoards;
 #[path = "hostile/memory.rs"]
 mod memory;
 #[path = "hostile/messages.rs"]

@@ -1,6 +1,6 @@
 //! How much of the process one session can use, at most.
 
-use crate::stage::Stage;
+use crate::stage::{DISK, Stage};
 use crate::support::disk::kind;
 use crate::support::front::request::{SET_VRING_CALL, SET_VRING_ERR, SET_VRING_KICK};
 use crate::support::*;
@@ -57,8 +57,7 @@ fn within(now: &ProcStats, before: &ProcStats) {
 
 #[test]
 fn a_session_stays_below_its_ceiling() {
-    let queues = QUEUES.to_string();
-    let stage = Stage::with(&["--num-queues", &queues, "--queue-size", "1024"]);
+    let stage = Stage::with(Spec::image(DISK).queues(QUEUES).queue_size(1024));
     stage.serves_again();
     let before = at_rest(&stage);
 

@@ -64,11 +64,11 @@ pub struct Stage {
 impl Stage {
     /// Starts it and attaches the well-behaved front end.
     pub fn new() -> Stage {
-        Stage::with(&[])
+        Stage::with(Spec::image(DISK))
     }
 
-    /// The same with more arguments.
-    pub fn with(args: &[&str]) -> Stage {
+    /// The same with another disk to attack.
+    pub fn with(spec: Spec) -> Stage {
         let dir = TempDir::new().expect("a directory");
         let image = dir.path().join("other.img");
         let file = std::fs::File::create(&image).expect("an image");
@@ -79,10 +79,14 @@ impl Stage {
             socket.display(),
             image.display()
         );
-        let spec = Spec::image(DISK)
-            .lifetime(Duration::from_secs(300))
-            .args(["--workers", "1", "--serial", "attacked", "--disk", &disk])
-            .args(args.iter().copied());
+        let spec = spec.lifetime(Duration::from_secs(300)).args([
+            "--workers",
+            "1",
+            "--serial",
+            "attacked",
+            "--disk",
+            &disk,
+        ]);
         let daemon = Daemon::start_ours(&spec);
         let other = Other::attach(socket);
         Stage { daemon, other, dir }
