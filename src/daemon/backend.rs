@@ -72,10 +72,12 @@ impl VhostUserBackend for DeviceBackend {
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
             | VhostUserProtocolFeatures::RESET_DEVICE
             | VhostUserProtocolFeatures::BACKEND_REQ
+            // The guard answers its messages.
+            | VhostUserProtocolFeatures::INFLIGHT_SHMFD
     }
 
     fn reset_device(&self) {
-        self.session.stop_all();
+        self.session.reset();
     }
 
     fn set_event_idx(&self, _enabled: bool) {

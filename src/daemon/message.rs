@@ -14,6 +14,7 @@ use crate::mq::elevator::{ParamError, Params};
 use crate::mq::ids::{DiskId, RingId, WorkerId};
 use crate::mq::qos::Throttle;
 use crate::mq::trace::Action;
+use crate::virtio::inflight::InflightQueue;
 use crate::virtio::memory::MemoryTable;
 use crate::virtio::ring::{RingError, RingSetup};
 use crate::virtio::shape::DiskShape;
@@ -40,6 +41,8 @@ pub struct StartRing {
     pub err: Option<OwnedFd>,
     /// Whether requests may be taken already (SET_VRING_ENABLE).
     pub enabled: bool,
+    /// Where account is kept of what is in flight, and what the daemon before has left there.
+    pub inflight: Option<InflightQueue>,
     /// How many vCPUs the queue map sends here.
     pub ctxs: u16,
 }

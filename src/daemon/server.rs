@@ -293,8 +293,9 @@ impl DiskServer {
         })?;
         state.can_give_up(&device)?;
         let limits = SessionLimits::new(self.disk.config.num_queues, MAX_RING_SIZE);
-        let guard = Guard::new(stream, device, limits, self.stop.watch()?)?;
-        let guard = guard.watch_memory(state.watch_memory()?);
+        let guard = Guard::new(stream, device, limits, self.stop.watch()?)?
+            .watch_memory(state.watch_memory()?)
+            .with_inflight(Arc::clone(state.inflight()));
         self.disk.set_notifier(Some(guard.notifier()));
         let end = guard.run();
         self.disk.set_notifier(None);

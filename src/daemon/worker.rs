@@ -29,7 +29,7 @@ use std::thread::{self, JoinHandle};
 use crate::config::OnTimeout;
 use crate::engine::{DiskSlot, Engine, Errno, Event, Waker};
 use crate::mq::Mq;
-use crate::mq::ids::{HctxId, WorkerId};
+use crate::mq::ids::{DiskId, HctxId, WorkerId};
 use crate::mq::limits::{DRIVER_TAGS, RESERVED_TAGS};
 use crate::mq::request::Status;
 use crate::sigbus;
@@ -62,13 +62,22 @@ const LOOK_FOR_LOSSES: u64 = 0;
 struct WorkerDisk {
     shape: DiskShape,
     write_through: Arc<AtomicBool>,
+    /// Room for its long requests. Each disk has its own, so that none can keep others waiting; made
+    /// with the first ring.
+    pool: Option<SegmentPool>,
+}
+
+impl WorkerDisk {
+    #[inline]
+    fn pool(&mut self) -> &mut SegmentPool {
+        self.pool.as_mut().expect("made with the first ring")
+    }
 }
 
 struct Worker {
     id: WorkerId,
     engine: Engine,
     mq: Mq<GuestIo>,
-    pool: SegmentPool,
     /// By disk.
     disks: Vec<Option<WorkerDisk>>,
     /// By disk: the engine's number for it.
@@ -162,7 +171,6 @@ impl Worker {
             id,
             engine,
             mq: Mq::new(DRIVER_TAGS, RESERVED_TAGS),
-            pool: SegmentPool::new(),
             disks: Vec::new(),
             slots: Vec::new(),
             ports: Vec::new(),
@@ -224,7 +232,7 @@ impl Worker {
             engine,
             mq,
             ports,
-            pool,
+            disks,
             touched,
             hot,
             has_mail,
@@ -244,6 +252,7 @@ impl Worker {
                 mq.complete(tag, result, |hctx, io, status, read| {
                     let port = open_port(ports, hctx);
                     let read = u32::try_from(read).expect("the parser bounds a request's bytes");
+                    let pool = open_disk(disks, port.id.disk).pool();
                     port.ring.put_used(io.finish(status, read, pool));
                     touch(touched, port, hctx);
                 });
@@ -331,6 +340,13 @@ fn open_port(ports: &mut [Option<Port>], hctx: HctxId) -> &mut Port {
     ports[hctx.index()]
         .as_mut()
         .expect("events come for ports that exist")
+}
+
+#[inline]
+fn open_disk(disks: &mut [Option<WorkerDisk>], disk: DiskId) -> &mut WorkerDisk {
+    disks[disk.index()]
+        .as_mut()
+        .expect("rings belong to disks that were added")
 }
 
 #[inline]

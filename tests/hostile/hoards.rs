@@ -65,7 +65,7 @@ fn tags_cannot_be_hoarded() {
     for queue in &mut slow.queues {
         let mut n = 0;
         while queue
-            .push(n, kind::IN, 0, n * 8, &[Seg::writable(gpa, 4096)])
+            .push(n, kind::IN, 0, n * 16, &[Seg::writable(gpa, 4096)])
             .is_some()
         {
             n += 1;

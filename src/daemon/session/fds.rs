@@ -7,7 +7,7 @@ use std::sync::OnceLock;
 use rustix::fs::{FileType, Mode, OFlags, fcntl_getfl, fstat, fstatfs, open, readlinkat};
 use rustix::io::Errno;
 use rustix::net::sockopt::{socket_domain, socket_peercred, socket_type};
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketType, getpeername};
+use rustix::net::{AddressFamily, SocketType, getpeername};
 use rustix::process::getpid;
 
 /// What stands behind a file descriptor, as far as a session cares.
@@ -133,8 +133,8 @@ const ELSEWHERE: [u32; 8] = [
 /// pair of sockets.
 pub(super) fn leads_to_us(socket: &OwnedFd) -> io::Result<bool> {
     let named = match getpeername(socket) {
-        Ok(Some(peer)) => SocketAddrUnix::try_from(peer)
-            .is_ok_and(|peer| peer.path_bytes().is_some() || peer.abstract_name().is_some()),
+        // The address of a socket without a name is its family and nothing else (unix(7)).
+        Ok(Some(peer)) => peer.addr_len() as usize > size_of::<libc::sa_family_t>(),
         Ok(None) | Err(Errno::NOTCONN) => false,
         Err(errno) => return Err(errno.into()),
     };

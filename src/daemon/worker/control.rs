@@ -16,7 +16,7 @@ use crate::virtio::ring::{Ring, RingError};
 use super::super::message::{FdRole, Message, Reply, StartRing};
 use super::super::report::{QueueReport, RingStats, WorkerReport};
 use super::port::{Gates, Port};
-use super::{LOOK_FOR_LOSSES, Worker, WorkerDisk, heat, open_port};
+use super::{LOOK_FOR_LOSSES, Worker, WorkerDisk, heat, open_disk, open_port};
 
 /// What waits for requests in flight to end.
 #[derive(Debug)]
@@ -67,6 +67,7 @@ impl Worker {
                     self.disks[disk.index()] = Some(WorkerDisk {
                         shape: *shape,
                         write_through,
+                        pool: None,
                     });
                 }));
             }
@@ -83,6 +84,7 @@ impl Worker {
                     let port = open_port(&mut self.ports, hctx);
                     port.gates.disabled = !enabled;
                     if enabled {
+                        port.was_enabled = true;
                         heat(&mut self.hot, port, hctx);
                         done.send(());
                     } else {
@@ -189,10 +191,20 @@ impl Worker {
             call,
             err,
             enabled,
+            inflight,
             ctxs,
         } = start;
         assert!(self.find(id).is_none(), "{id} is started twice");
-        let ring = Ring::new(&setup, memory)?;
+        let mut ring = Ring::new(&setup, memory)?;
+        if let Some(record) = inflight {
+            ring.track(record)?;
+        }
+        if ring.to_resume() > 0 {
+            log::info!("{id}: {} requests of before go on", ring.to_resume());
+        }
+        open_disk(&mut self.disks, id.disk)
+            .pool
+            .get_or_insert_default();
         let hctx = self.mq.add_hctx(HctxConfig {
             disk: id.disk,
             queue: id.queue,
@@ -206,6 +218,7 @@ impl Worker {
             self.touched.reserve(self.ports.len());
         }
         let frozen = self.is_freezing(id.disk);
+        let next_avail = ring.next_avail();
         self.ports[hctx.index()] = Some(Port {
             id,
             ring,
@@ -221,6 +234,7 @@ impl Worker {
             hot: false,
             touched: false,
             no_room: false,
+            was_enabled: enabled,
             stats: RingStats::default(),
         });
         self.losses = LOOK_FOR_LOSSES;
@@ -231,7 +245,7 @@ impl Worker {
             "worker {}: {id} started: {} entries at {}, {ctxs} ctx",
             self.id,
             setup.size,
-            setup.next_avail
+            next_avail
         );
         Ok(())
     }
@@ -273,7 +287,7 @@ impl Worker {
                 Pending::Stop(hctx, _) | Pending::Disable(hctx, _) => self.is_drained(*hctx),
                 Pending::Memory(disk, ..) | Pending::Scheduler(disk, ..) => self
                     .ports()
-                    .all(|(hctx, port)| port.id.disk != *disk || self.is_drained(hctx)),
+                    .all(|(hctx, port)| port.id.disk != *disk || self.mq.in_flight(hctx) == 0),
                 Pending::Shutdown(_) => self.ports().all(|(hctx, _)| self.is_drained(hctx)),
             };
             if ready {
@@ -285,8 +299,10 @@ impl Worker {
         }
     }
 
+    /// Whether nothing is in flight, what the daemon before has left included.
     fn is_drained(&self, hctx: HctxId) -> bool {
-        self.mq.in_flight(hctx) == 0
+        let owes = |port: &Port| port.owes();
+        self.mq.in_flight(hctx) == 0 && !self.ports[hctx.index()].as_ref().is_some_and(owes)
     }
 
     #[cold]

@@ -7,7 +7,7 @@ use crate::virtio::parse::{Parsed, parse};
 use crate::virtio::ring::RingError;
 
 use super::driver::EngineDriver;
-use super::{Worker, open_port, touch};
+use super::{Worker, open_disk, open_port, touch};
 
 impl Worker {
     /// Takes what is available on every hot ring. One drain is one plug.
@@ -16,7 +16,7 @@ impl Worker {
         for at in 0..self.hot.len() {
             let hctx = self.hot[at];
             let port = open_port(&mut self.ports, hctx);
-            if !port.is_open() || port.no_room {
+            if port.no_room || !port.is_open() && !port.must_resume() {
                 continue;
             }
             match self.drain_ring(hctx) {
@@ -33,9 +33,7 @@ impl Worker {
             return Ok(false);
         }
         port.ring.suppress_kicks();
-        let disk = self.disks[port.id.disk.index()]
-            .as_ref()
-            .expect("rings belong to disks that were added");
+        let disk = open_disk(&mut self.disks, port.id.disk);
         // A guest that turns write-through on waits for the answer, so what it sends after that is
         // drained after this load.
         let write_through = disk.write_through.load(Ordering::Relaxed);
@@ -43,6 +41,7 @@ impl Worker {
             engine: &mut self.engine,
             slots: &self.slots,
         };
+        let pool = disk.pool.as_mut().expect("made with the first ring");
         let mut outcome = Ok(());
         loop {
             let head = match port.ring.pop_head() {
@@ -53,13 +52,7 @@ impl Worker {
                     break;
                 }
             };
-            match parse(
-                &mut port.ring,
-                head,
-                &disk.shape,
-                write_through,
-                &mut self.pool,
-            ) {
+            match parse(&mut port.ring, head, &disk.shape, write_through, pool) {
                 Ok(Parsed::Request(request, io)) => {
                     let tag = RequestTag(io.head());
                     self.mq.plug(hctx, tag, request, io, &mut driver);
