@@ -29,7 +29,7 @@ use std::thread::{self, JoinHandle};
 use crate::config::OnTimeout;
 use crate::engine::{DiskSlot, Engine, Errno, Event, Waker};
 use crate::mq::Mq;
-use crate::mq::ids::{DriverTag, HctxId, WorkerId};
+use crate::mq::ids::{DiskId, DriverTag, HctxId, WorkerId};
 use crate::mq::limits::{DRIVER_TAGS, RESERVED_TAGS};
 use crate::mq::request::Status;
 use crate::sigbus;
@@ -62,13 +62,22 @@ const LOOK_FOR_LOSSES: u64 = 0;
 struct WorkerDisk {
     shape: DiskShape,
     write_through: Arc<AtomicBool>,
+    /// Room for its long requests. Each disk has its own, so that none can keep others waiting; made
+    /// with the first ring.
+    pool: Option<SegmentPool>,
+}
+
+impl WorkerDisk {
+    #[inline]
+    fn pool(&mut self) -> &mut SegmentPool {
+        self.pool.as_mut().expect("made with the first ring")
+    }
 }
 
 struct Worker {
     id: WorkerId,
     engine: Engine,
     mq: Mq<GuestIo>,
-    pool: SegmentPool,
     /// By disk.
     disks: Vec<Option<WorkerDisk>>,
     /// By disk: the engine's number for it.
@@ -166,7 +175,6 @@ impl Worker {
             id,
             engine,
             mq: Mq::new(DRIVER_TAGS, RESERVED_TAGS),
-            pool: SegmentPool::new(),
             disks: Vec::new(),
             slots: Vec::new(),
             ports: Vec::new(),
@@ -230,7 +238,7 @@ impl Worker {
             engine,
             mq,
             ports,
-            pool,
+            disks,
             touched,
             hot,
             has_mail,
@@ -244,7 +252,7 @@ impl Worker {
                 found = true;
                 room = true;
                 failure = result.err().or(failure);
-                finish(mq, ports, pool, touched, tag, result);
+                finish(mq, ports, disks, touched, tag, result);
             }
             Event::Kick(token) => {
                 found = true;
@@ -317,7 +325,7 @@ impl Worker {
 fn finish(
     mq: &mut Mq<GuestIo>,
     ports: &mut [Option<Port>],
-    pool: &mut SegmentPool,
+    disks: &mut [Option<WorkerDisk>],
     touched: &mut Vec<HctxId>,
     tag: DriverTag,
     result: Result<u64, Errno>,
@@ -326,6 +334,7 @@ fn finish(
     mq.complete(tag, result, |hctx, io, status, read| {
         let port = open_port(ports, hctx);
         let read = u32::try_from(read).expect("the parser bounds a request's bytes");
+        let pool = open_disk(disks, port.id.disk).pool();
         port.ring.put_used(io.finish(status, read, pool));
         touch(touched, port, hctx);
     });
@@ -349,6 +358,13 @@ fn open_port(ports: &mut [Option<Port>], hctx: HctxId) -> &mut Port {
     ports[hctx.index()]
         .as_mut()
         .expect("events come for ports that exist")
+}
+
+#[inline]
+fn open_disk(disks: &mut [Option<WorkerDisk>], disk: DiskId) -> &mut WorkerDisk {
+    disks[disk.index()]
+        .as_mut()
+        .expect("rings belong to disks that were added")
 }
 
 #[inline]

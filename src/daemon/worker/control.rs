@@ -16,7 +16,7 @@ use crate::virtio::ring::{Ring, RingError};
 use super::super::message::{FdRole, Message, Reply, StartRing};
 use super::super::report::{QueueReport, RingStats, WorkerReport};
 use super::port::{Gates, Port};
-use super::{LOOK_FOR_LOSSES, Worker, WorkerDisk, heat, open_port};
+use super::{LOOK_FOR_LOSSES, Worker, WorkerDisk, heat, open_disk, open_port};
 
 /// What waits for requests in flight to end.
 #[derive(Debug)]
@@ -72,6 +72,7 @@ impl Worker {
                     self.disks[disk.index()] = Some(WorkerDisk {
                         shape: *shape,
                         write_through,
+                        pool: None,
                     });
                 }));
             }
@@ -210,6 +211,9 @@ impl Worker {
                 ring.to_resume()
             );
         }
+        open_disk(&mut self.disks, id.disk)
+            .pool
+            .get_or_insert_default();
         let hctx = self.mq.add_hctx(HctxConfig {
             disk: id.disk,
             queue: id.queue,
