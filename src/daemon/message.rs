@@ -82,6 +82,8 @@ pub enum Message {
     /// Freeze the disk's rings, use the new memory, thaw. Rings that do not lie in the new memory
     /// are stopped as broken.
     SetMemory(DiskId, Arc<MemoryTable>, Reply<()>),
+    /// The disk has this many bytes from now on, more than before; its rings go on meanwhile.
+    Resize(DiskId, u64, Reply<std::io::Result<()>>),
     /// The queue map changed: this many vCPUs use the ring.
     SetCtxs(RingId, u16, Reply<()>),
     /// Freeze the disk's rings, use another elevator, thaw.

@@ -13,6 +13,7 @@ mod control;
 mod driver;
 mod intake;
 mod port;
+mod resize;
 mod rest;
 mod spin;
 mod traced;
