@@ -11,6 +11,7 @@
 
 mod control;
 mod driver;
+mod faults;
 mod intake;
 mod port;
 mod resize;
@@ -26,17 +27,17 @@ use std::sync::mpsc::{self, Receiver};
 use std::thread::{self, JoinHandle};
 
 use crate::config::OnTimeout;
-use crate::engine::{DiskSlot, Engine, Errno, Event, Waker};
+use crate::engine::{DiskSlot, Engine, Event, Waker};
 use crate::mq::Mq;
 use crate::mq::ids::{HctxId, WorkerId};
 use crate::mq::limits::{DRIVER_TAGS, RESERVED_TAGS};
-use crate::mq::request::Status;
 use crate::virtio::pool::SegmentPool;
 use crate::virtio::receipt::GuestIo;
 use crate::virtio::shape::DiskShape;
 
 use self::control::Pending;
 use self::driver::EngineDriver;
+use self::faults::{Care, failed};
 use self::port::Port;
 use self::spin::Spin;
 use self::traced::Named;
@@ -49,13 +50,11 @@ use super::report::QueueReport;
 /// what such a turn costs.
 const CLOCK_TURNS: u32 = 16;
 
-/// At most one line about failed I/O in this time.
-const ERROR_LOG_INTERVAL_NS: u64 = 1_000_000_000;
-
 /// A disk, as far as a worker needs to know it.
 struct WorkerDisk {
     shape: DiskShape,
     write_through: Arc<AtomicBool>,
+    care: Care,
 }
 
 struct Worker {
@@ -85,7 +84,6 @@ struct Worker {
     watchdog: Watchdog,
     clock: Clock,
     now_ns: u64,
-    errors_logged_ns: Option<u64>,
     leaving: bool,
 }
 
@@ -170,7 +168,6 @@ impl Worker {
             watchdog: Watchdog::new(options.timeout_s, options.on_timeout, DRIVER_TAGS),
             clock: options.clock,
             now_ns: 0,
-            errors_logged_ns: None,
             leaving: false,
         }
     }
@@ -216,19 +213,23 @@ impl Worker {
             touched,
             hot,
             has_mail,
+            disks,
+            now_ns,
             ..
         } = self;
         let mut found = false;
         let mut room = false;
-        let mut failure = None;
         let reaped = engine.reap(&mut |event| match event {
             Event::Done { tag, result } => {
                 found = true;
                 room = true;
-                let result = result.map(drop).map_err(|errno| {
-                    failure = Some(errno);
-                    status_of(errno)
-                });
+                let result = match result {
+                    Ok(_) => Ok(()),
+                    Err(errno) => match failed(mq, ports, disks, *now_ns, tag, errno) {
+                        Some(status) => Err(status),
+                        None => return,
+                    },
+                };
                 mq.complete(tag, result, |hctx, io, status, read| {
                     let port = open_port(ports, hctx);
                     let read = u32::try_from(read).expect("the parser bounds a request's bytes");
@@ -263,25 +264,11 @@ impl Worker {
                 open_port(&mut self.ports, *hctx).no_room = false;
             }
         }
-        if let Some(errno) = failure {
-            self.log_failure(errno);
-        }
         if self.has_mail {
             self.has_mail = false;
             self.read_mail();
         }
         found
-    }
-
-    #[cold]
-    fn log_failure(&mut self, errno: Errno) {
-        let due = self
-            .errors_logged_ns
-            .is_none_or(|at| self.now_ns - at >= ERROR_LOG_INTERVAL_NS);
-        if due {
-            self.errors_logged_ns = Some(self.now_ns);
-            log::warn!("worker {}: I/O failed: {errno}", self.id);
-        }
     }
 
     /// Makes used elements visible, once for each ring that has new ones.
@@ -298,14 +285,6 @@ impl Worker {
                 slots: &self.slots,
             });
         }
-    }
-}
-
-/// What the guest is told of an error of the host.
-fn status_of(errno: Errno) -> Status {
-    match errno.0 {
-        libc::EOPNOTSUPP => Status::Unsupp,
-        _ => Status::IoErr,
     }
 }
 

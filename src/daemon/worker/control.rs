@@ -15,6 +15,7 @@ use crate::virtio::ring::{Ring, RingError};
 
 use super::super::message::{FdRole, Message, Reply, StartRing};
 use super::super::report::{QueueReport, RingStats, WorkerReport};
+use super::faults::Care;
 use super::port::{Gates, Port};
 use super::{Worker, WorkerDisk, heat, open_port};
 
@@ -44,6 +45,7 @@ impl Worker {
         while let Ok(message) = self.inbox.try_recv() {
             self.apply(message);
         }
+        self.follow_holds();
     }
 
     fn apply(&mut self, message: Message) {
@@ -54,6 +56,8 @@ impl Worker {
                 shape,
                 write_through,
                 throttle,
+                on_error,
+                hold,
                 done,
             } => {
                 let needed = disk.index() + 1;
@@ -67,6 +71,7 @@ impl Worker {
                     self.disks[disk.index()] = Some(WorkerDisk {
                         shape: *shape,
                         write_through,
+                        care: Care::new(on_error, hold),
                     });
                 }));
             }
@@ -74,6 +79,7 @@ impl Worker {
             Message::Stop(ring, done) => match self.find(ring) {
                 Some(hctx) => {
                     open_port(&mut self.ports, hctx).gates.stopping = true;
+                    self.let_end(hctx);
                     self.pending.push(Pending::Stop(hctx, done));
                 }
                 None => done.send(None),
@@ -86,6 +92,7 @@ impl Worker {
                         heat(&mut self.hot, port, hctx);
                         done.send(());
                     } else {
+                        self.let_end(hctx);
                         self.pending.push(Pending::Disable(hctx, done));
                     }
                 }
@@ -131,9 +138,14 @@ impl Worker {
             }
             Message::TakeTrace(done) => done.send(self.take_trace()),
             Message::Report(done) => done.send(self.report()),
+            Message::Resume(disk, done) => {
+                self.resume(disk);
+                done.send(());
+            }
             Message::Shutdown(done) => {
-                for port in self.ports.iter_mut().flatten() {
-                    port.gates.stopping = true;
+                for hctx in self.hctxs() {
+                    open_port(&mut self.ports, hctx).gates.stopping = true;
+                    self.let_end(hctx);
                 }
                 self.leaving = true;
                 self.pending.push(Pending::Shutdown(done));
@@ -145,8 +157,12 @@ impl Worker {
     /// (blk_mq_freeze_queue).
     fn freeze(&mut self, until: Pending) {
         let disk = until.freezes();
-        for port in self.ports.iter_mut().flatten() {
-            port.gates.frozen |= Some(port.id.disk) == disk;
+        for hctx in self.hctxs() {
+            let port = open_port(&mut self.ports, hctx);
+            if Some(port.id.disk) == disk {
+                port.gates.frozen = true;
+                self.let_end(hctx);
+            }
         }
         self.pending.push(until);
     }
@@ -162,6 +178,7 @@ impl Worker {
                 heat(&mut self.hot, port, HctxId(index));
             }
         }
+        self.end_hold(disk);
     }
 
     fn is_freezing(&self, disk: DiskId) -> bool {
@@ -172,7 +189,7 @@ impl Worker {
         self.ports().find(|(_, port)| port.id == ring).map(|p| p.0)
     }
 
-    fn ports(&self) -> impl Iterator<Item = (HctxId, &Port)> {
+    pub(super) fn ports(&self) -> impl Iterator<Item = (HctxId, &Port)> {
         self.ports.iter().zip(0..).filter_map(|(port, index)| {
             let port = port.as_ref()?;
             Some((HctxId(index), port))
@@ -221,6 +238,7 @@ impl Worker {
             no_room: false,
             stats: RingStats::default(),
         });
+        self.join_hold(hctx);
         self.set_fd(hctx, FdRole::Kick, kick);
         self.set_fd(hctx, FdRole::Call, call);
         self.set_fd(hctx, FdRole::Err, err);
@@ -305,8 +323,7 @@ impl Worker {
                 done.send(());
             }
             Pending::Shutdown(done) => {
-                let all: Vec<HctxId> = self.ports().map(|(hctx, _)| hctx).collect();
-                for hctx in all {
+                for hctx in self.hctxs() {
                     self.stop(hctx);
                 }
                 done.send(self.report());
@@ -365,6 +382,7 @@ impl Worker {
         WorkerReport {
             queues: reports,
             disks,
+            faults: self.faults(),
             engine: self.engine.counters(),
         }
     }

@@ -19,6 +19,7 @@ fn config(image: ImageSource) -> DiskConfig {
         read_only: false,
         lock: LockWhen::Always,
         force_share: false,
+        on_error: crate::config::OnError::Report,
         cache: CacheMode::None,
         discard: true,
         serial: "test".to_owned(),
