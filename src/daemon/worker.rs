@@ -13,10 +13,12 @@ mod control;
 mod driver;
 mod faults;
 mod intake;
+mod lost;
 mod port;
 mod resize;
 mod rest;
 mod spin;
+mod tally;
 mod traced;
 mod watchdog;
 
@@ -31,6 +33,7 @@ use crate::engine::{DiskSlot, Engine, Event, Waker};
 use crate::mq::Mq;
 use crate::mq::ids::{HctxId, WorkerId};
 use crate::mq::limits::{DRIVER_TAGS, RESERVED_TAGS};
+use crate::sigbus;
 use crate::virtio::pool::SegmentPool;
 use crate::virtio::receipt::GuestIo;
 use crate::virtio::shape::DiskShape;
@@ -49,6 +52,10 @@ use super::report::QueueReport;
 /// A worker that finds nothing reads the clock once in this many turns: the reading would be most of
 /// what such a turn costs.
 const CLOCK_TURNS: u32 = 16;
+
+/// As a count of losses that was seen: rings have come since. Until there has been a loss it is the
+/// right count anyway.
+const LOOK_FOR_LOSSES: u64 = 0;
 
 /// A disk, as far as a worker needs to know it.
 struct WorkerDisk {
@@ -84,6 +91,8 @@ struct Worker {
     watchdog: Watchdog,
     clock: Clock,
     now_ns: u64,
+    /// How much memory the process had lost when we last looked whether it was ours.
+    losses: u64,
     leaving: bool,
 }
 
@@ -168,6 +177,7 @@ impl Worker {
             watchdog: Watchdog::new(options.timeout_s, options.on_timeout, DRIVER_TAGS),
             clock: options.clock,
             now_ns: 0,
+            losses: LOOK_FOR_LOSSES,
             leaving: false,
         }
     }
@@ -185,6 +195,9 @@ impl Worker {
         let completed = self.reap();
         self.publish();
         let arrived = self.drain();
+        if sigbus::losses() != self.losses {
+            self.find_lost_memory();
+        }
         self.run_hctxs();
         self.watchdog.look(self.now_ns, &self.mq, &mut self.engine);
         self.settle();

@@ -9,15 +9,16 @@ use std::sync::Arc;
 use crate::engine::{CallSlot, Engine};
 use crate::mq::HctxConfig;
 use crate::mq::elevator::Params;
-use crate::mq::ids::{DiskId, HctxId, RingId, WorkerId};
+use crate::mq::ids::{DiskId, HctxId, RingId};
 use crate::virtio::memory::MemoryTable;
 use crate::virtio::ring::{Ring, RingError};
 
 use super::super::message::{FdRole, Message, Reply, StartRing};
-use super::super::report::{QueueReport, RingStats, WorkerReport};
+use super::super::report::{RingStats, WorkerReport};
 use super::faults::Care;
 use super::port::{Gates, Port};
-use super::{Worker, WorkerDisk, heat, open_port};
+use super::tally::report_of;
+use super::{LOOK_FOR_LOSSES, Worker, WorkerDisk, heat, open_port};
 
 /// What waits for requests in flight to end.
 #[derive(Debug)]
@@ -89,6 +90,7 @@ impl Worker {
                     let port = open_port(&mut self.ports, hctx);
                     port.gates.disabled = !enabled;
                     if enabled {
+                        port.was_enabled = true;
                         heat(&mut self.hot, port, hctx);
                         done.send(());
                     } else {
@@ -201,14 +203,22 @@ impl Worker {
             ring: id,
             setup,
             memory,
+            memory_lost,
             kick,
             call,
             err,
             enabled,
+            inflight,
             ctxs,
         } = start;
         assert!(self.find(id).is_none(), "{id} is started twice");
-        let ring = Ring::new(&setup, memory)?;
+        let mut ring = Ring::new(&setup, memory)?;
+        if let Some(record) = inflight {
+            ring.track(record)?;
+        }
+        if ring.to_resume() > 0 {
+            log::info!("{id}: {} requests of before go on", ring.to_resume());
+        }
         let hctx = self.mq.add_hctx(HctxConfig {
             disk: id.disk,
             queue: id.queue,
@@ -222,9 +232,11 @@ impl Worker {
             self.touched.reserve(self.ports.len());
         }
         let frozen = self.is_freezing(id.disk);
+        let next_avail = ring.next_avail();
         self.ports[hctx.index()] = Some(Port {
             id,
             ring,
+            memory_lost,
             has_kick: false,
             call: None,
             err: None,
@@ -236,9 +248,11 @@ impl Worker {
             hot: false,
             touched: false,
             no_room: false,
+            was_enabled: enabled,
             stats: RingStats::default(),
         });
         self.join_hold(hctx);
+        self.losses = LOOK_FOR_LOSSES;
         self.set_fd(hctx, FdRole::Kick, kick);
         self.set_fd(hctx, FdRole::Call, call);
         self.set_fd(hctx, FdRole::Err, err);
@@ -246,7 +260,7 @@ impl Worker {
             "worker {}: {id} started: {} entries at {}, {ctxs} ctx",
             self.id,
             setup.size,
-            setup.next_avail
+            next_avail
         );
         Ok(())
     }
@@ -288,7 +302,7 @@ impl Worker {
                 Pending::Stop(hctx, _) | Pending::Disable(hctx, _) => self.is_drained(*hctx),
                 Pending::Memory(disk, ..) | Pending::Scheduler(disk, ..) => self
                     .ports()
-                    .all(|(hctx, port)| port.id.disk != *disk || self.is_drained(hctx)),
+                    .all(|(hctx, port)| port.id.disk != *disk || self.mq.in_flight(hctx) == 0),
                 Pending::Shutdown(_) => self.ports().all(|(hctx, _)| self.is_drained(hctx)),
             };
             if ready {
@@ -300,8 +314,10 @@ impl Worker {
         }
     }
 
+    /// Whether nothing is in flight, what the daemon before has left included.
     fn is_drained(&self, hctx: HctxId) -> bool {
-        self.mq.in_flight(hctx) == 0
+        let owes = |port: &Port| port.owes();
+        self.mq.in_flight(hctx) == 0 && !self.ports[hctx.index()].as_ref().is_some_and(owes)
     }
 
     #[cold]
@@ -352,6 +368,7 @@ impl Worker {
     }
 
     fn change_memory(&mut self, disk: DiskId, memory: &Arc<MemoryTable>) {
+        self.losses = LOOK_FOR_LOSSES;
         for index in 0..self.ports.len() {
             let Some(port) = self.ports[index].as_mut().filter(|p| p.id.disk == disk) else {
                 continue;
@@ -362,40 +379,6 @@ impl Worker {
             }
         }
     }
-
-    /// Counts of the rings that were stopped and of those that run.
-    fn report(&mut self) -> WorkerReport {
-        let mut reports = self.reports.clone();
-        for (hctx, port) in self.ports() {
-            let ctx = self.mq.ctx_stats(hctx).to_vec();
-            report_of(&mut reports, port.id, self.id).add(
-                ctx,
-                self.mq.stats(hctx),
-                self.mq.times(hctx),
-                &port.stats,
-            );
-        }
-        let disks = (0..self.disks.len())
-            .map(|index| DiskId(u16::try_from(index).expect("disks are bounded")))
-            .map(|disk| (disk, self.mq.disk_stats(disk)))
-            .collect();
-        WorkerReport {
-            queues: reports,
-            disks,
-            faults: self.faults(),
-            engine: self.engine.counters(),
-        }
-    }
-}
-
-/// The report of a ring; a new one if there is none yet.
-fn report_of(reports: &mut Vec<QueueReport>, ring: RingId, worker: WorkerId) -> &mut QueueReport {
-    let index = reports.iter().position(|report| report.ring == ring);
-    let index = index.unwrap_or_else(|| {
-        reports.push(QueueReport::new(ring, worker.0));
-        reports.len() - 1
-    });
-    &mut reports[index]
 }
 
 fn replace_call(

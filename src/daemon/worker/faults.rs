@@ -51,8 +51,9 @@ impl Care {
     /// Whether this error holds the disk.
     fn holds(&self, errno: Errno) -> bool {
         match (self.policy, errno.0) {
-            // Wanted by whoever gave the timeout, and answered for good by the device.
-            (_, libc::ECANCELED | libc::EOPNOTSUPP) | (OnError::Report, _) => false,
+            // Wanted by whoever gave the timeout; answered for good by the device; no fault of the
+            // image, but of the guest's memory.
+            (_, libc::ECANCELED | libc::EOPNOTSUPP | libc::EFAULT) | (OnError::Report, _) => false,
             (OnError::Enospc, errno) => matches!(errno, libc::ENOSPC | libc::EDQUOT),
             (OnError::Stop, _) => true,
         }
