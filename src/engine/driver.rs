@@ -4,6 +4,7 @@ mod fds;
 
 use std::io;
 use std::mem::MaybeUninit;
+use std::sync::Arc;
 use std::time::Duration;
 
 use io_uring::cqueue;
@@ -14,7 +15,7 @@ use super::start::start;
 use super::target::{Disk, Target};
 use super::uring::{Ask, REAP_BATCH, Ring};
 use super::watch::{Call, Table, Watch};
-use super::{Busy, Command, DiskSlot, EngineCounters, Errno, Event, MAX_DISKS};
+use super::{Busy, Command, DiskSlot, EngineCounters, Errno, Event, MAX_DISKS, SyncFault};
 use crate::mq::ids::DriverTag;
 
 /// Whom a completion is for: the upper byte of the user data. Below it 32 bits of generation and 16
@@ -113,6 +114,12 @@ impl Engine {
         }
         self.disks.put(index, disk);
         Ok(DiskSlot(index))
+    }
+
+    /// Shares what is known of a disk's syncs with the others who serve the same image.
+    pub fn share_sync_fault(&mut self, slot: DiskSlot, fault: Arc<SyncFault>) {
+        let disk = self.disks.get_mut(slot.0).expect("a disk of this engine");
+        disk.sync_fault = fault;
     }
 
     /// Removes a disk, on which nothing may be in flight, and gives back what it stood on.

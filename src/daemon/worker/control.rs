@@ -27,6 +27,7 @@ pub(super) enum Pending {
     Disable(HctxId, Reply<()>),
     Memory(DiskId, Arc<MemoryTable>, Reply<()>),
     Scheduler(DiskId, Params, Reply<()>),
+    Drain(DiskId, Reply<()>),
     Shutdown(Reply<WorkerReport>),
 }
 
@@ -34,7 +35,9 @@ impl Pending {
     /// The disk that is frozen until this is carried out.
     fn freezes(&self) -> Option<DiskId> {
         match self {
-            Pending::Memory(disk, ..) | Pending::Scheduler(disk, ..) => Some(*disk),
+            Pending::Memory(disk, ..) | Pending::Scheduler(disk, ..) | Pending::Drain(disk, _) => {
+                Some(*disk)
+            }
             Pending::Stop(..) | Pending::Disable(..) | Pending::Shutdown(_) => None,
         }
     }
@@ -56,6 +59,7 @@ impl Worker {
                 target,
                 shape,
                 write_through,
+                sync_fault,
                 throttle,
                 on_error,
                 hold,
@@ -68,6 +72,7 @@ impl Worker {
                 }
                 self.mq.set_throttle(disk, Some(throttle));
                 done.send(self.engine.add_disk(*target).map(|slot| {
+                    self.engine.share_sync_fault(slot, sync_fault);
                     self.slots[disk.index()] = Some(slot);
                     self.disks[disk.index()] = Some(WorkerDisk {
                         shape: *shape,
@@ -112,6 +117,7 @@ impl Worker {
             Message::SetScheduler(disk, params, done) => {
                 self.freeze(Pending::Scheduler(disk, params, done));
             }
+            Message::Drain(disk, done) => self.freeze(Pending::Drain(disk, done)),
             Message::SetSchedulerParam(disk, name, value, done) => {
                 done.send(self.mq.set_elevator_param(disk, &name, value));
             }
@@ -217,7 +223,10 @@ impl Worker {
             ring.track(record)?;
         }
         if ring.to_resume() > 0 {
-            log::info!("{id}: {} requests of before go on", ring.to_resume());
+            log::info!(
+                "{id}: goes on with {} requests that were in flight",
+                ring.to_resume()
+            );
         }
         let hctx = self.mq.add_hctx(HctxConfig {
             disk: id.disk,
@@ -300,7 +309,9 @@ impl Worker {
         while at < self.pending.len() {
             let ready = match &self.pending[at] {
                 Pending::Stop(hctx, _) | Pending::Disable(hctx, _) => self.is_drained(*hctx),
-                Pending::Memory(disk, ..) | Pending::Scheduler(disk, ..) => self
+                Pending::Memory(disk, ..)
+                | Pending::Scheduler(disk, ..)
+                | Pending::Drain(disk, _) => self
                     .ports()
                     .all(|(hctx, port)| port.id.disk != *disk || self.mq.in_flight(hctx) == 0),
                 Pending::Shutdown(_) => self.ports().all(|(hctx, _)| self.is_drained(hctx)),
@@ -335,6 +346,10 @@ impl Worker {
             }
             Pending::Scheduler(disk, params, done) => {
                 self.mq.set_elevator(disk, params);
+                self.thaw(disk);
+                done.send(());
+            }
+            Pending::Drain(disk, done) => {
                 self.thaw(disk);
                 done.send(());
             }

@@ -12,7 +12,7 @@ use crate::config::OnError;
 use crate::engine::Errno;
 use crate::mq::Mq;
 use crate::mq::ids::{DiskId, DriverTag, HctxId};
-use crate::mq::request::Status;
+use crate::mq::request::{Op, Status};
 use crate::virtio::receipt::GuestIo;
 use crate::virtio::shape::DiskShape;
 
@@ -94,7 +94,8 @@ pub(super) fn failed(
         .as_mut()
         .expect("rings belong to disks that were added");
     disk.care.faults.errors.count(errno);
-    let stops = !ends && disk.care.holds(errno);
+    // What a failed sync has lost is lost: a second one that went well would be a lie.
+    let stops = !ends && request.op != Op::Flush && disk.care.holds(errno);
     let first = stops && !disk.care.faults.held;
     if first || disk.care.may_log(now_ns) {
         let name = name(&disk.shape);

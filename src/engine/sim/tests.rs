@@ -12,6 +12,8 @@ use crate::mq::request::{IoPrio, Status};
 use crate::mq::stats::HctxStats;
 use crate::mq::{HctxConfig, Mq};
 
+mod power;
+
 const SECTORS: u64 = 1024;
 const MOST_SECTORS: u64 = 8;
 const RINGS_OF_A_DISK: u16 = 3;
