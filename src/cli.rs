@@ -16,7 +16,7 @@ use crate::mq::map::MapKind;
 use crate::mq::qos::Limits;
 
 pub use self::choices::{
-    CacheMode, Discard, EngineKind, LockWhen, LogLevel, OnTimeout, SummaryFormat, Switch,
+    CacheMode, Discard, EngineKind, LockWhen, LogLevel, OnError, OnTimeout, SummaryFormat, Switch,
 };
 pub use self::safety::DiskSafety;
 use self::tuning::{

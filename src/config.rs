@@ -14,9 +14,9 @@ use crate::error::StartError;
 use crate::mq::map::MapKind;
 use crate::mq::qos::Limits;
 
-use self::whole::{check_control_path, check_groups, no_socket_twice};
+use self::whole::{check_control_path, check_groups, check_on_error, no_socket_twice};
 pub use crate::cli::tuning::{Group, Scheduler};
-pub use crate::cli::{CacheMode, EngineKind, LockWhen, OnTimeout, SummaryFormat};
+pub use crate::cli::{CacheMode, EngineKind, LockWhen, OnError, OnTimeout, SummaryFormat};
 
 mod whole;
 
@@ -68,6 +68,8 @@ pub struct DiskConfig {
     pub lock: LockWhen,
     /// Whether others may write to the image, and locks of theirs be overlooked.
     pub force_share: bool,
+    /// What becomes of requests that fail.
+    pub on_error: OnError,
     /// How the host caches the image.
     pub cache: CacheMode,
     /// Whether discards are offered and free space.
@@ -180,6 +182,7 @@ impl Config {
         no_socket_twice(&disks)?;
         check_groups(&groups, &disks)?;
         check_control_path(control_path.as_deref(), &disks)?;
+        check_on_error(control_path.as_deref(), &disks)?;
         let workers = match workers {
             Some(workers) => usize::from(workers),
             None => available_parallelism().map_or(1, NonZeroUsize::get),
@@ -218,6 +221,7 @@ impl DiskConfig {
             engine: disk.engine.unwrap_or_default(),
             lock: disk.safety.lock.unwrap_or_default(),
             force_share: disk.safety.force_share == Some(Switch::On),
+            on_error: disk.safety.on_error.unwrap_or_default(),
             cache: disk.cache.unwrap_or_default(),
             discard: disk.discard != Some(Discard::Off),
             serial: disk.serial.unwrap_or_else(|| default_serial(&image)),

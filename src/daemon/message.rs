@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::{self, Receiver, Sender, SyncSender};
 
+use crate::config::OnError;
 use crate::engine::{SyncFault, Target, Waker};
 use crate::mq::elevator::{ParamError, Params};
 use crate::mq::ids::{DiskId, RingId, WorkerId};
@@ -19,6 +20,7 @@ use crate::virtio::memory::MemoryTable;
 use crate::virtio::ring::{RingError, RingSetup};
 use crate::virtio::shape::DiskShape;
 
+use super::faults::Hold;
 use super::report::{TraceReport, WorkerReport};
 use super::socket::Stop;
 
@@ -75,6 +77,10 @@ pub enum Message {
         sync_fault: Arc<SyncFault>,
         /// What it may do in a second; the same for all workers.
         throttle: Arc<Throttle>,
+        /// What becomes of requests that fail.
+        on_error: OnError,
+        /// Shared with the other workers that serve the disk.
+        hold: Arc<Hold>,
         /// Answered when it is known to the engine.
         done: Reply<std::io::Result<()>>,
     },
@@ -104,6 +110,8 @@ pub enum Message {
     SetGroup(DiskId, Option<Arc<Throttle>>, Reply<()>),
     /// Limits have changed: who was told to wait asks again.
     LimitsChanged(Reply<()>),
+    /// Go on with a disk that is held after an error.
+    Resume(DiskId, Reply<()>),
     /// Forget what was traced before, and record these actions, this many events at most.
     StartTrace(usize, Arc<[Action]>, Reply<()>),
     /// Record no more; what was recorded can still be taken.
@@ -170,6 +178,11 @@ impl WorkerHandle {
     /// Which worker it is.
     pub fn id(&self) -> WorkerId {
         self.id
+    }
+
+    /// Has the worker look around without a message.
+    pub fn nudge(&self) {
+        self.waker.wake();
     }
 
     /// Sends a message and waits for the answer.

@@ -3,6 +3,7 @@
 pub mod backend;
 pub mod clock;
 pub mod disk;
+pub mod faults;
 pub mod files;
 pub mod growth;
 pub mod message;

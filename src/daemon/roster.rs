@@ -12,6 +12,7 @@ use crate::mq::trace::Action;
 
 use super::clock::Clock;
 use super::disk::{Disk, Membership};
+use super::faults::DiskFaults;
 use super::message::{Message, Reply, WorkerHandle, ask_all};
 use super::report::{DiskSummary, QueueSummary, Summary, TraceReport, WorkerReport, WorkerSummary};
 
@@ -92,6 +93,14 @@ impl Roster {
 
     fn ask_all<T>(&self, message: impl Fn(Reply<T>) -> Message) -> Vec<T> {
         ask_all(&self.workers, message)
+    }
+
+    /// Whether a disk is held after an error.
+    pub fn is_held(&self, disk: &Disk) -> bool {
+        self.reports()
+            .iter()
+            .flat_map(|report| &report.faults)
+            .any(|(id, found)| *id == disk.id && found.held)
     }
 
     /// The summary of `reports`.
@@ -185,7 +194,16 @@ fn summarize(disks: &[Arc<Disk>], reports: &[WorkerReport]) -> Summary {
                     stats.add(counted);
                 }
             }
+            let mut faults = DiskFaults::default();
+            for report in reports {
+                for (_, found) in report.faults.iter().filter(|(id, _)| *id == disk.id) {
+                    faults.held |= found.held;
+                    faults.errors.add(&found.errors);
+                }
+            }
             DiskSummary {
+                held: faults.held,
+                io_errors: faults.errors,
                 serial: disk.config.serial.clone(),
                 scheduler: disk.scheduler().kind().to_string(),
                 stats,

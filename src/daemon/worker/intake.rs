@@ -118,25 +118,21 @@ impl Worker {
         if !self.engine.has_inline() {
             return false;
         }
-        let mut failure = None;
         let Worker {
             engine,
             mq,
             ports,
             disks,
             touched,
+            now_ns,
             ..
         } = self;
         engine.reap_inline(&mut |event| {
             if let Event::Done { tag, result } = event {
-                failure = result.err().or(failure);
-                finish(mq, ports, disks, touched, tag, result);
+                finish(mq, ports, disks, touched, *now_ns, tag, result);
             }
         });
         self.room |= self.starving;
-        if let Some(errno) = failure {
-            self.log_failure(errno);
-        }
         true
     }
 
