@@ -19,6 +19,7 @@ use crate::virtio::memory::MemoryTable;
 use crate::virtio::ring::{RingError, RingSetup};
 use crate::virtio::shape::DiskShape;
 
+use super::placement::Seat;
 use super::report::{TraceReport, WorkerReport};
 use super::socket::Stop;
 
@@ -151,17 +152,19 @@ pub struct WorkerHandle {
     id: WorkerId,
     messages: Sender<Message>,
     waker: Waker,
+    seat: Arc<Seat>,
 }
 
 impl WorkerHandle {
     /// A handle, and the receiver for the worker it belongs to.
-    pub fn new(id: WorkerId, waker: Waker) -> (WorkerHandle, Receiver<Message>) {
+    pub fn new(id: WorkerId, waker: Waker, seat: Seat) -> (WorkerHandle, Receiver<Message>) {
         let (messages, inbox) = mpsc::channel();
         (
             WorkerHandle {
                 id,
                 messages,
                 waker,
+                seat: Arc::new(seat),
             },
             inbox,
         )
@@ -170,6 +173,11 @@ impl WorkerHandle {
     /// Which worker it is.
     pub fn id(&self) -> WorkerId {
         self.id
+    }
+
+    /// Where it lives.
+    pub fn seat(&self) -> &Seat {
+        &self.seat
     }
 
     /// Sends a message and waits for the answer.

@@ -5,6 +5,7 @@ pub mod clock;
 pub mod disk;
 pub mod growth;
 pub mod message;
+pub mod placement;
 pub mod report;
 pub mod roster;
 pub mod server;
