@@ -18,6 +18,7 @@ use crate::mq::qos::Limits;
 pub use self::choices::{
     CacheMode, Discard, EngineKind, LockWhen, LogLevel, OnError, OnTimeout, SummaryFormat, Switch,
 };
+use self::cpus::CpuList;
 pub use self::safety::DiskSafety;
 use self::tuning::{
     Group, Scheduler, parse_group, parse_group_name, parse_limits, parse_scheduler,
@@ -28,6 +29,7 @@ use self::values::{
 };
 
 mod choices;
+pub mod cpus;
 mod safety;
 pub mod tuning;
 mod values;
@@ -92,6 +94,15 @@ pub struct Arguments {
         value_parser = clap::value_parser!(u16).range(1..=256), help_heading = PROCESS
     )]
     pub workers: Option<u16>,
+
+    /// CPUs the workers run on, one each in turn, such as 0-3,8; without --workers there are
+    /// as many workers as CPUs [default: where the kernel puts them, on several NUMA nodes
+    /// near the guest's memory]
+    #[arg(
+        verbatim_doc_comment, long, value_name = "LIST", value_parser = CpuList::parse,
+        help_heading = PROCESS
+    )]
+    pub worker_cpus: Option<CpuList>,
 
     /// Longest time a worker looks for new requests before it sleeps, in microseconds;
     /// 0 never looks. More is a shorter wait for the guest and more CPU time on the

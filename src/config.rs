@@ -9,6 +9,7 @@ use std::thread::available_parallelism;
 
 use log::LevelFilter;
 
+use crate::cli::cpus::CpuList;
 use crate::cli::{Arguments, Discard, DiskArguments, LogLevel, SERIAL_MAX_BYTES, Switch};
 use crate::error::StartError;
 use crate::mq::map::MapKind;
@@ -27,6 +28,9 @@ pub const DEFAULT_NUM_QUEUES: u16 = 64;
 /// Ring size that a front end is expected to use when nothing is said: QEMU's default.
 pub const DEFAULT_QUEUE_SIZE: u16 = 128;
 
+/// Most workers.
+const MAX_WORKERS: usize = 256;
+
 /// Logical block size in bytes when nothing is said: what every guest and boot loader can use.
 pub const DEFAULT_LOGICAL_BLOCK_SIZE: u32 = 512;
 
@@ -41,6 +45,8 @@ pub struct Config {
     pub control_path: Option<PathBuf>,
     /// Most worker threads; at least one. There are never more than queues.
     pub workers: usize,
+    /// The CPUs they run on, one each in turn.
+    pub worker_cpus: Option<CpuList>,
     /// Upper bound of the time a worker polls before it sleeps, in microseconds; 0 never polls.
     pub poll_us: u32,
     /// After how many seconds a request counts as stuck; 0 never.
@@ -161,6 +167,7 @@ impl Config {
             groups,
             control_path,
             workers,
+            worker_cpus,
             poll_us,
             timeout,
             on_timeout,
@@ -185,13 +192,17 @@ impl Config {
         check_on_error(control_path.as_deref(), &disks)?;
         let workers = match workers {
             Some(workers) => usize::from(workers),
-            None => available_parallelism().map_or(1, NonZeroUsize::get),
+            None => match &worker_cpus {
+                Some(list) => list.cpus().len().min(MAX_WORKERS),
+                None => available_parallelism().map_or(1, NonZeroUsize::get),
+            },
         };
         Ok(Config {
             disks,
             groups,
             control_path,
             workers,
+            worker_cpus,
             poll_us,
             timeout_s: timeout,
             on_timeout,

@@ -21,6 +21,7 @@ use crate::virtio::ring::{RingError, RingSetup};
 use crate::virtio::shape::DiskShape;
 
 use super::faults::Hold;
+use super::placement::Seat;
 use super::report::{TraceReport, WorkerReport};
 use super::socket::Stop;
 
@@ -159,17 +160,19 @@ pub struct WorkerHandle {
     id: WorkerId,
     messages: Sender<Message>,
     waker: Waker,
+    seat: Arc<Seat>,
 }
 
 impl WorkerHandle {
     /// A handle, and the receiver for the worker it belongs to.
-    pub fn new(id: WorkerId, waker: Waker) -> (WorkerHandle, Receiver<Message>) {
+    pub fn new(id: WorkerId, waker: Waker, seat: Seat) -> (WorkerHandle, Receiver<Message>) {
         let (messages, inbox) = mpsc::channel();
         (
             WorkerHandle {
                 id,
                 messages,
                 waker,
+                seat: Arc::new(seat),
             },
             inbox,
         )
@@ -183,6 +186,11 @@ impl WorkerHandle {
     /// Has the worker look around without a message.
     pub fn nudge(&self) {
         self.waker.wake();
+    }
+
+    /// Where it lives.
+    pub fn seat(&self) -> &Seat {
+        &self.seat
     }
 
     /// Sends a message and waits for the answer.

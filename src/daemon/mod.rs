@@ -7,6 +7,7 @@ pub mod faults;
 pub mod files;
 pub mod growth;
 pub mod message;
+pub mod placement;
 pub mod report;
 pub mod roster;
 pub mod server;

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
+use crate::cli::cpus::CpuList;
 use crate::config::Group;
 use crate::mq::diskstats::DiskStats;
 use crate::mq::qos::{Limits, Throttle};
@@ -105,7 +106,7 @@ impl Roster {
 
     /// The summary of `reports`.
     pub fn summarize(&self, reports: &[WorkerReport]) -> Summary {
-        summarize(&self.disks, reports)
+        summarize(&self.disks, &self.workers, reports)
     }
 
     /// Limits a disk from now on.
@@ -155,12 +156,14 @@ impl Roster {
 }
 
 /// One summary of what all workers reported, in the workers' order.
-fn summarize(disks: &[Arc<Disk>], reports: &[WorkerReport]) -> Summary {
+fn summarize(disks: &[Arc<Disk>], workers: &[WorkerHandle], reports: &[WorkerReport]) -> Summary {
     let workers = reports
         .iter()
-        .zip(0..)
+        .zip(workers)
         .map(|(report, worker)| WorkerSummary {
-            worker,
+            worker: worker.id().0,
+            cpus: worker.seat().cpus.as_ref().map(CpuList::to_string),
+            node: worker.seat().node,
             queues: report.queues.len(),
             enters: report.engine.enters,
             sqes: report.engine.sqes,

@@ -47,6 +47,7 @@ use self::traced::Named;
 use self::watchdog::Watchdog;
 use super::clock::Clock;
 use super::message::{Message, WorkerHandle};
+use super::placement::Seat;
 use super::report::QueueReport;
 
 /// A worker that finds nothing reads the clock once in this many turns: the reading would be most of
@@ -125,21 +126,26 @@ pub struct WorkerOptions {
     pub clock: Clock,
 }
 
-/// Starts worker `id` on a thread of its own.
+/// Starts worker `id` on a thread of its own, on the CPUs of its seat.
 ///
 /// # Errors
 ///
 /// The thread or its io_uring could not be created.
-pub fn spawn(id: WorkerId, options: WorkerOptions) -> io::Result<(WorkerHandle, JoinHandle<()>)> {
+pub fn spawn(
+    id: WorkerId,
+    options: WorkerOptions,
+    seat: Seat,
+) -> io::Result<(WorkerHandle, JoinHandle<()>)> {
     let (ready, outcome) = mpsc::sync_channel(1);
     let thread = thread::Builder::new()
         .name(format!("worker-{id}"))
         .spawn(move || {
             // The ring belongs to the thread that makes it (IORING_SETUP_SINGLE_ISSUER).
-            match make_engine(options.rings) {
+            // Seated first: memory goes to the node of whoever touches it first.
+            match seat.take().and_then(|()| make_engine(options.rings)) {
                 Ok((engine, waker)) => {
                     log::debug!("worker {id}: {}", engine.describe());
-                    let (handle, inbox) = WorkerHandle::new(id, waker);
+                    let (handle, inbox) = WorkerHandle::new(id, waker, seat);
                     let _ = ready.send(Ok(handle));
                     Worker::new(id, engine, inbox, options).run();
                 }
