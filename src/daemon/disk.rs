@@ -85,6 +85,7 @@ impl Disk {
         workers: Vec<WorkerHandle>,
         group: Option<Membership>,
     ) -> io::Result<Arc<Disk>> {
+        log::info!("disk {}: {}", config.serial, image.describe());
         let shape = shape(&config, &image);
         let space = space(&config, &image, &shape);
         let disk = Disk {
