@@ -39,6 +39,8 @@ pub struct Config {
     pub groups: Vec<Group>,
     /// Where the control socket is, if there is to be one; no disk's socket.
     pub control_path: Option<PathBuf>,
+    /// The control socket of the daemon to take the disks over from, if there is one.
+    pub take_over: Option<PathBuf>,
     /// Most worker threads; at least one. There are never more than queues.
     pub workers: usize,
     /// Upper bound of the time a worker polls before it sleeps, in microseconds; 0 never polls.
@@ -152,6 +154,7 @@ impl Config {
             disks: others,
             groups,
             control_path,
+            take_over,
             workers,
             poll_us,
             timeout,
@@ -182,6 +185,7 @@ impl Config {
             disks,
             groups,
             control_path,
+            take_over,
             workers,
             poll_us,
             timeout_s: timeout,

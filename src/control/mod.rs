@@ -22,6 +22,7 @@ use std::time::{Duration, Instant};
 
 use crate::daemon::roster::Roster;
 use crate::daemon::socket::Stop;
+use crate::daemon::takeover::Giver;
 
 use self::api::Api;
 use self::http::Response;
@@ -44,8 +45,9 @@ pub fn serve(
     listener: UnixListener,
     roster: Arc<Roster>,
     stop: Arc<Stop>,
+    giver: Giver,
 ) -> io::Result<JoinHandle<()>> {
-    let api = Arc::new(Api::new(roster));
+    let api = Arc::new(Api::new(roster, giver));
     let active = Arc::new(AtomicUsize::new(0));
     thread::Builder::new()
         .name("control".to_owned())
@@ -90,7 +92,7 @@ fn admit(stream: UnixStream, api: &Arc<Api>, active: &Arc<AtomicUsize>) {
         .name("control-client".to_owned())
         .stack_size(STACK_BYTES)
         .spawn(move || {
-            answer(&stream, &api);
+            answer(stream, &api);
             drop(place);
         });
     if let Err(error) = spawned {
@@ -98,13 +100,24 @@ fn admit(stream: UnixStream, api: &Arc<Api>, active: &Arc<AtomicUsize>) {
     }
 }
 
-fn answer(stream: &UnixStream, api: &Api) {
-    let response = match http::read_request(stream, Instant::now() + PATIENCE) {
+fn answer(stream: UnixStream, api: &Api) {
+    let response = match http::read_request(&stream, Instant::now() + PATIENCE) {
+        Ok(request) if api::asks_to_take_over(&request) => match api.hand_over(stream, &request) {
+            Ok(()) => return,
+            Err((back, refusal)) => {
+                write(&refusal, &back);
+                return;
+            }
+        },
         Ok(request) => api.answer(&request),
         Err(Some(refusal)) => refusal,
         // It left without a question.
         Err(None) => return,
     };
+    write(&response, &stream);
+}
+
+fn write(response: &Response, stream: &UnixStream) {
     if let Err(error) = response.write(stream, Instant::now() + PATIENCE) {
         log::debug!("control socket: a client did not take its answer: {error}");
     }

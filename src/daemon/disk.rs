@@ -1,6 +1,7 @@
 //! A disk of the process, from its configuration to the workers that serve its queues.
 
 mod describe;
+mod hold;
 mod resize;
 mod tuning;
 
@@ -22,6 +23,7 @@ use crate::virtio::features;
 use crate::virtio::shape::DiskShape;
 
 use self::describe::{shape, space, target};
+pub use self::hold::{Changes, Holding};
 pub use self::resize::ResizeError;
 use self::resize::Size;
 pub use self::tuning::Membership;

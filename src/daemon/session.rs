@@ -26,10 +26,12 @@
 //! other side is not read. So a peer that stops reading stops its own session, whose memory stays
 //! bounded and which can still be stopped.
 
+mod carry;
 mod fds;
 mod memory;
 mod notifier;
 mod refusal;
+mod rest;
 mod rules;
 mod shape;
 mod wire;
@@ -43,11 +45,13 @@ use std::sync::Arc;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 
+pub use carry::{CarriedRegion, CarriedRing, CarriedSession, Negotiated, PrimeError};
 pub use fds::open_fd_table;
 pub use notifier::ConfigNotifier;
 pub use refusal::{Reason, Refusal, RequestName};
 
 use notifier::Channel;
+use rest::Rest;
 use rules::Rules;
 use wire::{Flushed, MAX_FDS, Progress, Receiver, SendQueue};
 
@@ -104,6 +108,15 @@ pub enum SessionEnd {
     Io(#[from] io::Error),
 }
 
+/// How [`Guard::serve`] returned.
+#[derive(Debug)]
+pub enum Served {
+    /// The session is at rest.
+    AtRest,
+    /// It is over; [`Guard::close`] is to follow.
+    Over(SessionEnd),
+}
+
 /// One session between a front end and the device.
 #[derive(Debug)]
 pub struct Guard {
@@ -118,6 +131,7 @@ pub struct Guard {
     device_hung_up: bool,
     rules: Rules,
     channel: Arc<Channel>,
+    rest: Rest,
 }
 
 impl Guard {
@@ -148,7 +162,14 @@ impl Guard {
             device_hung_up: false,
             rules: Rules::new(limits, Arc::clone(&channel)),
             channel,
+            rest: Rest::default(),
         })
+    }
+
+    /// Comes to rest, and returns from [`Guard::serve`], whenever `wish` is readable.
+    pub fn heed(mut self, wish: OwnedFd) -> Guard {
+        self.rest.heed(wish);
+        self
     }
 
     /// A handle with which other threads tell this session's front end that the config changed.
@@ -158,17 +179,41 @@ impl Guard {
 
     /// Carries messages until the session is over, and shuts both connections down.
     pub fn run(mut self) -> SessionEnd {
-        let end = loop {
-            if let Err(end) = self.turn() {
-                break end;
+        loop {
+            if let Served::Over(end) = self.serve() {
+                self.close();
+                return end;
             }
-        };
+        }
+    }
+
+    /// Carries messages until the session is over, or at rest as was wished. A session at rest has
+    /// no message half received, none that the device has not carried out, and no answer that its
+    /// front end does not have; it goes on when this is called again.
+    pub fn serve(&mut self) -> Served {
+        loop {
+            if let Err(end) = self.turn() {
+                return Served::Over(end);
+            }
+            if self.rest.is_over(self.to_front_end.is_empty()) {
+                return Served::AtRest;
+            }
+        }
+    }
+
+    /// Shuts both connections down.
+    pub fn close(&self) {
         self.channel.close();
         // Closing is not enough where the caller or the device holds a duplicate. A peer that is
         // gone already makes these fail, which changes nothing.
         let _ = self.front_end.shutdown(Shutdown::Both);
+        self.part();
+    }
+
+    /// Shuts the connection to the device down. The front end does not notice: its connection is
+    /// somebody else's by now, or was not used yet.
+    pub fn part(&self) {
         let _ = self.device.shutdown(Shutdown::Both);
-        end
     }
 
     /// Waits until something can be done, and does it.
@@ -177,9 +222,12 @@ impl Guard {
         if ready.stop {
             return Err(SessionEnd::Stopped);
         }
+        if ready.wish {
+            self.rest.begin();
+        }
         self.flush()?;
         if ready.front_end.intersects(PollFlags::IN | HUNG_UP) {
-            if !self.to_device.has_room() && ready.front_end.intersects(HUNG_UP) {
+            if !self.takes_requests() && ready.front_end.intersects(HUNG_UP) {
                 return Err(SessionEnd::FrontEndLeft);
             }
             self.carry_requests()?;
@@ -188,7 +236,17 @@ impl Guard {
             self.device_hung_up |= ready.device.intersects(HUNG_UP);
             self.carry_answers()?;
         }
+        let midway = self.from_front_end.is_midway() || !self.to_device.is_empty();
+        if let Some(question) = self.rest.question(midway) {
+            self.to_device.push(question);
+            self.flush()?;
+        }
         Ok(())
+    }
+
+    /// Whether a request of the front end can be dealt with now.
+    fn takes_requests(&self) -> bool {
+        self.to_device.has_room() && self.rest.lets_read(self.from_front_end.is_midway())
     }
 
     /// Polls for what can be used: a side is read only while the other side's queue has room.
@@ -204,17 +262,20 @@ impl Guard {
             PollFd::new(&self.stop, PollFlags::IN),
             PollFd::new(
                 &self.front_end,
-                interest(self.to_device.has_room(), !self.to_front_end.is_empty()),
+                interest(self.takes_requests(), !self.to_front_end.is_empty()),
             ),
         ];
         // A hang-up is reported whether or not it is asked for. One that cannot be acted on yet,
         // because the last answers have nowhere to go, is not polled for: it would not let us sleep.
-        if from_device || !self.device_hung_up {
+        let with_device = from_device || !self.device_hung_up;
+        if with_device {
             fds.push(PollFd::new(
                 &self.device,
                 interest(from_device, !self.to_device.is_empty()),
             ));
         }
+        let others = fds.len();
+        fds.extend(self.rest.wish().map(|fd| PollFd::new(fd, PollFlags::IN)));
         loop {
             match poll(&mut fds, None) {
                 Ok(_) => break,
@@ -225,7 +286,11 @@ impl Guard {
         Ok(Ready {
             stop: !fds[0].revents().is_empty(),
             front_end: fds[1].revents(),
-            device: fds.get(2).map_or(PollFlags::empty(), PollFd::revents),
+            device: match with_device {
+                true => fds[2].revents(),
+                false => PollFlags::empty(),
+            },
+            wish: fds.get(others).is_some_and(|fd| !fd.revents().is_empty()),
         })
     }
 
@@ -246,7 +311,7 @@ impl Guard {
     /// Carries the front end's requests to the device, each after it was judged.
     fn carry_requests(&mut self) -> Result<(), SessionEnd> {
         for _ in 0..MESSAGES_PER_TURN {
-            if !self.to_device.has_room() {
+            if !self.takes_requests() {
                 break;
             }
             let request = self.from_front_end.request();
@@ -266,6 +331,7 @@ impl Guard {
                 }
                 Progress::Message(message) => {
                     let message = self.rules.admit(message).map_err(refused)?;
+                    self.rest.passes(&message);
                     self.to_device.push(message);
                     self.flush()?;
                 }
@@ -288,6 +354,7 @@ impl Guard {
                 Progress::Header(header) if rules::check_answer_header(header) => {
                     self.from_device.expect_payload(header);
                 }
+                Progress::Message(message) if self.rest.takes(&message) => {}
                 Progress::Message(message) => {
                     self.rules.observe_answer(&message);
                     self.to_front_end.push(message);
@@ -315,6 +382,7 @@ const HUNG_UP: PollFlags = PollFlags::HUP.union(PollFlags::ERR);
 /// What a turn found ready.
 struct Ready {
     stop: bool,
+    wish: bool,
     front_end: PollFlags,
     device: PollFlags,
 }

@@ -5,6 +5,8 @@
 //! each change that matters on to the worker that owns the ring, waiting until the worker has
 //! adopted it.
 
+mod carry;
+
 use std::cell::RefCell;
 use std::fs::File;
 use std::io;
@@ -65,14 +67,15 @@ impl SessionState {
 
     /// Stops all rings; each finishes what it has in flight first.
     pub fn stop_all(&self) {
-        let rings = self
-            .rings
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone();
-        for ring in rings {
+        for ring in self.rings() {
             ring.reset();
         }
+    }
+
+    /// The rings, in order.
+    fn rings(&self) -> Vec<Vring> {
+        let rings = self.rings.lock().unwrap_or_else(PoisonError::into_inner);
+        rings.clone()
     }
 
     /// Forgets the rings, which refer to the session in turn.

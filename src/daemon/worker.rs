@@ -11,11 +11,13 @@
 
 mod control;
 mod driver;
+mod hold;
 mod intake;
 mod port;
 mod resize;
 mod rest;
 mod spin;
+mod tally;
 mod traced;
 mod watchdog;
 
@@ -28,7 +30,7 @@ use std::thread::{self, JoinHandle};
 use crate::config::OnTimeout;
 use crate::engine::{DiskSlot, Engine, Errno, Event, Waker};
 use crate::mq::Mq;
-use crate::mq::ids::{HctxId, WorkerId};
+use crate::mq::ids::{DiskId, HctxId, WorkerId};
 use crate::mq::limits::{DRIVER_TAGS, RESERVED_TAGS};
 use crate::mq::request::Status;
 use crate::virtio::pool::SegmentPool;
@@ -37,6 +39,7 @@ use crate::virtio::shape::DiskShape;
 
 use self::control::Pending;
 use self::driver::EngineDriver;
+pub use self::hold::HeldRings;
 use self::port::Port;
 use self::spin::Spin;
 use self::traced::Named;
@@ -76,6 +79,8 @@ struct Worker {
     inbox: Receiver<Message>,
     has_mail: bool,
     pending: Vec<Pending>,
+    /// Disks that take nothing until they are released.
+    held: Vec<DiskId>,
     /// Counts of rings that were stopped.
     reports: Vec<QueueReport>,
     named: Named,
@@ -163,6 +168,7 @@ impl Worker {
             inbox,
             has_mail: true,
             pending: Vec::new(),
+            held: Vec::new(),
             reports: Vec::new(),
             named: Named::default(),
             spin: Spin::new(options.poll_us),

@@ -9,13 +9,15 @@ use std::sync::Arc;
 use crate::engine::{CallSlot, Engine};
 use crate::mq::HctxConfig;
 use crate::mq::elevator::Params;
-use crate::mq::ids::{DiskId, HctxId, RingId, WorkerId};
+use crate::mq::ids::{DiskId, HctxId, RingId};
 use crate::virtio::memory::MemoryTable;
 use crate::virtio::ring::{Ring, RingError};
 
 use super::super::message::{FdRole, Message, Reply, StartRing};
-use super::super::report::{QueueReport, RingStats, WorkerReport};
+use super::super::report::{RingStats, WorkerReport};
+use super::hold::HeldRings;
 use super::port::{Gates, Port};
+use super::tally::report_of;
 use super::{Worker, WorkerDisk, heat, open_port};
 
 /// What waits for requests in flight to end.
@@ -25,6 +27,7 @@ pub(super) enum Pending {
     Disable(HctxId, Reply<()>),
     Memory(DiskId, Arc<MemoryTable>, Reply<()>),
     Scheduler(DiskId, Params, Reply<()>),
+    Hold(DiskId, Reply<HeldRings>),
     Shutdown(Reply<WorkerReport>),
 }
 
@@ -32,7 +35,9 @@ impl Pending {
     /// The disk that is frozen until this is carried out.
     fn freezes(&self) -> Option<DiskId> {
         match self {
-            Pending::Memory(disk, ..) | Pending::Scheduler(disk, ..) => Some(*disk),
+            Pending::Memory(disk, ..) | Pending::Scheduler(disk, ..) | Pending::Hold(disk, _) => {
+                Some(*disk)
+            }
             Pending::Stop(..) | Pending::Disable(..) | Pending::Shutdown(_) => None,
         }
     }
@@ -107,6 +112,11 @@ impl Worker {
                 done.send(self.mq.set_elevator_param(disk, &name, value));
             }
             Message::Resize(disk, size_bytes, done) => done.send(self.resize(disk, size_bytes)),
+            Message::Hold(disk, done) => self.hold(disk, done),
+            Message::Release(disk, throttle, group, done) => {
+                self.release(disk, throttle, group);
+                done.send(());
+            }
             Message::SetCtxs(ring, ctxs, done) => {
                 if let Some(hctx) = self.find(ring) {
                     self.mq.set_ctxs(hctx, ctxs);
@@ -143,7 +153,7 @@ impl Worker {
 
     /// Takes nothing more from the disk's rings until what waits for that has been carried out
     /// (blk_mq_freeze_queue).
-    fn freeze(&mut self, until: Pending) {
+    pub(super) fn freeze(&mut self, until: Pending) {
         let disk = until.freezes();
         for port in self.ports.iter_mut().flatten() {
             port.gates.frozen |= Some(port.id.disk) == disk;
@@ -152,7 +162,7 @@ impl Worker {
     }
 
     /// Goes on, unless something else waits for the disk to be frozen.
-    fn thaw(&mut self, disk: DiskId) {
+    pub(super) fn thaw(&mut self, disk: DiskId) {
         if self.is_freezing(disk) {
             return;
         }
@@ -165,14 +175,14 @@ impl Worker {
     }
 
     fn is_freezing(&self, disk: DiskId) -> bool {
-        self.pending.iter().any(|p| p.freezes() == Some(disk))
+        self.held.contains(&disk) || self.pending.iter().any(|p| p.freezes() == Some(disk))
     }
 
     fn find(&self, ring: RingId) -> Option<HctxId> {
         self.ports().find(|(_, port)| port.id == ring).map(|p| p.0)
     }
 
-    fn ports(&self) -> impl Iterator<Item = (HctxId, &Port)> {
+    pub(super) fn ports(&self) -> impl Iterator<Item = (HctxId, &Port)> {
         self.ports.iter().zip(0..).filter_map(|(port, index)| {
             let port = port.as_ref()?;
             Some((HctxId(index), port))
@@ -268,7 +278,9 @@ impl Worker {
         while at < self.pending.len() {
             let ready = match &self.pending[at] {
                 Pending::Stop(hctx, _) | Pending::Disable(hctx, _) => self.is_drained(*hctx),
-                Pending::Memory(disk, ..) | Pending::Scheduler(disk, ..) => self
+                Pending::Memory(disk, ..)
+                | Pending::Scheduler(disk, ..)
+                | Pending::Hold(disk, _) => self
                     .ports()
                     .all(|(hctx, port)| port.id.disk != *disk || self.is_drained(hctx)),
                 Pending::Shutdown(_) => self.ports().all(|(hctx, _)| self.is_drained(hctx)),
@@ -304,6 +316,7 @@ impl Worker {
                 self.thaw(disk);
                 done.send(());
             }
+            Pending::Hold(disk, done) => self.is_held(disk, done),
             Pending::Shutdown(done) => {
                 let all: Vec<HctxId> = self.ports().map(|(hctx, _)| hctx).collect();
                 for hctx in all {
@@ -345,39 +358,6 @@ impl Worker {
             }
         }
     }
-
-    /// Counts of the rings that were stopped and of those that run.
-    fn report(&mut self) -> WorkerReport {
-        let mut reports = self.reports.clone();
-        for (hctx, port) in self.ports() {
-            let ctx = self.mq.ctx_stats(hctx).to_vec();
-            report_of(&mut reports, port.id, self.id).add(
-                ctx,
-                self.mq.stats(hctx),
-                self.mq.times(hctx),
-                &port.stats,
-            );
-        }
-        let disks = (0..self.disks.len())
-            .map(|index| DiskId(u16::try_from(index).expect("disks are bounded")))
-            .map(|disk| (disk, self.mq.disk_stats(disk)))
-            .collect();
-        WorkerReport {
-            queues: reports,
-            disks,
-            engine: self.engine.counters(),
-        }
-    }
-}
-
-/// The report of a ring; a new one if there is none yet.
-fn report_of(reports: &mut Vec<QueueReport>, ring: RingId, worker: WorkerId) -> &mut QueueReport {
-    let index = reports.iter().position(|report| report.ring == ring);
-    let index = index.unwrap_or_else(|| {
-        reports.push(QueueReport::new(ring, worker.0));
-        reports.len() - 1
-    });
-    &mut reports[index]
 }
 
 fn replace_call(

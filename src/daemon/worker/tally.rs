@@ -1,0 +1,45 @@
+//! What a worker has counted.
+
+use crate::mq::ids::{DiskId, RingId, WorkerId};
+
+use super::super::report::{QueueReport, WorkerReport};
+use super::Worker;
+
+impl Worker {
+    /// Counts of the rings that were stopped and of those that run.
+    pub(super) fn report(&mut self) -> WorkerReport {
+        let mut reports = self.reports.clone();
+        for (hctx, port) in self.ports() {
+            let ctx = self.mq.ctx_stats(hctx).to_vec();
+            report_of(&mut reports, port.id, self.id).add(
+                ctx,
+                self.mq.stats(hctx),
+                self.mq.times(hctx),
+                &port.stats,
+            );
+        }
+        let disks = (0..self.disks.len())
+            .map(|index| DiskId(u16::try_from(index).expect("disks are bounded")))
+            .map(|disk| (disk, self.mq.disk_stats(disk)))
+            .collect();
+        WorkerReport {
+            queues: reports,
+            disks,
+            engine: self.engine.counters(),
+        }
+    }
+}
+
+/// The report of a ring; a new one if there is none yet.
+pub(super) fn report_of(
+    reports: &mut Vec<QueueReport>,
+    ring: RingId,
+    worker: WorkerId,
+) -> &mut QueueReport {
+    let index = reports.iter().position(|report| report.ring == ring);
+    let index = index.unwrap_or_else(|| {
+        reports.push(QueueReport::new(ring, worker.0));
+        reports.len() - 1
+    });
+    &mut reports[index]
+}
