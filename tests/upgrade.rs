@@ -11,8 +11,11 @@ mod carried;
 mod refused;
 mod support;
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
@@ -20,6 +23,7 @@ use support::disk::{kind, status};
 use support::*;
 use tempfile::TempDir;
 use vhost_user_blkmq::control::client;
+use vhost_user_blkmq::engine::disk::lock::{Access, Held, LockError, lock};
 
 const MIB: u64 = 1 << 20;
 
@@ -91,7 +95,7 @@ fn content(block: u64, version: u64) -> Vec<u8> {
 /// read back and compared, and written again. Each request comes back exactly once, or this panics. Returns the
 /// number of requests, and the longest time without any completion.
 fn load(queue: &mut Queue, gpa: u64, stop: &AtomicBool, done: &AtomicU64) -> (u64, Duration) {
-    let mem = std::sync::Arc::clone(&queue.mem);
+    let mem = Arc::clone(&queue.mem);
     let mut rng = Rng::new(queue.index as u64 + 1);
     let first = queue.index as u64 * 2048;
     // Of each place: its block and version, and whether it is being written.
@@ -210,6 +214,43 @@ impl Drop for Stopping<'_> {
     }
 }
 
+/// Somebody who tries to get at the image all the time, and must not.
+struct Rival {
+    stop: Arc<AtomicBool>,
+    thread: JoinHandle<u64>,
+}
+
+impl Rival {
+    fn start(image: &Path) -> Rival {
+        let open = File::options().read(true).write(true).open(image);
+        let file = open.expect("it can be opened");
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = Arc::clone(&stop);
+        let thread = std::thread::spawn(move || {
+            let mut tries = 0;
+            while !stopped.load(Ordering::Relaxed) {
+                for access in [Access::Read, Access::Write] {
+                    let outcome = lock(&file, access, Duration::ZERO);
+                    assert!(
+                        matches!(outcome, Err(LockError::Held(Held::Writing))),
+                        "{access:?} was possible: {outcome:?}"
+                    );
+                }
+                tries += 1;
+            }
+            tries
+        });
+        Rival { stop, thread }
+    }
+
+    fn finish(self) -> u64 {
+        self.stop.store(true, Ordering::Relaxed);
+        self.thread
+            .join()
+            .expect("the image was locked at all times")
+    }
+}
+
 #[test]
 fn twenty_upgrades_under_load_lose_nothing() {
     let rounds: usize =
@@ -218,6 +259,7 @@ fn twenty_upgrades_under_load_lose_nothing() {
     let mut lineage = Lineage::start(spec, &[]);
     let mut disk = Disk::attach(lineage.daemon.socket(), 4);
     let mut served = 0;
+    let rival = Rival::start(lineage.daemon.image());
     let (requests, longest) = under_load(&mut disk, |progress| {
         for round in 0..rounds {
             let args: &[&str] = match round % 4 {
@@ -239,6 +281,7 @@ fn twenty_upgrades_under_load_lose_nothing() {
     println!(
         "{rounds} upgrades under {requests} requests: no queue stood still for longer than {longest:?}"
     );
+    assert!(rival.finish() > 0, "the image's lock was tried");
     drop(disk);
     served += lineage.daemon.stop().total(|queue| queue.requests);
     assert_eq!(

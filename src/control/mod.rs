@@ -92,29 +92,33 @@ fn admit(stream: UnixStream, api: &Arc<Api>, active: &Arc<AtomicUsize>) {
         .name("control-client".to_owned())
         .stack_size(STACK_BYTES)
         .spawn(move || {
-            answer(stream, &api);
+            let stream = answer(stream, &api);
+            // A client that sees the end of its connection finds the place free.
             drop(place);
+            drop(stream);
         });
     if let Err(error) = spawned {
         log::error!("control socket: cannot start a thread: {error}");
     }
 }
 
-fn answer(stream: UnixStream, api: &Api) {
+/// Gives the connection back, unless it became something else.
+fn answer(stream: UnixStream, api: &Api) -> Option<UnixStream> {
     let response = match http::read_request(&stream, Instant::now() + PATIENCE) {
         Ok(request) if api::asks_to_take_over(&request) => match api.hand_over(stream, &request) {
-            Ok(()) => return,
+            Ok(()) => return None,
             Err((back, refusal)) => {
                 write(&refusal, &back);
-                return;
+                return Some(back);
             }
         },
         Ok(request) => api.answer(&request),
         Err(Some(refusal)) => refusal,
         // It left without a question.
-        Err(None) => return,
+        Err(None) => return Some(stream),
     };
     write(&response, &stream);
+    Some(stream)
 }
 
 fn write(response: &Response, stream: &UnixStream) {

@@ -96,7 +96,8 @@ impl VhostUserBackend for DeviceBackend {
     }
 
     fn update_memory(&self, memory: GuestMemory) -> io::Result<()> {
-        let table = MemoryTable::from_guest_memory(memory.memory().into_inner())
+        let before = self.session.memory();
+        let table = MemoryTable::from_guest_memory(memory.memory().into_inner(), before.as_deref())
             .map_err(io::Error::other)?;
         self.session.set_memory(Arc::new(table));
         Ok(())

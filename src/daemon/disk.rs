@@ -4,6 +4,7 @@ mod describe;
 mod hold;
 mod resize;
 mod tuning;
+mod usage;
 
 use std::collections::BTreeSet;
 use std::io;
@@ -27,6 +28,7 @@ pub use self::hold::{Changes, Holding};
 pub use self::resize::ResizeError;
 use self::resize::Size;
 pub use self::tuning::Membership;
+use self::usage::Usage;
 use super::message::{Message, Reply, WorkerGone, WorkerHandle, ask_all};
 
 /// A disk that is being served.
@@ -51,6 +53,7 @@ pub struct Disk {
     /// Its own limits, shared by the workers.
     throttle: Arc<Throttle>,
     group: Mutex<Option<Membership>>,
+    usage: Usage,
     /// A front end is being served.
     connected: AtomicBool,
 }
@@ -99,6 +102,7 @@ impl Disk {
             }),
             throttle: Arc::new(Throttle::new(config.limits)),
             group: Mutex::new(None),
+            usage: Usage::default(),
             connected: AtomicBool::new(false),
             size: Size::new(image.size_bytes),
             config,

@@ -19,6 +19,7 @@ use crate::virtio::ring::{RingError, RingSetup};
 use crate::virtio::shape::DiskShape;
 
 use super::report::{TraceReport, WorkerReport};
+use super::socket::Stop;
 use super::worker::HeldRings;
 
 /// A ring the front end has finished describing.
@@ -30,6 +31,8 @@ pub struct StartRing {
     pub setup: RingSetup,
     /// The guest memory it lies in.
     pub memory: Arc<MemoryTable>,
+    /// Said when some of that memory was taken away: the session is to end.
+    pub memory_lost: Arc<Stop>,
     /// Written to by the front end when there are requests. `None`: look without being told.
     pub kick: Option<OwnedFd>,
     /// Written to by us when requests are done. `None`: the guest polls.

@@ -201,7 +201,7 @@ impl Session {
     ///
     /// The process is out of descriptors, memory or threads.
     pub fn open(server: &DiskServer, stream: UnixStream) -> io::Result<Session> {
-        let state = SessionState::new(Arc::clone(&server.disk));
+        let state = SessionState::new(Arc::clone(&server.disk))?;
         let opened = Session::with(server, stream, &state);
         if opened.is_err() {
             // Its rings refer to it.
@@ -228,9 +228,11 @@ impl Session {
                 .start(listener)
                 .map_err(|error| io::Error::other(error.to_string()))
         })?;
+        state.can_give_up(&device)?;
         let limits = SessionLimits::new(disk.config.num_queues, MAX_RING_SIZE);
-        let guard =
-            Guard::new(stream, device, limits, server.stop.watch()?)?.heed(server.rest.wish()?);
+        let guard = Guard::new(stream, device, limits, server.stop.watch()?)?
+            .heed(server.rest.wish()?)
+            .watch_memory(state.watch_memory()?);
         Ok(Session {
             disk,
             state: Arc::clone(state),
@@ -267,7 +269,7 @@ impl Session {
             let region = memory.find_region(GuestAddress(guest));
             let file = region.and_then(|region| region.file_offset());
             let file = file.ok_or_else(|| io::Error::other("memory without a file"))?;
-            Ok(file.file().as_fd().try_clone_to_owned()?)
+            file.file().as_fd().try_clone_to_owned()
         };
         Ok(RestingSession {
             front_end,

@@ -15,6 +15,7 @@ use crate::engine::disk::Image;
 use crate::error::StartError;
 use crate::mq::ids::DiskId;
 use crate::mq::limits::MAX_HCTXS;
+use crate::sigbus;
 
 use super::clock::Clock;
 use super::disk::{Disk, worker_id};
@@ -51,15 +52,18 @@ pub fn run(config: Config) -> Result<(), StartError> {
         Some(path) => Predecessor::find(path, &config)?,
         None => None,
     };
+    let inherits = |disk: &DiskConfig| predecessor.as_ref().is_some_and(|p| p.serves(disk));
     let images = config
         .disks
         .iter()
-        .map(Image::open)
+        .map(|disk| match inherits(disk) {
+            true => Image::open_beside(disk),
+            false => Image::open(disk),
+        })
         .collect::<Result<Vec<_>, _>>()?;
     if let Some(predecessor) = &predecessor {
         predecessor.check(&config.disks, &images)?;
     }
-    let inherits = |disk: &DiskConfig| predecessor.as_ref().is_some_and(|p| p.serves(disk));
     let doors = config
         .disks
         .iter()
@@ -77,6 +81,7 @@ pub fn run(config: Config) -> Result<(), StartError> {
         .filter(|_| !inherits_control)
         .map(|path| listen_privately(path, "--control-path"))
         .transpose()?;
+    sigbus::install().map_err(|source| system("handle SIGBUS", source))?;
     open_fd_table().map_err(|source| system("look into /proc/self/fd", source))?;
     let junction =
         Arc::new(Junction::new().map_err(|source| system("create an internal socket", source))?);

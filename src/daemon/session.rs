@@ -14,7 +14,7 @@
 //! The guest is not heard here at all: its rings and requests never cross this socket. That ring
 //! addresses lie in memory and are aligned is checked here only so that a front end's mistake has a
 //! clear message; whoever maps a ring checks the whole of it. A file that is truncated *after* its
-//! region passed is likewise beyond the guard.
+//! region passed is likewise beyond the guard: see [`crate::sigbus`].
 //!
 //! The device's answers are trusted in what they say. They are still received whole and
 //! bounded in size, because the guard learns from them which features were offered.
@@ -37,7 +37,6 @@ mod shape;
 mod wire;
 
 use std::io;
-use std::net::Shutdown;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
@@ -52,6 +51,7 @@ pub use refusal::{Reason, Refusal, RequestName};
 
 use notifier::Channel;
 use rest::Rest;
+pub use rest::Served;
 use rules::Rules;
 use wire::{Flushed, MAX_FDS, Progress, Receiver, SendQueue};
 
@@ -100,6 +100,12 @@ pub enum SessionEnd {
     /// The front end sent what may not pass.
     #[error("the front end's message was refused: {0}")]
     Refused(#[from] Refusal),
+    /// A file of the guest's memory was truncated while it was used, or a page of it failed.
+    #[error(
+        "the guest's memory is gone: a file the front end gave for it was truncated, or a page of it \
+         failed"
+    )]
+    MemoryLost,
     /// The stop event was signalled.
     #[error("the session was stopped")]
     Stopped,
@@ -108,21 +114,13 @@ pub enum SessionEnd {
     Io(#[from] io::Error),
 }
 
-/// How [`Guard::serve`] returned.
-#[derive(Debug)]
-pub enum Served {
-    /// The session is at rest.
-    AtRest,
-    /// It is over; [`Guard::close`] is to follow.
-    Over(SessionEnd),
-}
-
 /// One session between a front end and the device.
 #[derive(Debug)]
 pub struct Guard {
     front_end: UnixStream,
     device: UnixStream,
     stop: OwnedFd,
+    memory_lost: Option<OwnedFd>,
     from_front_end: Receiver,
     from_device: Receiver,
     to_front_end: SendQueue,
@@ -155,6 +153,7 @@ impl Guard {
             front_end: vmm,
             device: backend,
             stop,
+            memory_lost: None,
             from_front_end: Receiver::new(),
             from_device: Receiver::new(),
             to_front_end: SendQueue::default(),
@@ -166,10 +165,12 @@ impl Guard {
         })
     }
 
-    /// Comes to rest, and returns from [`Guard::serve`], whenever `wish` is readable.
-    pub fn heed(mut self, wish: OwnedFd) -> Guard {
-        self.rest.heed(wish);
-        self
+    /// Ends the session when `memory_lost` is readable.
+    pub fn watch_memory(self, memory_lost: OwnedFd) -> Guard {
+        Guard {
+            memory_lost: Some(memory_lost),
+            ..self
+        }
     }
 
     /// A handle with which other threads tell this session's front end that the config changed.
@@ -187,40 +188,14 @@ impl Guard {
         }
     }
 
-    /// Carries messages until the session is over, or at rest as was wished. A session at rest has
-    /// no message half received, none that the device has not carried out, and no answer that its
-    /// front end does not have; it goes on when this is called again.
-    pub fn serve(&mut self) -> Served {
-        loop {
-            if let Err(end) = self.turn() {
-                return Served::Over(end);
-            }
-            if self.rest.is_over(self.to_front_end.is_empty()) {
-                return Served::AtRest;
-            }
-        }
-    }
-
-    /// Shuts both connections down.
-    pub fn close(&self) {
-        self.channel.close();
-        // Closing is not enough where the caller or the device holds a duplicate. A peer that is
-        // gone already makes these fail, which changes nothing.
-        let _ = self.front_end.shutdown(Shutdown::Both);
-        self.part();
-    }
-
-    /// Shuts the connection to the device down. The front end does not notice: its connection is
-    /// somebody else's by now, or was not used yet.
-    pub fn part(&self) {
-        let _ = self.device.shutdown(Shutdown::Both);
-    }
-
     /// Waits until something can be done, and does it.
     fn turn(&mut self) -> Result<(), SessionEnd> {
         let ready = self.wait()?;
         if ready.stop {
             return Err(SessionEnd::Stopped);
+        }
+        if ready.memory_lost {
+            return Err(SessionEnd::MemoryLost);
         }
         if ready.wish {
             self.rest.begin();
@@ -274,8 +249,14 @@ impl Guard {
                 interest(from_device, !self.to_device.is_empty()),
             ));
         }
-        let others = fds.len();
-        fds.extend(self.rest.wish().map(|fd| PollFd::new(fd, PollFlags::IN)));
+        let extra = fds.len();
+        let wishes = [self.memory_lost.as_ref(), self.rest.wish()];
+        fds.extend(
+            wishes
+                .iter()
+                .flatten()
+                .map(|fd| PollFd::new(*fd, PollFlags::IN)),
+        );
         loop {
             match poll(&mut fds, None) {
                 Ok(_) => break,
@@ -290,7 +271,9 @@ impl Guard {
                 true => fds[2].revents(),
                 false => PollFlags::empty(),
             },
-            wish: fds.get(others).is_some_and(|fd| !fd.revents().is_empty()),
+            memory_lost: wishes[0].is_some() && !fds[extra].revents().is_empty(),
+            // The last of them, if it is there at all.
+            wish: wishes[1].is_some() && fds.last().is_some_and(|fd| !fd.revents().is_empty()),
         })
     }
 
@@ -383,6 +366,7 @@ const HUNG_UP: PollFlags = PollFlags::HUP.union(PollFlags::ERR);
 struct Ready {
     stop: bool,
     wish: bool,
+    memory_lost: bool,
     front_end: PollFlags,
     device: PollFlags,
 }

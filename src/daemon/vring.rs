@@ -6,11 +6,13 @@
 //! adopted it.
 
 mod carry;
+mod end;
+mod fds;
 
 use std::cell::RefCell;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use vhost_user_backend::{VringMutex, VringState, VringStateGuard, VringStateMutGuard, VringT};
@@ -23,6 +25,9 @@ use crate::virtio::ring::RingSetup;
 
 use super::disk::Disk;
 use super::message::{FdRole, Message, Reply, StartRing};
+use super::socket::Stop;
+use end::EndFromWithin;
+use fds::duplicate;
 
 /// Guest memory as the crate hands it out. The data path does not go through it.
 pub type GuestMemory = GuestMemoryAtomic<GuestMemoryMmap>;
@@ -33,17 +38,35 @@ pub struct SessionState {
     disk: Arc<Disk>,
     /// The memory the front end has shared, as the workers use it.
     memory: RwLock<Option<Arc<MemoryTable>>>,
+    /// Said when some of it was taken away.
+    memory_lost: Arc<Stop>,
     rings: Mutex<Vec<Vring>>,
+    end: EndFromWithin,
 }
 
 impl SessionState {
     /// A session of `disk` that has not begun.
-    pub fn new(disk: Arc<Disk>) -> Arc<SessionState> {
-        Arc::new(SessionState {
+    ///
+    /// # Errors
+    ///
+    /// No descriptor to be had.
+    pub fn new(disk: Arc<Disk>) -> io::Result<Arc<SessionState>> {
+        Ok(Arc::new(SessionState {
             disk,
             memory: RwLock::new(None),
+            memory_lost: Arc::new(Stop::new()?),
             rings: Mutex::new(Vec::new()),
-        })
+            end: EndFromWithin::default(),
+        }))
+    }
+
+    /// A descriptor that becomes readable when some of the guest's memory was taken away.
+    ///
+    /// # Errors
+    ///
+    /// No descriptor to be had.
+    pub fn watch_memory(&self) -> io::Result<OwnedFd> {
+        self.memory_lost.watch()
     }
 
     /// The disk.
@@ -58,7 +81,8 @@ impl SessionState {
         disk.tell_workers(|done| Message::SetMemory(disk.id, Arc::clone(&memory), done));
     }
 
-    fn memory(&self) -> Option<Arc<MemoryTable>> {
+    /// The memory in use, if there is any yet.
+    pub fn memory(&self) -> Option<Arc<MemoryTable>> {
         self.memory
             .read()
             .unwrap_or_else(PoisonError::into_inner)
@@ -70,12 +94,6 @@ impl SessionState {
         for ring in self.rings() {
             ring.reset();
         }
-    }
-
-    /// The rings, in order.
-    fn rings(&self) -> Vec<Vring> {
-        let rings = self.rings.lock().unwrap_or_else(PoisonError::into_inner);
-        rings.clone()
     }
 
     /// Forgets the rings, which refer to the session in turn.
@@ -181,10 +199,16 @@ impl Vring {
             log::debug!("{}: no addresses yet, not started", link.ring);
             return;
         }
+        if let Err(error) = disk.use_image() {
+            log::error!("{}: not started: {error}", link.ring);
+            link.session.give_up();
+            return;
+        }
         let start = Box::new(StartRing {
             ring: link.ring,
             setup,
             memory,
+            memory_lost: Arc::clone(&link.session.memory_lost),
             kick: duplicate(own.kick.as_ref()),
             call: duplicate(own.call.as_ref()),
             err: duplicate(own.err.as_ref()),
@@ -196,6 +220,7 @@ impl Vring {
             Some(Err(error)) => {
                 log::warn!("{}: not started: {error}", link.ring);
                 disk.queue_stopped(link.ring.queue);
+                disk.leave_image();
             }
             None => {}
         }
@@ -213,6 +238,7 @@ impl Vring {
             self.inner.set_queue_next_avail(next_avail);
         }
         link.session.disk.queue_stopped(link.ring.queue);
+        link.session.disk.leave_image();
     }
 
     /// Back to how it was made.
@@ -239,18 +265,6 @@ impl Vring {
             FdRole::Call => &mut own.call,
             FdRole::Err => &mut own.err,
         } = fd;
-    }
-}
-
-/// Another descriptor for the same open file; none if there is none to be had, in which case the
-/// ring does without it and the log says so.
-fn duplicate(fd: Option<&impl AsFd>) -> Option<OwnedFd> {
-    match fd?.as_fd().try_clone_to_owned() {
-        Ok(fd) => Some(fd),
-        Err(error) => {
-            log::error!("cannot duplicate a ring's file descriptor: {error}");
-            None
-        }
     }
 }
 

@@ -199,6 +199,11 @@ impl Ring {
         Ok(())
     }
 
+    /// Whether any of its memory was taken away; see [`crate::sigbus`].
+    pub fn is_memory_lost(&self) -> bool {
+        self.memory.is_lost()
+    }
+
     /// Looks how many chains are available: the one load of the guest's index for a batch.
     #[inline]
     pub fn available(&mut self) -> Result<u16, RingError> {

@@ -266,14 +266,14 @@ fn formats_that_are_not_read_and_second_takers_are_refused() {
 
 #[test]
 fn without_a_daemon_to_take_over_from_a_daemon_starts_afresh() {
-    let lineage = Lineage::start(Spec::image(MIB), &[]);
+    let lineage = Lineage::start(Spec::null(MIB), &[]);
     assert!(
         lineage.daemon.stderr().contains("starting afresh"),
         "{}",
         lineage.daemon.stderr()
     );
     // A wrong path does not lead to two daemons on one disk.
-    let spec = Spec::path(lineage.daemon.image()).args(["--take-over", "/nowhere/control.sock"]);
+    let spec = Spec::null(MIB).args(["--take-over", "/nowhere/control.sock"]);
     let line = refused(&lineage, &spec);
     assert!(
         line.contains("another process is listening on it"),

@@ -117,6 +117,11 @@ pub enum Reason {
     )]
     RegionBeyondFile { guest: u64, needs: u64, has: u64 },
     #[error(
+        "memory region at guest address {guest:#x} is no whole number of its file's huge pages of \
+         {page:#x} bytes"
+    )]
+    RegionHugePages { guest: u64, page: u64 },
+    #[error(
         "memory region at guest address {guest:#x} is backed by {found}, expected a file open for \
          reading and writing; share the guest's memory (QEMU: share=on, Cloud Hypervisor: shared=on)"
     )]

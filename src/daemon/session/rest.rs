@@ -5,11 +5,59 @@
 //! that: it works in order. GET_FEATURES is what every device answers at any time and what changes
 //! nothing; the answer is ours if no answer to the front end's own GET_FEATURES is outstanding.
 
+use std::net::Shutdown;
 use std::os::fd::OwnedFd;
 
 use vhost::vhost_user::message::FrontendReq;
 
 use super::wire::{Header, Message, VERSION};
+use super::{Guard, SessionEnd};
+
+/// How [`Guard::serve`] returned.
+#[derive(Debug)]
+pub enum Served {
+    /// The session is at rest.
+    AtRest,
+    /// It is over; [`Guard::close`] is to follow.
+    Over(SessionEnd),
+}
+
+impl Guard {
+    /// Comes to rest, and returns from [`Guard::serve`], whenever `wish` is readable.
+    pub fn heed(mut self, wish: OwnedFd) -> Guard {
+        self.rest.heed(wish);
+        self
+    }
+
+    /// Carries messages until the session is over, or at rest as was wished. A session at rest has
+    /// no message half received, none that the device has not carried out, and no answer that its
+    /// front end does not have; it goes on when this is called again.
+    pub fn serve(&mut self) -> Served {
+        loop {
+            if let Err(end) = self.turn() {
+                return Served::Over(end);
+            }
+            if self.rest.is_over(self.to_front_end.is_empty()) {
+                return Served::AtRest;
+            }
+        }
+    }
+
+    /// Shuts both connections down.
+    pub fn close(&self) {
+        self.channel.close();
+        // Closing is not enough where the caller or the device holds a duplicate. A peer that is
+        // gone already makes these fail, which changes nothing.
+        let _ = self.front_end.shutdown(Shutdown::Both);
+        self.part();
+    }
+
+    /// Shuts the connection to the device down. The front end does not notice: its connection is
+    /// somebody else's by now, or was not used yet.
+    pub fn part(&self) {
+        let _ = self.device.shutdown(Shutdown::Both);
+    }
+}
 
 /// How far a session has come.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -265,6 +265,7 @@ impl Inheritance {
         })?;
         for (disk, beginning) in disks.iter().zip(&self.beginnings) {
             if beginning.is_some() {
+                disk.set_beside(false);
                 disk.release();
             }
         }
@@ -293,6 +294,7 @@ fn begin(
     deadline: Instant,
 ) -> Result<Beginning, String> {
     let disk = &server.disk;
+    disk.set_beside(true);
     disk.hold()
         .wait(deadline)
         .ok_or("the workers do not answer")?;

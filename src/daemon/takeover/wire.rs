@@ -294,13 +294,12 @@ mod tests {
     #[test]
     fn what_is_no_frame_is_refused_and_what_does_not_come_is_late() {
         let (one, other) = pair();
-        let soon = Instant::now() + Duration::from_millis(20);
-        let late = other.receive(soon).unwrap_err();
+        let late = other.receive(Instant::now()).unwrap_err();
         assert_eq!(late.kind(), io::ErrorKind::TimedOut);
         for header in [[99, 0, 0], [1, u32::MAX, 0], [1, 0, u32::MAX]] {
             let bytes: Vec<u8> = header.into_iter().flat_map(u32::to_ne_bytes).collect();
             (&one.0).write_all(&bytes).unwrap();
-            assert!(other.receive(super::tests::soon()).is_err(), "{header:?}");
+            assert!(other.receive(soon()).is_err(), "{header:?}");
         }
     }
 }

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
+use std::sync::PoisonError;
 
 use vhost_user_backend::VringT;
 use virtio_queue::QueueT;
@@ -29,6 +30,12 @@ impl SessionState {
             carried.extend(ring.carry(&base_of, &user_of)?);
         }
         Ok(carried)
+    }
+
+    /// The rings, in order.
+    pub(super) fn rings(&self) -> Vec<Vring> {
+        let rings = self.rings.lock().unwrap_or_else(PoisonError::into_inner);
+        rings.clone()
     }
 
     /// Whether a worker has the ring.

@@ -18,7 +18,7 @@ use super::super::report::{RingStats, WorkerReport};
 use super::hold::HeldRings;
 use super::port::{Gates, Port};
 use super::tally::report_of;
-use super::{Worker, WorkerDisk, heat, open_port};
+use super::{LOOK_FOR_LOSSES, Worker, WorkerDisk, heat, open_port};
 
 /// What waits for requests in flight to end.
 #[derive(Debug)]
@@ -194,6 +194,7 @@ impl Worker {
             ring: id,
             setup,
             memory,
+            memory_lost,
             kick,
             call,
             err,
@@ -218,6 +219,7 @@ impl Worker {
         self.ports[hctx.index()] = Some(Port {
             id,
             ring,
+            memory_lost,
             has_kick: false,
             call: None,
             err: None,
@@ -231,6 +233,7 @@ impl Worker {
             no_room: false,
             stats: RingStats::default(),
         });
+        self.losses = LOOK_FOR_LOSSES;
         self.set_fd(hctx, FdRole::Kick, kick);
         self.set_fd(hctx, FdRole::Call, call);
         self.set_fd(hctx, FdRole::Err, err);
@@ -348,6 +351,7 @@ impl Worker {
     }
 
     fn change_memory(&mut self, disk: DiskId, memory: &Arc<MemoryTable>) {
+        self.losses = LOOK_FOR_LOSSES;
         for index in 0..self.ports.len() {
             let Some(port) = self.ports[index].as_mut().filter(|p| p.id.disk == disk) else {
                 continue;

@@ -1,9 +1,12 @@
 //! One ring of a worker with everything that hangs on it: where the virtqueue and the hctx meet.
 
+use std::sync::Arc;
+
 use crate::engine::CallSlot;
 use crate::virtio::ring::Ring;
 
 use super::super::report::RingStats;
+use super::super::socket::Stop;
 use crate::mq::ids::RingId;
 
 /// What keeps a ring from being drained, beside being empty.
@@ -24,6 +27,8 @@ pub(super) struct Gates {
 pub(super) struct Port {
     pub id: RingId,
     pub ring: Ring,
+    /// Ends the session: its memory was taken away.
+    pub memory_lost: Arc<Stop>,
     /// The engine watches its kick eventfd.
     pub has_kick: bool,
     /// How the guest is told that requests are done; a guest that polls gives none. Written by the

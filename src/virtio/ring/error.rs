@@ -26,7 +26,7 @@ impl fmt::Display for RingPart {
 }
 
 /// Why a ring cannot be set up, or cannot go on. All but the first three come from what the guest
-/// wrote, and mean that the ring is broken: nothing more can be taken from it.
+/// or its front end did meanwhile, and mean that the ring is broken: nothing more can be taken from it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum RingError {
     /// Not a size a split ring can have here.
@@ -52,6 +52,11 @@ pub enum RingError {
         /// Its bytes.
         len: u64,
     },
+    /// A part of the guest's memory was taken away; see [`crate::sigbus`].
+    #[error(
+        "its memory is gone: a file of the guest's memory was truncated, or a page of it failed"
+    )]
+    MemoryLost,
     /// More was made available than the ring has entries.
     #[error("available index {index} is more than the ring's {size} entries after {next}")]
     AvailJump {
