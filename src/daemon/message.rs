@@ -9,11 +9,12 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::{self, Receiver, Sender, SyncSender};
 
-use crate::engine::{Target, Waker};
+use crate::engine::{SyncFault, Target, Waker};
 use crate::mq::elevator::{ParamError, Params};
 use crate::mq::ids::{DiskId, RingId, WorkerId};
 use crate::mq::qos::Throttle;
 use crate::mq::trace::Action;
+use crate::virtio::inflight::InflightQueue;
 use crate::virtio::memory::MemoryTable;
 use crate::virtio::ring::{RingError, RingSetup};
 use crate::virtio::shape::DiskShape;
@@ -41,6 +42,8 @@ pub struct StartRing {
     pub err: Option<OwnedFd>,
     /// Whether requests may be taken already (SET_VRING_ENABLE).
     pub enabled: bool,
+    /// Where account is kept of what is in flight, and what the daemon before has left there.
+    pub inflight: Option<InflightQueue>,
     /// How many vCPUs the queue map sends here.
     pub ctxs: u16,
 }
@@ -69,6 +72,8 @@ pub enum Message {
         shape: Box<DiskShape>,
         /// Whether writes have to be durable when they complete; the guest can change it.
         write_through: Arc<AtomicBool>,
+        /// Whether syncs of the image can be believed; the same for all workers.
+        sync_fault: Arc<SyncFault>,
         /// What it may do in a second; the same for all workers.
         throttle: Arc<Throttle>,
         /// Answered when it is known to the engine.
@@ -86,6 +91,8 @@ pub enum Message {
     /// Freeze the disk's rings, use the new memory, thaw. Rings that do not lie in the new memory
     /// are stopped as broken.
     SetMemory(DiskId, Arc<MemoryTable>, Reply<()>),
+    /// Freeze the disk's rings, thaw when nothing is in flight.
+    Drain(DiskId, Reply<()>),
     /// The disk has this many bytes from now on, more than before; its rings go on meanwhile.
     Resize(DiskId, u64, Reply<std::io::Result<()>>),
     /// Take nothing more of the disk, and answer when nothing is in flight; where its rings are then.

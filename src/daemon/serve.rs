@@ -232,7 +232,8 @@ impl Session {
         let limits = SessionLimits::new(disk.config.num_queues, MAX_RING_SIZE);
         let guard = Guard::new(stream, device, limits, server.stop.watch()?)?
             .heed(server.rest.wish()?)
-            .watch_memory(state.watch_memory()?);
+            .watch_memory(state.watch_memory()?)
+            .with_inflight(Arc::clone(state.inflight()));
         Ok(Session {
             disk,
             state: Arc::clone(state),
@@ -276,6 +277,7 @@ impl Session {
             channel,
             negotiated: self.guard.negotiated(),
             regions: self.guard.regions(file_of)?,
+            inflight: self.state.inflight().carry()?,
             state: Arc::clone(&self.state),
         })
     }

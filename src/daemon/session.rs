@@ -9,7 +9,8 @@
 //! may wrap, and believes that a region is as long as it is said to be. So the guard passes on
 //! whole messages only, each in one piece with its file descriptors, and only those that satisfy
 //! the rules in `session/rules.rs`; the first that does not ends the session, and its
-//! [`Refusal`] says in one line what was wrong.
+//! [`Refusal`] says in one line what was wrong. What the crate cannot do, the in-flight region, is
+//! answered here (`session/inflight.rs`).
 //!
 //! The guest is not heard here at all: its rings and requests never cross this socket. That ring
 //! addresses lie in memory and are aligned is checked here only so that a front end's mistake has a
@@ -28,6 +29,7 @@
 
 mod carry;
 mod fds;
+mod inflight;
 mod memory;
 mod notifier;
 mod refusal;
@@ -46,14 +48,16 @@ use rustix::io::Errno;
 
 pub use carry::{CarriedRegion, CarriedRing, CarriedSession, Negotiated, PrimeError};
 pub use fds::open_fd_table;
+pub use inflight::{CarriedInflight, InflightStore};
 pub use notifier::ConfigNotifier;
 pub use refusal::{Reason, Refusal, RequestName};
 
+use inflight::Turnstile;
 use notifier::Channel;
 use rest::Rest;
 pub use rest::Served;
 use rules::Rules;
-use wire::{Flushed, MAX_FDS, Progress, Receiver, SendQueue};
+use wire::{Flushed, MAX_FDS, Message, Progress, Receiver, SendQueue};
 
 /// Memory regions a session may have: as many as the device answers to GET_MAX_MEM_SLOTS, which is
 /// what x86 offers a guest (KVM's 512 slots less those it keeps).
@@ -128,6 +132,8 @@ pub struct Guard {
     /// The device has hung up, which is noticed once what it sent before is read.
     device_hung_up: bool,
     rules: Rules,
+    turnstile: Turnstile,
+    inflight: Arc<InflightStore>,
     channel: Arc<Channel>,
     rest: Rest,
 }
@@ -160,6 +166,8 @@ impl Guard {
             to_device: SendQueue::default(),
             device_hung_up: false,
             rules: Rules::new(limits, Arc::clone(&channel)),
+            turnstile: Turnstile::default(),
+            inflight: Arc::default(),
             channel,
             rest: Rest::default(),
         })
@@ -171,6 +179,12 @@ impl Guard {
             memory_lost: Some(memory_lost),
             ..self
         }
+    }
+
+    /// The same guard, with the in-flight region the front end may give put where the device looks for it.
+    pub fn with_inflight(mut self, store: Arc<InflightStore>) -> Guard {
+        self.inflight = store;
+        self
     }
 
     /// A handle with which other threads tell this session's front end that the config changed.
@@ -211,17 +225,14 @@ impl Guard {
             self.device_hung_up |= ready.device.intersects(HUNG_UP);
             self.carry_answers()?;
         }
-        let midway = self.from_front_end.is_midway() || !self.to_device.is_empty();
+        let midway = self.from_front_end.is_midway()
+            || self.turnstile.is_closed()
+            || !self.to_device.is_empty();
         if let Some(question) = self.rest.question(midway) {
             self.to_device.push(question);
             self.flush()?;
         }
         Ok(())
-    }
-
-    /// Whether a request of the front end can be dealt with now.
-    fn takes_requests(&self) -> bool {
-        self.to_device.has_room() && self.rest.lets_read(self.from_front_end.is_midway())
     }
 
     /// Polls for what can be used: a side is read only while the other side's queue has room.
@@ -291,6 +302,13 @@ impl Guard {
         Ok(())
     }
 
+    /// Whether a request of the front end can be dealt with now.
+    fn takes_requests(&self) -> bool {
+        self.to_device.has_room()
+            && !self.turnstile.is_closed()
+            && self.rest.lets_read(self.from_front_end.is_midway())
+    }
+
     /// Carries the front end's requests to the device, each after it was judged.
     fn carry_requests(&mut self) -> Result<(), SessionEnd> {
         for _ in 0..MESSAGES_PER_TURN {
@@ -315,7 +333,7 @@ impl Guard {
                 Progress::Message(message) => {
                     let message = self.rules.admit(message).map_err(refused)?;
                     self.rest.passes(&message);
-                    self.to_device.push(message);
+                    self.to_device.push(self.turnstile.pass(message));
                     self.flush()?;
                 }
                 Progress::TooManyFds => return Err(refused(Reason::TooManyFds(MAX_FDS))),
@@ -325,6 +343,16 @@ impl Guard {
             }
         }
         Ok(())
+    }
+
+    /// Answers a request in the device's stead.
+    fn answer(&self, request: &Message) -> Result<Option<Message>, Refusal> {
+        self.rules
+            .carry_out(request, &self.inflight)
+            .map_err(|reason| Refusal {
+                request: Some(RequestName(request.header.request)),
+                reason,
+            })
     }
 
     /// Carries the device's answers to the front end.
@@ -340,7 +368,14 @@ impl Guard {
                 Progress::Message(message) if self.rest.takes(&message) => {}
                 Progress::Message(message) => {
                     self.rules.observe_answer(&message);
-                    self.to_front_end.push(message);
+                    let answer = match self.turnstile.answered(&message) {
+                        None => message,
+                        Some(ours) => match self.answer(&ours)? {
+                            Some(answer) => answer,
+                            None => continue,
+                        },
+                    };
+                    self.to_front_end.push(answer);
                     if self.to_front_end.flush(&self.front_end)? == Flushed::Closed {
                         return Err(SessionEnd::FrontEndLeft);
                     }

@@ -7,104 +7,27 @@
 
 mod carry;
 mod end;
-mod fds;
+mod state;
 
 use std::cell::RefCell;
 use std::fs::File;
 use std::io;
-use std::os::fd::OwnedFd;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vhost_user_backend::{VringMutex, VringState, VringStateGuard, VringStateMutGuard, VringT};
 use virtio_queue::{Error as QueueError, QueueT};
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
 use crate::mq::ids::{QueueId, RingId};
-use crate::virtio::memory::MemoryTable;
 use crate::virtio::ring::RingSetup;
 
-use super::disk::Disk;
 use super::message::{FdRole, Message, Reply, StartRing};
-use super::socket::Stop;
-use end::EndFromWithin;
-use fds::duplicate;
+
+pub use state::SessionState;
 
 /// Guest memory as the crate hands it out. The data path does not go through it.
 pub type GuestMemory = GuestMemoryAtomic<GuestMemoryMmap>;
-
-/// What all rings of one session share.
-#[derive(Debug)]
-pub struct SessionState {
-    disk: Arc<Disk>,
-    /// The memory the front end has shared, as the workers use it.
-    memory: RwLock<Option<Arc<MemoryTable>>>,
-    /// Said when some of it was taken away.
-    memory_lost: Arc<Stop>,
-    rings: Mutex<Vec<Vring>>,
-    end: EndFromWithin,
-}
-
-impl SessionState {
-    /// A session of `disk` that has not begun.
-    ///
-    /// # Errors
-    ///
-    /// No descriptor to be had.
-    pub fn new(disk: Arc<Disk>) -> io::Result<Arc<SessionState>> {
-        Ok(Arc::new(SessionState {
-            disk,
-            memory: RwLock::new(None),
-            memory_lost: Arc::new(Stop::new()?),
-            rings: Mutex::new(Vec::new()),
-            end: EndFromWithin::default(),
-        }))
-    }
-
-    /// A descriptor that becomes readable when some of the guest's memory was taken away.
-    ///
-    /// # Errors
-    ///
-    /// No descriptor to be had.
-    pub fn watch_memory(&self) -> io::Result<OwnedFd> {
-        self.memory_lost.watch()
-    }
-
-    /// The disk.
-    pub fn disk(&self) -> &Arc<Disk> {
-        &self.disk
-    }
-
-    /// Uses `memory` for rings that start from now on, and for those that run.
-    pub fn set_memory(&self, memory: Arc<MemoryTable>) {
-        *self.memory.write().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&memory));
-        let disk = &self.disk;
-        disk.tell_workers(|done| Message::SetMemory(disk.id, Arc::clone(&memory), done));
-    }
-
-    /// The memory in use, if there is any yet.
-    pub fn memory(&self) -> Option<Arc<MemoryTable>> {
-        self.memory
-            .read()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
-    }
-
-    /// Stops all rings; each finishes what it has in flight first.
-    pub fn stop_all(&self) {
-        for ring in self.rings() {
-            ring.reset();
-        }
-    }
-
-    /// Forgets the rings, which refer to the session in turn.
-    pub fn end(&self) {
-        self.stop_all();
-        self.rings
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clear();
-    }
-}
 
 thread_local! {
     /// The session whose rings are being made on this thread: `VringT::new` is told nothing.
@@ -213,6 +136,7 @@ impl Vring {
             call: duplicate(own.call.as_ref()),
             err: duplicate(own.err.as_ref()),
             enabled,
+            inflight: link.session.inflight.queue(link.ring.queue.0, setup.size),
             ctxs: disk.queue_starts(link.ring.queue, own.call.is_none()),
         });
         match link.ask(|done| Message::Start(start, done)) {
@@ -265,6 +189,18 @@ impl Vring {
             FdRole::Call => &mut own.call,
             FdRole::Err => &mut own.err,
         } = fd;
+    }
+}
+
+/// Another descriptor for the same open file; none if there is none to be had, in which case the
+/// ring does without it and the log says so.
+fn duplicate(fd: Option<&impl AsFd>) -> Option<OwnedFd> {
+    match fd?.as_fd().try_clone_to_owned() {
+        Ok(fd) => Some(fd),
+        Err(error) => {
+            log::error!("cannot duplicate a ring's file descriptor: {error}");
+            None
+        }
     }
 }
 

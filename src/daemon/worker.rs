@@ -31,7 +31,7 @@ use std::thread::{self, JoinHandle};
 use crate::config::OnTimeout;
 use crate::engine::{DiskSlot, Engine, Errno, Event, Waker};
 use crate::mq::Mq;
-use crate::mq::ids::{DiskId, HctxId, WorkerId};
+use crate::mq::ids::{DiskId, DriverTag, HctxId, WorkerId};
 use crate::mq::limits::{DRIVER_TAGS, RESERVED_TAGS};
 use crate::mq::request::Status;
 use crate::sigbus;
@@ -82,6 +82,10 @@ struct Worker {
     hot: Vec<HctxId>,
     /// Ports with used elements nobody was told about.
     touched: Vec<HctxId>,
+    /// There are ports that wait for room in the pool.
+    starving: bool,
+    /// Some has been made for them since the last look.
+    room: bool,
     inbox: Receiver<Message>,
     has_mail: bool,
     pending: Vec<Pending>,
@@ -173,6 +177,8 @@ impl Worker {
             ports: Vec::new(),
             hot: Vec::new(),
             touched: Vec::new(),
+            starving: false,
+            room: false,
             inbox,
             has_mail: true,
             pending: Vec::new(),
@@ -243,16 +249,8 @@ impl Worker {
             Event::Done { tag, result } => {
                 found = true;
                 room = true;
-                let result = result.map(drop).map_err(|errno| {
-                    failure = Some(errno);
-                    status_of(errno)
-                });
-                mq.complete(tag, result, |hctx, io, status, read| {
-                    let port = open_port(ports, hctx);
-                    let read = u32::try_from(read).expect("the parser bounds a request's bytes");
-                    port.ring.put_used(io.finish(status, read, pool));
-                    touch(touched, port, hctx);
-                });
+                failure = result.err().or(failure);
+                finish(mq, ports, pool, touched, tag, result);
             }
             Event::Kick(token) => {
                 found = true;
@@ -276,7 +274,8 @@ impl Worker {
         if let Err(error) = reaped {
             self.engine_broken(&error);
         }
-        if room {
+        if self.starving && (room || self.room) {
+            (self.starving, self.room) = (false, false);
             for hctx in &self.hot {
                 open_port(&mut self.ports, *hctx).no_room = false;
             }
@@ -317,6 +316,25 @@ impl Worker {
             });
         }
     }
+}
+
+/// A command came back: its requests go through blk-mq to their rings.
+#[inline]
+fn finish(
+    mq: &mut Mq<GuestIo>,
+    ports: &mut [Option<Port>],
+    pool: &mut SegmentPool,
+    touched: &mut Vec<HctxId>,
+    tag: DriverTag,
+    result: Result<u64, Errno>,
+) {
+    let result = result.map(drop).map_err(status_of);
+    mq.complete(tag, result, |hctx, io, status, read| {
+        let port = open_port(ports, hctx);
+        let read = u32::try_from(read).expect("the parser bounds a request's bytes");
+        port.ring.put_used(io.finish(status, read, pool));
+        touch(touched, port, hctx);
+    });
 }
 
 /// What the guest is told of an error of the host.

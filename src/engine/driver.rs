@@ -4,6 +4,7 @@ mod fds;
 
 use std::io;
 use std::mem::MaybeUninit;
+use std::sync::Arc;
 use std::time::Duration;
 
 use io_uring::cqueue;
@@ -14,7 +15,7 @@ use super::start::start;
 use super::target::{Disk, Target};
 use super::uring::{Ask, REAP_BATCH, Ring};
 use super::watch::{Call, Table, Watch};
-use super::{Busy, Command, DiskSlot, EngineCounters, Errno, Event, MAX_DISKS};
+use super::{Busy, Command, DiskSlot, EngineCounters, Errno, Event, MAX_DISKS, SyncFault};
 use crate::mq::ids::DriverTag;
 
 /// Whom a completion is for: the upper byte of the user data. Below it 32 bits of generation and 16
@@ -115,6 +116,12 @@ impl Engine {
         Ok(DiskSlot(index))
     }
 
+    /// Shares what is known of a disk's syncs with the others who serve the same image.
+    pub fn share_sync_fault(&mut self, slot: DiskSlot, fault: Arc<SyncFault>) {
+        let disk = self.disks.get_mut(slot.0).expect("a disk of this engine");
+        disk.sync_fault = fault;
+    }
+
     /// Removes a disk, on which nothing may be in flight, and gives back what it stood on.
     pub fn remove_disk(&mut self, slot: DiskSlot) -> Target {
         let disk = self.disks.take(slot.0).expect("a disk of this engine");
@@ -200,11 +207,7 @@ impl Engine {
     pub fn reap(&mut self, on: &mut impl FnMut(Event)) -> io::Result<usize> {
         self.ring.run_task_work(&mut self.counters)?;
         let mut reaped = self.ready.len();
-        for i in 0..self.ready.len() {
-            let (tag, result) = self.ready[i];
-            self.done(tag.index, result, on);
-        }
-        self.ready.clear();
+        self.reap_inline(on);
         let mut batch = [const { MaybeUninit::<cqueue::Entry>::uninit() }; REAP_BATCH];
         loop {
             let entries = self.ring.take(&mut batch);
@@ -218,6 +221,22 @@ impl Engine {
         }
         self.resend();
         Ok(reaped)
+    }
+
+    /// Reports the commands that were completed without the kernel.
+    #[inline]
+    pub fn reap_inline(&mut self, on: &mut impl FnMut(Event)) {
+        for i in 0..self.ready.len() {
+            let (tag, result) = self.ready[i];
+            self.done(tag.index, result, on);
+        }
+        self.ready.clear();
+    }
+
+    /// Whether [`Self::reap_inline`] has something to report.
+    #[inline]
+    pub fn has_inline(&self) -> bool {
+        !self.ready.is_empty()
     }
 
     /// Whether [`Self::reap`] has something to report without a system call.

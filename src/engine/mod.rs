@@ -24,6 +24,7 @@ mod memory;
 mod resize;
 mod slot;
 mod start;
+mod sync_fault;
 mod target;
 mod uring;
 mod watch;
@@ -40,6 +41,7 @@ use crate::mq::limits::{IOV_MAX, MAX_RANGES, MAX_SEGMENTS};
 use crate::mq::request::Op;
 
 pub use driver::Engine;
+pub use sync_fault::SyncFault;
 pub use target::{FileTarget, Target};
 pub use watch::{CallSlot, Waker};
 

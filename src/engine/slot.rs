@@ -222,7 +222,8 @@ impl Slot {
                 self.range += 1;
                 self.next_range(None, extents, disk.can, counters)
             }
-            Stage::Sync => Next::Done(Ok(self.total)),
+            // A sync of another worker may have got the error that was meant for this one too.
+            Stage::Sync => Next::Done(disk.sync_fault.errno().map_or(Ok(self.total), Err)),
         }
     }
 
@@ -305,8 +306,28 @@ impl Slot {
                 }
                 self.next_range(Some(method), extents, disk.can, counters)
             }
-            _ => Next::Done(Err(Errno(errno))),
+            _ => {
+                if self.loses_pages(errno, disk) {
+                    disk.sync_fault.set(Errno(errno));
+                }
+                Next::Done(Err(Errno(errno)))
+            }
         }
+    }
+
+    /// Whether the page cache may have given up pages that were written before, and will not say so
+    /// again: it says so to whoever syncs next, be it by `fdatasync` or by `RWF_DSYNC`. `O_DIRECT` has
+    /// no such pages.
+    fn loses_pages(&self, errno: i32, disk: &Disk) -> bool {
+        let buffered = matches!(&disk.target, Target::File(file) if !file.direct);
+        let synced = match self.stage {
+            // Given up by the watchdog, not by the disk.
+            Stage::Sync => errno != libc::ECANCELED,
+            // Other errors are the write's own.
+            Stage::Transfer => self.fua && !self.unsynced && errno == libc::EIO,
+            _ => false,
+        };
+        buffered && synced
     }
 
     /// Goes on with the range `self.range`, in the first way that comes after `tried`; finishes when

@@ -29,6 +29,10 @@ pub(super) unsafe fn start(
         Target::Null { .. } => return Ok(Next::Done(Ok(command.bytes))),
     };
     let fua = command.fua && !file.ignore_flush;
+    let promises = fua || (command.op == Op::Flush && !file.ignore_flush);
+    if promises && let Some(errno) = disk.sync_fault.errno() {
+        return Ok(Next::Done(Err(errno)));
+    }
     match command.op {
         // SAFETY: passed on to our caller. Unsafe because the buffers are the caller's.
         Op::Read | Op::Write => unsafe {

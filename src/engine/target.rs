@@ -2,8 +2,9 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::sync::Arc;
 
-use super::{BOUNCE_BYTES, memory};
+use super::{BOUNCE_BYTES, SyncFault, memory};
 
 /// A regular file or a block device.
 #[derive(Debug)]
@@ -61,6 +62,8 @@ pub(super) struct Disk {
     pub(super) can: Abilities,
     /// The SQE's fd is an index of the registered file table.
     pub(super) registered: bool,
+    /// Whether its syncs can be believed.
+    pub(super) sync_fault: Arc<SyncFault>,
 }
 
 /// What a file system or device may refuse to do.
@@ -99,6 +102,7 @@ impl Disk {
                 discard: block_device,
             },
             registered: false,
+            sync_fault: Arc::default(),
         })
     }
 }

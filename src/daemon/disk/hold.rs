@@ -2,10 +2,12 @@
 //! workers, and described with what was changed since it was configured.
 
 use std::collections::BTreeMap;
+use std::io;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::Instant;
 
+use crate::engine::Errno;
 use crate::mq::elevator::Params;
 use crate::mq::ids::QueueId;
 use crate::mq::qos::Limits;
@@ -26,6 +28,8 @@ pub struct Changes {
     pub group: Option<Option<String>>,
     /// The guest chose another cache mode: true for write-through.
     pub write_through: Option<bool>,
+    /// The image could not be synced, so that no flush can succeed any more: a host's `errno`.
+    pub sync_fault: Option<i32>,
 }
 
 /// A disk whose workers were told to hold it.
@@ -86,6 +90,7 @@ impl Disk {
             scheduler: (scheduler != self.choose_scheduler(config.scheduler)).then_some(scheduler),
             limits: (limits != config.limits).then_some(limits),
             group: (group != config.group).then_some(group),
+            sync_fault: self.sync_fault.errno().map(|errno| errno.0),
             write_through: (chosen != config.cache.is_write_through()).then_some(chosen),
         }
     }
@@ -94,14 +99,21 @@ impl Disk {
     /// `was_write_through` is whether writes were durable when they completed.
     ///
     /// A guest that was promised write-through keeps it even if the configuration no longer says so,
-    /// because it does not look again.
+    /// because it does not look again. An image that could not be synced is still one.
+    ///
+    /// # Errors
+    ///
+    /// Write-through begins here, and the image cannot be synced.
     pub fn adopt_changes(
         &self,
         changes: Changes,
         was_write_through: bool,
         now_ns: u64,
         find_group: impl FnOnce(&str) -> Option<Membership>,
-    ) {
+    ) -> io::Result<()> {
+        if let Some(errno) = changes.sync_fault {
+            self.sync_fault.set(Errno(errno));
+        }
         if let Some(limits) = changes.limits {
             self.set_limits(now_ns, limits);
         }
@@ -116,6 +128,6 @@ impl Disk {
                 Some(chosen) => chosen,
                 None => cache.chosen || was_write_through,
             };
-        });
+        })
     }
 }

@@ -12,6 +12,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use vhost::vhost_user::message::{FrontendReq, VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 
+use super::inflight::{self, CarriedInflight};
 use super::memory::REGION_BYTES;
 use super::rest;
 use super::wire::{Flushed, Header, MAX_FDS, Message, Progress, VERSION, u64_at};
@@ -82,6 +83,8 @@ pub struct CarriedSession {
     pub negotiated: Negotiated,
     /// The guest's memory, by address.
     pub regions: Vec<CarriedRegion>,
+    /// SET_INFLIGHT_FD
+    pub inflight: Option<CarriedInflight>,
     /// Rings about which something was said.
     pub rings: Vec<CarriedRing>,
 }
@@ -178,6 +181,11 @@ impl Guard {
         let refused = |reason| Refusal { request, reason };
         self.rules.check_header(message.header).map_err(refused)?;
         let message = self.rules.admit(message).map_err(refused)?;
+        if inflight::is_ours(message.header.request) {
+            // No ring has started, so it comes early enough.
+            let answer = self.rules.carry_out(&message, &self.inflight);
+            return Ok(answer.map(drop).map_err(refused)?);
+        }
         self.to_device.push(message);
         loop {
             if self.to_device.flush(&self.device)? == Flushed::Closed {
@@ -241,6 +249,9 @@ fn messages(session: CarriedSession) -> Vec<Message> {
         list.push(message(R::SET_BACKEND_REQ_FD, Vec::new(), Some(channel)));
     }
     list.extend(memory_messages(session.regions, protocol_features));
+    if let Some(CarriedInflight { payload, file }) = session.inflight {
+        list.push(message(R::SET_INFLIGHT_FD, payload, Some(file)));
+    }
     for ring in session.rings {
         list.extend(ring_messages(ring, features));
     }

@@ -306,6 +306,7 @@ fn carry_session(
         channel,
         negotiated,
         regions,
+        inflight,
         state,
     } = resting;
     let user_of = |guest: u64| {
@@ -319,6 +320,7 @@ fn carry_session(
         channel,
         negotiated,
         regions,
+        inflight,
         rings,
     })
 }

@@ -10,7 +10,7 @@ use rustix::io::Errno;
 
 use crate::mq::ids::DiskId;
 
-use super::super::session::{CarriedRegion, Negotiated};
+use super::super::session::{CarriedInflight, CarriedRegion, Negotiated};
 use super::super::socket::Stop;
 use super::super::vring::SessionState;
 
@@ -35,6 +35,8 @@ pub struct RestingSession {
     pub negotiated: Negotiated,
     /// The guest's memory.
     pub regions: Vec<CarriedRegion>,
+    /// SET_INFLIGHT_FD
+    pub inflight: Option<CarriedInflight>,
     /// Its rings.
     pub state: Arc<SessionState>,
 }

@@ -99,6 +99,8 @@ struct DiskState {
     /// `"group": null` in here is no group.
     group: Option<GroupState>,
     write_through: Option<bool>,
+    #[serde(default)]
+    sync_fault: Option<i32>,
     listener: Option<ListenerState>,
     session: Option<SessionState>,
 }
@@ -288,6 +290,7 @@ impl CarriedDisk {
             limits,
             group,
             write_through,
+            sync_fault,
         } = self.changes;
         let state = DiskState {
             socket: self.socket,
@@ -304,6 +307,7 @@ impl CarriedDisk {
             limits: limits.as_ref().map(write_limits),
             group: group.map(|group| GroupState { group }),
             write_through,
+            sync_fault,
             listener: self.listener.map(|listener| out.listener(listener)),
             session: self.session.map(|session| write_session(session, &mut out)),
         };
@@ -330,6 +334,7 @@ impl CarriedDisk {
                 limits: state.limits.map(read_limits).transpose()?,
                 group: state.group.map(|state| state.group),
                 write_through: state.write_through,
+                sync_fault: state.sync_fault,
             },
             listener: state
                 .listener

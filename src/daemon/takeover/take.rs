@@ -316,7 +316,8 @@ fn begin(
         carried.was_write_through,
         clock.now_ns(),
         |name| roster.group(name),
-    );
+    )
+    .map_err(|error| format!("the image cannot be synced: {error}"))?;
     let door = carried.listener.map(|listener| {
         let file = match (&disk.config.socket, listener.file) {
             (SocketSource::Path(path), Some(identity)) => {

@@ -27,6 +27,7 @@ pub(super) enum Pending {
     Disable(HctxId, Reply<()>),
     Memory(DiskId, Arc<MemoryTable>, Reply<()>),
     Scheduler(DiskId, Params, Reply<()>),
+    Drain(DiskId, Reply<()>),
     Hold(DiskId, Reply<HeldRings>),
     Shutdown(Reply<WorkerReport>),
 }
@@ -35,9 +36,10 @@ impl Pending {
     /// The disk that is frozen until this is carried out.
     fn freezes(&self) -> Option<DiskId> {
         match self {
-            Pending::Memory(disk, ..) | Pending::Scheduler(disk, ..) | Pending::Hold(disk, _) => {
-                Some(*disk)
-            }
+            Pending::Memory(disk, ..)
+            | Pending::Scheduler(disk, ..)
+            | Pending::Drain(disk, _)
+            | Pending::Hold(disk, _) => Some(*disk),
             Pending::Stop(..) | Pending::Disable(..) | Pending::Shutdown(_) => None,
         }
     }
@@ -58,6 +60,7 @@ impl Worker {
                 target,
                 shape,
                 write_through,
+                sync_fault,
                 throttle,
                 done,
             } => {
@@ -68,6 +71,7 @@ impl Worker {
                 }
                 self.mq.set_throttle(disk, Some(throttle));
                 done.send(self.engine.add_disk(*target).map(|slot| {
+                    self.engine.share_sync_fault(slot, sync_fault);
                     self.slots[disk.index()] = Some(slot);
                     self.disks[disk.index()] = Some(WorkerDisk {
                         shape: *shape,
@@ -88,6 +92,7 @@ impl Worker {
                     let port = open_port(&mut self.ports, hctx);
                     port.gates.disabled = !enabled;
                     if enabled {
+                        port.was_enabled = true;
                         heat(&mut self.hot, port, hctx);
                         done.send(());
                     } else {
@@ -108,6 +113,7 @@ impl Worker {
             Message::SetScheduler(disk, params, done) => {
                 self.freeze(Pending::Scheduler(disk, params, done));
             }
+            Message::Drain(disk, done) => self.freeze(Pending::Drain(disk, done)),
             Message::SetSchedulerParam(disk, name, value, done) => {
                 done.send(self.mq.set_elevator_param(disk, &name, value));
             }
@@ -199,10 +205,20 @@ impl Worker {
             call,
             err,
             enabled,
+            inflight,
             ctxs,
         } = start;
         assert!(self.find(id).is_none(), "{id} is started twice");
-        let ring = Ring::new(&setup, memory)?;
+        let mut ring = Ring::new(&setup, memory)?;
+        if let Some(record) = inflight {
+            ring.track(record)?;
+        }
+        if ring.to_resume() > 0 {
+            log::info!(
+                "{id}: goes on with {} requests that were in flight",
+                ring.to_resume()
+            );
+        }
         let hctx = self.mq.add_hctx(HctxConfig {
             disk: id.disk,
             queue: id.queue,
@@ -216,6 +232,7 @@ impl Worker {
             self.touched.reserve(self.ports.len());
         }
         let frozen = self.is_freezing(id.disk);
+        let next_avail = ring.next_avail();
         self.ports[hctx.index()] = Some(Port {
             id,
             ring,
@@ -231,6 +248,8 @@ impl Worker {
             hot: false,
             touched: false,
             no_room: false,
+            inline: false,
+            was_enabled: enabled,
             stats: RingStats::default(),
         });
         self.losses = LOOK_FOR_LOSSES;
@@ -241,7 +260,7 @@ impl Worker {
             "worker {}: {id} started: {} entries at {}, {ctxs} ctx",
             self.id,
             setup.size,
-            setup.next_avail
+            next_avail
         );
         Ok(())
     }
@@ -283,9 +302,10 @@ impl Worker {
                 Pending::Stop(hctx, _) | Pending::Disable(hctx, _) => self.is_drained(*hctx),
                 Pending::Memory(disk, ..)
                 | Pending::Scheduler(disk, ..)
+                | Pending::Drain(disk, _)
                 | Pending::Hold(disk, _) => self
                     .ports()
-                    .all(|(hctx, port)| port.id.disk != *disk || self.is_drained(hctx)),
+                    .all(|(hctx, port)| port.id.disk != *disk || self.mq.in_flight(hctx) == 0),
                 Pending::Shutdown(_) => self.ports().all(|(hctx, _)| self.is_drained(hctx)),
             };
             if ready {
@@ -297,8 +317,11 @@ impl Worker {
         }
     }
 
+    /// Whether nothing is in flight, what the daemon before has left included.
     fn is_drained(&self, hctx: HctxId) -> bool {
-        self.mq.in_flight(hctx) == 0
+        // What a held disk owes stays in the record, for the next process.
+        let owes = |port: &Port| port.owes() && !self.held.contains(&port.id.disk);
+        self.mq.in_flight(hctx) == 0 && !self.ports[hctx.index()].as_ref().is_some_and(owes)
     }
 
     #[cold]
@@ -316,6 +339,10 @@ impl Worker {
             }
             Pending::Scheduler(disk, params, done) => {
                 self.mq.set_elevator(disk, params);
+                self.thaw(disk);
+                done.send(());
+            }
+            Pending::Drain(disk, done) => {
                 self.thaw(disk);
                 done.send(());
             }

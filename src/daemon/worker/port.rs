@@ -44,6 +44,10 @@ pub(super) struct Port {
     pub touched: bool,
     /// The segment pool was empty; a completion gives it something back.
     pub no_room: bool,
+    /// The engine answered what was last taken from it without the kernel.
+    pub inline: bool,
+    /// The front end has enabled it, at the latest now.
+    pub was_enabled: bool,
     pub stats: RingStats,
 }
 
@@ -52,5 +56,17 @@ impl Port {
     #[inline]
     pub fn is_open(&self) -> bool {
         self.gates == Gates::default()
+    }
+
+    /// Whether it has requests that were in flight when the daemon before ended, and are to be finished before
+    /// the ring is stopped or disabled like any that are in flight.
+    pub fn owes(&self) -> bool {
+        self.ring.to_resume() > 0 && self.was_enabled && !self.gates.broken
+    }
+
+    /// Whether what it [`Port::owes`] is to be taken although the ring is closed for anything new.
+    #[cold]
+    pub fn must_resume(&self) -> bool {
+        self.owes() && !self.gates.frozen
     }
 }

@@ -4,7 +4,9 @@ use std::io;
 
 use serde::{Deserialize, Serialize};
 
-use super::super::super::session::{CarriedRegion, CarriedRing, CarriedSession, Negotiated};
+use super::super::super::session::{
+    CarriedInflight, CarriedRegion, CarriedRing, CarriedSession, Negotiated,
+};
 use super::{In, Out};
 
 /// A session.
@@ -16,7 +18,16 @@ pub(super) struct SessionState {
     features: u64,
     protocol_features: u64,
     regions: Vec<RegionState>,
+    #[serde(default)]
+    inflight: Option<InflightState>,
     rings: Vec<RingState>,
+}
+
+/// SET_INFLIGHT_FD as it was sent: bytes and a file.
+#[derive(Debug, Serialize, Deserialize)]
+struct InflightState {
+    payload: Vec<u8>,
+    file: usize,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -61,6 +72,10 @@ pub(super) fn write_session(session: CarriedSession, out: &mut Out) -> SessionSt
                 file: out.put(region.file),
             })
             .collect(),
+        inflight: session.inflight.map(|inflight| InflightState {
+            payload: inflight.payload,
+            file: out.put(inflight.file),
+        }),
         rings: session
             .rings
             .into_iter()
@@ -102,6 +117,15 @@ pub(super) fn read_session(state: SessionState, fds: &mut In) -> io::Result<Carr
                 })
             })
             .collect::<io::Result<_>>()?,
+        inflight: state
+            .inflight
+            .map(|inflight| {
+                Ok::<_, io::Error>(CarriedInflight {
+                    payload: inflight.payload,
+                    file: fds.take(inflight.file)?,
+                })
+            })
+            .transpose()?,
         rings: state
             .rings
             .into_iter()
