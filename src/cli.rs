@@ -136,6 +136,11 @@ pub struct Arguments {
     #[arg(verbatim_doc_comment, long, value_name = "PATH", help_heading = PROCESS)]
     pub control_path: Option<PathBuf>,
 
+    /// Take all disks over from the daemon with this control socket, while the guests run;
+    /// without a daemon there, start as usual [default: start as usual]
+    #[arg(verbatim_doc_comment, long, value_name = "PATH", help_heading = PROCESS)]
+    pub take_over: Option<PathBuf>,
+
     /// How much to tell on stderr: error, warn, info, debug or trace [default: info]
     #[arg(
         verbatim_doc_comment, long, value_name = "LEVEL", value_enum, hide_possible_values = true,

@@ -43,6 +43,8 @@ pub struct Config {
     pub groups: Vec<Group>,
     /// Where the control socket is, if there is to be one; no disk's socket.
     pub control_path: Option<PathBuf>,
+    /// The control socket of the daemon to take the disks over from, if there is one.
+    pub take_over: Option<PathBuf>,
     /// Most worker threads; at least one. There are never more than queues.
     pub workers: usize,
     /// The CPUs they run on, one each in turn.
@@ -166,6 +168,7 @@ impl Config {
             disks: others,
             groups,
             control_path,
+            take_over,
             workers,
             worker_cpus,
             poll_us,
@@ -201,6 +204,7 @@ impl Config {
             disks,
             groups,
             control_path,
+            take_over,
             workers,
             worker_cpus,
             poll_us,

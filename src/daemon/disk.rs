@@ -3,6 +3,7 @@
 mod cache;
 mod dealing;
 mod describe;
+mod hold;
 mod resize;
 mod tuning;
 mod usage;
@@ -28,6 +29,7 @@ use crate::virtio::shape::DiskShape;
 pub use self::cache::CacheError;
 use self::cache::CacheState;
 use self::describe::{shape, space, target};
+pub use self::hold::{Changes, Holding};
 pub use self::resize::ResizeError;
 use self::resize::Size;
 pub use self::tuning::Membership;

@@ -24,6 +24,7 @@ use super::faults::Hold;
 use super::placement::Seat;
 use super::report::{TraceReport, WorkerReport};
 use super::socket::Stop;
+use super::worker::HeldRings;
 
 /// A ring the front end has finished describing.
 #[derive(Debug)]
@@ -101,6 +102,11 @@ pub enum Message {
     Drain(DiskId, Reply<()>),
     /// The disk has this many bytes from now on, more than before; its rings go on meanwhile.
     Resize(DiskId, u64, Reply<std::io::Result<()>>),
+    /// Take nothing more of the disk, and answer when nothing is in flight; where its rings are then.
+    /// The disk stays so until it is released.
+    Hold(DiskId, Reply<HeldRings>),
+    /// Go on with a disk that was held, under its own limits and its group's.
+    Release(DiskId, Arc<Throttle>, Option<Arc<Throttle>>, Reply<()>),
     /// The queue map changed: this many vCPUs use the ring.
     SetCtxs(RingId, u16, Reply<()>),
     /// Freeze the disk's rings, use another elevator, thaw.

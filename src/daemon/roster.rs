@@ -19,15 +19,26 @@ use super::report::{DiskSummary, QueueSummary, Summary, TraceReport, WorkerRepor
 
 /// The groups of disks that share limits, by name.
 #[derive(Debug, Default)]
-pub struct Groups(Mutex<BTreeMap<String, Arc<Throttle>>>);
+pub struct Groups {
+    now: Mutex<BTreeMap<String, Arc<Throttle>>>,
+    /// As the configuration has them.
+    configured: BTreeMap<String, Limits>,
+}
 
 impl Groups {
     /// Those of the configuration, with full buckets.
     pub fn new(groups: &[Group]) -> Groups {
-        let groups = groups
+        let configured: BTreeMap<_, _> = groups
             .iter()
-            .map(|group| (group.name.clone(), Arc::new(Throttle::new(group.limits))));
-        Groups(Mutex::new(groups.collect()))
+            .map(|group| (group.name.clone(), group.limits))
+            .collect();
+        let now = configured
+            .iter()
+            .map(|(name, limits)| (name.clone(), Arc::new(Throttle::new(*limits))));
+        Groups {
+            now: Mutex::new(now.collect()),
+            configured,
+        }
     }
 
     /// The group of that name, as what a disk can be a member of.
@@ -40,7 +51,7 @@ impl Groups {
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Arc<Throttle>>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.now.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -117,6 +128,15 @@ impl Roster {
     /// The names of the groups, in order.
     pub fn group_names(&self) -> Vec<String> {
         self.groups.lock().keys().cloned().collect()
+    }
+
+    /// The groups whose limits are not as configured, with those they have.
+    pub fn changed_groups(&self) -> BTreeMap<String, Limits> {
+        let now = self.groups.lock();
+        now.iter()
+            .map(|(name, throttle)| (name.clone(), throttle.limits()))
+            .filter(|(name, limits)| self.groups.configured.get(name) != Some(limits))
+            .collect()
     }
 
     /// A group and its limits.

@@ -12,6 +12,7 @@
 mod control;
 mod driver;
 mod faults;
+mod hold;
 mod intake;
 mod lost;
 mod port;
@@ -41,6 +42,7 @@ use crate::virtio::shape::DiskShape;
 use self::control::Pending;
 use self::driver::EngineDriver;
 use self::faults::{Care, failed};
+pub use self::hold::HeldRings;
 use self::port::Port;
 use self::spin::Spin;
 use self::traced::Named;
@@ -96,6 +98,8 @@ struct Worker {
     inbox: Receiver<Message>,
     has_mail: bool,
     pending: Vec<Pending>,
+    /// Disks that take nothing until they are released.
+    held: Vec<DiskId>,
     /// Counts of rings that were stopped.
     reports: Vec<QueueReport>,
     named: Named,
@@ -190,6 +194,7 @@ impl Worker {
             inbox,
             has_mail: true,
             pending: Vec::new(),
+            held: Vec::new(),
             reports: Vec::new(),
             named: Named::default(),
             spin: Spin::new(options.poll_us),

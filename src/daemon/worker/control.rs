@@ -16,6 +16,7 @@ use crate::virtio::ring::{Ring, RingError};
 use super::super::message::{FdRole, Message, Reply, StartRing};
 use super::super::report::{RingStats, WorkerReport};
 use super::faults::Care;
+use super::hold::HeldRings;
 use super::port::{Gates, Port};
 use super::tally::report_of;
 use super::{LOOK_FOR_LOSSES, Worker, WorkerDisk, heat, open_disk, open_port};
@@ -28,6 +29,7 @@ pub(super) enum Pending {
     Memory(DiskId, Arc<MemoryTable>, Reply<()>),
     Scheduler(DiskId, Params, Reply<()>),
     Drain(DiskId, Reply<()>),
+    Hold(DiskId, Reply<HeldRings>),
     Shutdown(Reply<WorkerReport>),
 }
 
@@ -35,9 +37,10 @@ impl Pending {
     /// The disk that is frozen until this is carried out.
     fn freezes(&self) -> Option<DiskId> {
         match self {
-            Pending::Memory(disk, ..) | Pending::Scheduler(disk, ..) | Pending::Drain(disk, _) => {
-                Some(*disk)
-            }
+            Pending::Memory(disk, ..)
+            | Pending::Scheduler(disk, ..)
+            | Pending::Drain(disk, _)
+            | Pending::Hold(disk, _) => Some(*disk),
             Pending::Stop(..) | Pending::Disable(..) | Pending::Shutdown(_) => None,
         }
     }
@@ -123,6 +126,11 @@ impl Worker {
                 done.send(self.mq.set_elevator_param(disk, &name, value));
             }
             Message::Resize(disk, size_bytes, done) => done.send(self.resize(disk, size_bytes)),
+            Message::Hold(disk, done) => self.hold(disk, done),
+            Message::Release(disk, throttle, group, done) => {
+                self.release(disk, throttle, group);
+                done.send(());
+            }
             Message::SetCtxs(ring, ctxs, done) => {
                 if let Some(hctx) = self.find(ring) {
                     self.mq.set_ctxs(hctx, ctxs);
@@ -164,7 +172,7 @@ impl Worker {
 
     /// Takes nothing more from the disk's rings until what waits for that has been carried out
     /// (blk_mq_freeze_queue).
-    fn freeze(&mut self, until: Pending) {
+    pub(super) fn freeze(&mut self, until: Pending) {
         let disk = until.freezes();
         for hctx in self.hctxs() {
             let port = open_port(&mut self.ports, hctx);
@@ -177,7 +185,7 @@ impl Worker {
     }
 
     /// Goes on, unless something else waits for the disk to be frozen.
-    fn thaw(&mut self, disk: DiskId) {
+    pub(super) fn thaw(&mut self, disk: DiskId) {
         if self.is_freezing(disk) {
             return;
         }
@@ -191,7 +199,7 @@ impl Worker {
     }
 
     fn is_freezing(&self, disk: DiskId) -> bool {
-        self.pending.iter().any(|p| p.freezes() == Some(disk))
+        self.held.contains(&disk) || self.pending.iter().any(|p| p.freezes() == Some(disk))
     }
 
     fn find(&self, ring: RingId) -> Option<HctxId> {
@@ -316,7 +324,8 @@ impl Worker {
                 Pending::Stop(hctx, _) | Pending::Disable(hctx, _) => self.is_drained(*hctx),
                 Pending::Memory(disk, ..)
                 | Pending::Scheduler(disk, ..)
-                | Pending::Drain(disk, _) => self
+                | Pending::Drain(disk, _)
+                | Pending::Hold(disk, _) => self
                     .ports()
                     .all(|(hctx, port)| port.id.disk != *disk || self.mq.in_flight(hctx) == 0),
                 Pending::Shutdown(_) => self.ports().all(|(hctx, _)| self.is_drained(hctx)),
@@ -332,7 +341,8 @@ impl Worker {
 
     /// Whether nothing is in flight, what the daemon before has left included.
     fn is_drained(&self, hctx: HctxId) -> bool {
-        let owes = |port: &Port| port.owes();
+        // What a held disk owes stays in the record, for the next process.
+        let owes = |port: &Port| port.owes() && !self.held.contains(&port.id.disk);
         self.mq.in_flight(hctx) == 0 && !self.ports[hctx.index()].as_ref().is_some_and(owes)
     }
 
@@ -358,6 +368,7 @@ impl Worker {
                 self.thaw(disk);
                 done.send(());
             }
+            Pending::Hold(disk, done) => self.is_held(disk, done),
             Pending::Shutdown(done) => {
                 for hctx in self.hctxs() {
                     self.stop(hctx);
