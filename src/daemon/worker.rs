@@ -89,6 +89,8 @@ struct Worker {
     ports: Vec<Option<Port>>,
     /// Ports that are looked at each turn.
     hot: Vec<HctxId>,
+    /// Ports of which something is taken in this turn; empty between turns.
+    busy: Vec<HctxId>,
     /// Ports with used elements nobody was told about.
     touched: Vec<HctxId>,
     /// There are ports that wait for room in the pool.
@@ -188,6 +190,7 @@ impl Worker {
             slots: Vec::new(),
             ports: Vec::new(),
             hot: Vec::new(),
+            busy: Vec::new(),
             touched: Vec::new(),
             starving: false,
             room: false,

@@ -250,6 +250,7 @@ impl Worker {
             self.ports.resize_with(hctx.index() + 1, || None);
             // A port is on each list at most once.
             self.hot.reserve(self.ports.len());
+            self.busy.reserve(self.ports.len());
             self.touched.reserve(self.ports.len());
         }
         let frozen = self.is_freezing(id.disk);
