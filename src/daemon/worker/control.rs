@@ -9,14 +9,16 @@ use std::sync::Arc;
 use crate::engine::{CallSlot, Engine};
 use crate::mq::HctxConfig;
 use crate::mq::elevator::Params;
-use crate::mq::ids::{DiskId, HctxId, RingId, WorkerId};
+use crate::mq::ids::{DiskId, HctxId, RingId};
 use crate::virtio::memory::MemoryTable;
 use crate::virtio::ring::{Ring, RingError};
 
 use super::super::message::{FdRole, Message, Reply, StartRing};
-use super::super::report::{QueueReport, RingStats, WorkerReport};
+use super::super::report::{RingStats, WorkerReport};
+use super::faults::Care;
 use super::port::{Gates, Port};
-use super::{LOOK_FOR_LOSSES, Worker, WorkerDisk, heat, open_port};
+use super::tally::report_of;
+use super::{LOOK_FOR_LOSSES, Worker, WorkerDisk, heat, open_disk, open_port};
 
 /// What waits for requests in flight to end.
 #[derive(Debug)]
@@ -47,6 +49,7 @@ impl Worker {
         while let Ok(message) = self.inbox.try_recv() {
             self.apply(message);
         }
+        self.follow_holds();
     }
 
     fn apply(&mut self, message: Message) {
@@ -58,6 +61,8 @@ impl Worker {
                 write_through,
                 sync_fault,
                 throttle,
+                on_error,
+                hold,
                 done,
             } => {
                 let needed = disk.index() + 1;
@@ -72,6 +77,8 @@ impl Worker {
                     self.disks[disk.index()] = Some(WorkerDisk {
                         shape: *shape,
                         write_through,
+                        care: Care::new(on_error, hold),
+                        pool: None,
                     });
                 }));
             }
@@ -79,6 +86,7 @@ impl Worker {
             Message::Stop(ring, done) => match self.find(ring) {
                 Some(hctx) => {
                     open_port(&mut self.ports, hctx).gates.stopping = true;
+                    self.let_end(hctx);
                     self.pending.push(Pending::Stop(hctx, done));
                 }
                 None => done.send(None),
@@ -92,6 +100,7 @@ impl Worker {
                         heat(&mut self.hot, port, hctx);
                         done.send(());
                     } else {
+                        self.let_end(hctx);
                         self.pending.push(Pending::Disable(hctx, done));
                     }
                 }
@@ -138,9 +147,14 @@ impl Worker {
             }
             Message::TakeTrace(done) => done.send(self.take_trace()),
             Message::Report(done) => done.send(self.report()),
+            Message::Resume(disk, done) => {
+                self.resume(disk);
+                done.send(());
+            }
             Message::Shutdown(done) => {
-                for port in self.ports.iter_mut().flatten() {
-                    port.gates.stopping = true;
+                for hctx in self.hctxs() {
+                    open_port(&mut self.ports, hctx).gates.stopping = true;
+                    self.let_end(hctx);
                 }
                 self.leaving = true;
                 self.pending.push(Pending::Shutdown(done));
@@ -152,8 +166,12 @@ impl Worker {
     /// (blk_mq_freeze_queue).
     fn freeze(&mut self, until: Pending) {
         let disk = until.freezes();
-        for port in self.ports.iter_mut().flatten() {
-            port.gates.frozen |= Some(port.id.disk) == disk;
+        for hctx in self.hctxs() {
+            let port = open_port(&mut self.ports, hctx);
+            if Some(port.id.disk) == disk {
+                port.gates.frozen = true;
+                self.let_end(hctx);
+            }
         }
         self.pending.push(until);
     }
@@ -169,6 +187,7 @@ impl Worker {
                 heat(&mut self.hot, port, HctxId(index));
             }
         }
+        self.end_hold(disk);
     }
 
     fn is_freezing(&self, disk: DiskId) -> bool {
@@ -179,7 +198,7 @@ impl Worker {
         self.ports().find(|(_, port)| port.id == ring).map(|p| p.0)
     }
 
-    fn ports(&self) -> impl Iterator<Item = (HctxId, &Port)> {
+    pub(super) fn ports(&self) -> impl Iterator<Item = (HctxId, &Port)> {
         self.ports.iter().zip(0..).filter_map(|(port, index)| {
             let port = port.as_ref()?;
             Some((HctxId(index), port))
@@ -210,6 +229,9 @@ impl Worker {
                 ring.to_resume()
             );
         }
+        open_disk(&mut self.disks, id.disk)
+            .pool
+            .get_or_insert_default();
         let hctx = self.mq.add_hctx(HctxConfig {
             disk: id.disk,
             queue: id.queue,
@@ -243,6 +265,7 @@ impl Worker {
             was_enabled: enabled,
             stats: RingStats::default(),
         });
+        self.join_hold(hctx);
         self.losses = LOOK_FOR_LOSSES;
         self.set_fd(hctx, FdRole::Kick, kick);
         self.set_fd(hctx, FdRole::Call, call);
@@ -336,8 +359,7 @@ impl Worker {
                 done.send(());
             }
             Pending::Shutdown(done) => {
-                let all: Vec<HctxId> = self.ports().map(|(hctx, _)| hctx).collect();
-                for hctx in all {
+                for hctx in self.hctxs() {
                     self.stop(hctx);
                 }
                 done.send(self.report());
@@ -377,38 +399,6 @@ impl Worker {
             }
         }
     }
-
-    /// Counts of the rings that were stopped and of those that run.
-    fn report(&mut self) -> WorkerReport {
-        let mut reports = self.reports.clone();
-        for (port, index) in self.ports.iter().zip(0..) {
-            let Some(port) = port else { continue };
-            let hctx = HctxId(index);
-            let ctx = self.mq.ctx_stats(hctx).to_vec();
-            let stats = *self.mq.stats(hctx);
-            let times = self.mq.times(hctx);
-            report_of(&mut reports, port.id, self.id).add(ctx, &stats, times, &port.stats);
-        }
-        let disks = (0..self.disks.len())
-            .map(|index| DiskId(u16::try_from(index).expect("disks are bounded")))
-            .map(|disk| (disk, self.mq.disk_stats(disk)))
-            .collect();
-        WorkerReport {
-            queues: reports,
-            disks,
-            engine: self.engine.counters(),
-        }
-    }
-}
-
-/// The report of a ring; a new one if there is none yet.
-fn report_of(reports: &mut Vec<QueueReport>, ring: RingId, worker: WorkerId) -> &mut QueueReport {
-    let index = reports.iter().position(|report| report.ring == ring);
-    let index = index.unwrap_or_else(|| {
-        reports.push(QueueReport::new(ring, worker.0));
-        reports.len() - 1
-    });
-    &mut reports[index]
 }
 
 fn replace_call(
