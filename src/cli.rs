@@ -16,8 +16,9 @@ use crate::mq::map::MapKind;
 use crate::mq::qos::Limits;
 
 pub use self::choices::{
-    CacheMode, Discard, EngineKind, LockWhen, LogLevel, OnTimeout, SummaryFormat, Switch,
+    CacheMode, Discard, EngineKind, LockWhen, LogLevel, OnError, OnTimeout, SummaryFormat, Switch,
 };
+use self::cpus::CpuList;
 pub use self::safety::DiskSafety;
 use self::tuning::{
     Group, Scheduler, parse_group, parse_group_name, parse_limits, parse_scheduler,
@@ -28,6 +29,7 @@ use self::values::{
 };
 
 mod choices;
+pub mod cpus;
 mod safety;
 pub mod tuning;
 mod values;
@@ -92,6 +94,15 @@ pub struct Arguments {
         value_parser = clap::value_parser!(u16).range(1..=256), help_heading = PROCESS
     )]
     pub workers: Option<u16>,
+
+    /// CPUs the workers run on, one each in turn, such as 0-3,8; without --workers there are
+    /// as many workers as CPUs [default: where the kernel puts them, on several NUMA nodes
+    /// near the guest's memory]
+    #[arg(
+        verbatim_doc_comment, long, value_name = "LIST", value_parser = CpuList::parse,
+        help_heading = PROCESS
+    )]
+    pub worker_cpus: Option<CpuList>,
 
     /// Longest time a worker looks for new requests before it sleeps, in microseconds;
     /// 0 never looks. More is a shorter wait for the guest and more CPU time on the
@@ -239,8 +250,9 @@ pub struct DiskArguments {
     )]
     pub queue_map: Option<MapKind>,
 
-    /// What stands behind the disk: auto and io_uring use the image; null has none: it
-    /// forgets what is written, and reads bring nothing [default: auto]
+    /// Who reads and writes the image: io_uring; mmap, for images in memory (tmpfs,
+    /// memfd, hugetlbfs, DAX); auto, the better one; null has no image: it forgets what
+    /// is written, and reads bring nothing [default: auto]
     #[arg(
         verbatim_doc_comment, long, value_name = "ENGINE", value_enum, hide_possible_values = true,
         help_heading = IO

@@ -75,6 +75,15 @@ impl Api {
                 let disk = self.find(name)?;
                 let _alone = self.begin_change()?;
                 let change = DiskChange::read(&request.body, disk, roster).map_err(bad)?;
+                // It would have to end what is held, with errors for the guest.
+                if change.empties() && roster.is_held(disk) {
+                    return Err(Response::error(
+                        409,
+                        format!(
+                            "the disk is held after an error; resume it first (blkmqctl resume {name})"
+                        ),
+                    ));
+                }
                 change.apply(disk, roster);
                 Ok(Response::json(&view::disk(roster, disk)))
             }
@@ -88,6 +97,12 @@ impl Api {
                 Ok(Response::json(&view::disk(roster, disk)))
             }
             (["v1", "disks", _, "resize"], _) => Err(Response::method_not_allowed("POST")),
+            (["v1", "disks", name, "resume"], "POST") => {
+                let disk = self.find(name)?;
+                disk.resume();
+                Ok(Response::json(&view::disk(roster, disk)))
+            }
+            (["v1", "disks", _, "resume"], _) => Err(Response::method_not_allowed("POST")),
             (["v1", "take-over"], _) => Err(Response::method_not_allowed("POST")),
             (["v1", "groups"], "GET") => {
                 let names = roster.group_names();

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::{self, Receiver, Sender, SyncSender};
 
+use crate::config::OnError;
 use crate::engine::{SyncFault, Target, Waker};
 use crate::mq::elevator::{ParamError, Params};
 use crate::mq::ids::{DiskId, RingId, WorkerId};
@@ -19,6 +20,8 @@ use crate::virtio::memory::MemoryTable;
 use crate::virtio::ring::{RingError, RingSetup};
 use crate::virtio::shape::DiskShape;
 
+use super::faults::Hold;
+use super::placement::Seat;
 use super::report::{TraceReport, WorkerReport};
 use super::socket::Stop;
 use super::worker::HeldRings;
@@ -76,6 +79,10 @@ pub enum Message {
         sync_fault: Arc<SyncFault>,
         /// What it may do in a second; the same for all workers.
         throttle: Arc<Throttle>,
+        /// What becomes of requests that fail.
+        on_error: OnError,
+        /// Shared with the other workers that serve the disk.
+        hold: Arc<Hold>,
         /// Answered when it is known to the engine.
         done: Reply<std::io::Result<()>>,
     },
@@ -110,6 +117,8 @@ pub enum Message {
     SetGroup(DiskId, Option<Arc<Throttle>>, Reply<()>),
     /// Limits have changed: who was told to wait asks again.
     LimitsChanged(Reply<()>),
+    /// Go on with a disk that is held after an error.
+    Resume(DiskId, Reply<()>),
     /// Forget what was traced before, and record these actions, this many events at most.
     StartTrace(usize, Arc<[Action]>, Reply<()>),
     /// Record no more; what was recorded can still be taken.
@@ -157,17 +166,19 @@ pub struct WorkerHandle {
     id: WorkerId,
     messages: Sender<Message>,
     waker: Waker,
+    seat: Arc<Seat>,
 }
 
 impl WorkerHandle {
     /// A handle, and the receiver for the worker it belongs to.
-    pub fn new(id: WorkerId, waker: Waker) -> (WorkerHandle, Receiver<Message>) {
+    pub fn new(id: WorkerId, waker: Waker, seat: Seat) -> (WorkerHandle, Receiver<Message>) {
         let (messages, inbox) = mpsc::channel();
         (
             WorkerHandle {
                 id,
                 messages,
                 waker,
+                seat: Arc::new(seat),
             },
             inbox,
         )
@@ -176,6 +187,16 @@ impl WorkerHandle {
     /// Which worker it is.
     pub fn id(&self) -> WorkerId {
         self.id
+    }
+
+    /// Has the worker look around without a message.
+    pub fn nudge(&self) {
+        self.waker.wake();
+    }
+
+    /// Where it lives.
+    pub fn seat(&self) -> &Seat {
+        &self.seat
     }
 
     /// Sends a message and waits for the answer.

@@ -3,8 +3,11 @@
 pub mod backend;
 pub mod clock;
 pub mod disk;
+pub mod faults;
+pub mod files;
 pub mod growth;
 pub mod message;
+pub mod placement;
 pub mod report;
 pub mod roster;
 pub mod serve;

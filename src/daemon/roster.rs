@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
+use crate::cli::cpus::CpuList;
 use crate::config::Group;
 use crate::mq::diskstats::DiskStats;
 use crate::mq::qos::{Limits, Throttle};
@@ -12,6 +13,7 @@ use crate::mq::trace::Action;
 
 use super::clock::Clock;
 use super::disk::{Disk, Membership};
+use super::faults::DiskFaults;
 use super::message::{Message, Reply, WorkerHandle, ask_all};
 use super::report::{DiskSummary, QueueSummary, Summary, TraceReport, WorkerReport, WorkerSummary};
 
@@ -105,9 +107,17 @@ impl Roster {
         ask_all(&self.workers, message)
     }
 
+    /// Whether a disk is held after an error.
+    pub fn is_held(&self, disk: &Disk) -> bool {
+        self.reports()
+            .iter()
+            .flat_map(|report| &report.faults)
+            .any(|(id, found)| *id == disk.id && found.held)
+    }
+
     /// The summary of `reports`.
     pub fn summarize(&self, reports: &[WorkerReport]) -> Summary {
-        summarize(&self.disks, reports)
+        summarize(&self.disks, &self.workers, reports)
     }
 
     /// Limits a disk from now on.
@@ -166,12 +176,14 @@ impl Roster {
 }
 
 /// One summary of what all workers reported, in the workers' order.
-fn summarize(disks: &[Arc<Disk>], reports: &[WorkerReport]) -> Summary {
+fn summarize(disks: &[Arc<Disk>], workers: &[WorkerHandle], reports: &[WorkerReport]) -> Summary {
     let workers = reports
         .iter()
-        .zip(0..)
+        .zip(workers)
         .map(|(report, worker)| WorkerSummary {
-            worker,
+            worker: worker.id().0,
+            cpus: worker.seat().cpus.as_ref().map(CpuList::to_string),
+            node: worker.seat().node,
             queues: report.queues.len(),
             enters: report.engine.enters,
             sqes: report.engine.sqes,
@@ -205,7 +217,16 @@ fn summarize(disks: &[Arc<Disk>], reports: &[WorkerReport]) -> Summary {
                     stats.add(counted);
                 }
             }
+            let mut faults = DiskFaults::default();
+            for report in reports {
+                for (_, found) in report.faults.iter().filter(|(id, _)| *id == disk.id) {
+                    faults.held |= found.held;
+                    faults.errors.add(&found.errors);
+                }
+            }
             DiskSummary {
+                held: faults.held,
+                io_errors: faults.errors,
                 serial: disk.config.serial.clone(),
                 scheduler: disk.scheduler().kind().to_string(),
                 stats,

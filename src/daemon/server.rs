@@ -2,6 +2,7 @@
 //! disk's socket, and takes everything down in order.
 
 use std::io::{self, Write};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::{self, Sender};
 use std::thread::{self, JoinHandle};
@@ -19,8 +20,10 @@ use crate::sigbus;
 
 use super::clock::Clock;
 use super::disk::{Disk, worker_id};
+use super::files;
 use super::growth::GrowthWatch;
 use super::message::WorkerHandle;
+use super::placement::{self, Nodes, Seat};
 use super::report::Summary;
 use super::roster::{Groups, Roster};
 use super::serve::DiskServer;
@@ -47,6 +50,7 @@ enum Happened {
 /// Something is missing or wrong before the first front end could be served. Nothing is left
 /// behind.
 pub fn run(config: Config) -> Result<(), StartError> {
+    files::allow(&config.disks);
     // Images and sockets first: they are what a user gets wrong.
     let predecessor = match &config.take_over {
         Some(path) => Predecessor::find(path, &config)?,
@@ -241,8 +245,12 @@ fn start_workers(
     let mut handles = Vec::new();
     let mut threads = Vec::new();
     let count = config.workers.min(queues);
+    let seats = seats(config, count)?;
+    let several = seats.iter().any(|seat| seat.node != seats[0].node);
     // Each disk begins with another worker, so one may get a queue of each disk more than its share.
-    let rings = u16::try_from(queues / count + config.disks.len())
+    // On several nodes the memory of the guests may bring all queues to the workers of one.
+    let share = if several { queues } else { queues / count };
+    let rings = u16::try_from(share + config.disks.len())
         .unwrap_or(MAX_HCTXS)
         .min(MAX_HCTXS);
     let options = WorkerOptions {
@@ -252,18 +260,39 @@ fn start_workers(
         on_timeout: config.on_timeout,
         clock,
     };
-    for index in 0..count {
-        let (handle, thread) =
-            worker::spawn(worker_id(index), options).map_err(|source| StartError::System {
-                what: format!("start worker {index}"),
-                source,
-                advice: "check that io_uring is allowed (sysctl kernel.io_uring_disabled) \
-                         and that the limit of locked memory is not tiny (ulimit -l)",
-            })?;
+    for (index, seat) in seats.into_iter().enumerate() {
+        if let Some(cpus) = &seat.cpus {
+            let node = seat.node.map(|node| format!(", node {node}"));
+            log::info!("worker {index}: CPU {cpus}{}", node.unwrap_or_default());
+        }
+        let spawned = worker::spawn(worker_id(index), options, seat);
+        let (handle, thread) = spawned.map_err(|source| StartError::System {
+            what: format!("start worker {index}"),
+            source,
+            advice: "check that io_uring is allowed (sysctl kernel.io_uring_disabled) \
+                     and that the limit of locked memory is not tiny (ulimit -l)",
+        })?;
         handles.push(handle);
         threads.push(thread);
     }
     Ok((handles, threads))
+}
+
+/// Where the workers are to live.
+fn seats(config: &Config, count: usize) -> Result<Vec<Seat>, StartError> {
+    let allowed =
+        placement::allowed_cpus().map_err(|source| system("ask which CPUs may be used", source))?;
+    if let Some(list) = &config.worker_cpus {
+        placement::check(list, &placement::online_cpus(&allowed), &allowed)
+            .map_err(StartError::Usage)?;
+    }
+    let nodes = Nodes::discover(Path::new(placement::NODES));
+    Ok(placement::seats(
+        count,
+        config.worker_cpus.as_ref(),
+        &allowed,
+        &nodes,
+    ))
 }
 
 fn print(config: &Config, summary: &Summary) {

@@ -15,10 +15,11 @@ use crate::virtio::ring::{Ring, RingError};
 
 use super::super::message::{FdRole, Message, Reply, StartRing};
 use super::super::report::{RingStats, WorkerReport};
+use super::faults::Care;
 use super::hold::HeldRings;
 use super::port::{Gates, Port};
 use super::tally::report_of;
-use super::{LOOK_FOR_LOSSES, Worker, WorkerDisk, heat, open_port};
+use super::{LOOK_FOR_LOSSES, Worker, WorkerDisk, heat, open_disk, open_port};
 
 /// What waits for requests in flight to end.
 #[derive(Debug)]
@@ -51,6 +52,7 @@ impl Worker {
         while let Ok(message) = self.inbox.try_recv() {
             self.apply(message);
         }
+        self.follow_holds();
     }
 
     fn apply(&mut self, message: Message) {
@@ -62,6 +64,8 @@ impl Worker {
                 write_through,
                 sync_fault,
                 throttle,
+                on_error,
+                hold,
                 done,
             } => {
                 let needed = disk.index() + 1;
@@ -76,6 +80,8 @@ impl Worker {
                     self.disks[disk.index()] = Some(WorkerDisk {
                         shape: *shape,
                         write_through,
+                        care: Care::new(on_error, hold),
+                        pool: None,
                     });
                 }));
             }
@@ -83,6 +89,7 @@ impl Worker {
             Message::Stop(ring, done) => match self.find(ring) {
                 Some(hctx) => {
                     open_port(&mut self.ports, hctx).gates.stopping = true;
+                    self.let_end(hctx);
                     self.pending.push(Pending::Stop(hctx, done));
                 }
                 None => done.send(None),
@@ -96,6 +103,7 @@ impl Worker {
                         heat(&mut self.hot, port, hctx);
                         done.send(());
                     } else {
+                        self.let_end(hctx);
                         self.pending.push(Pending::Disable(hctx, done));
                     }
                 }
@@ -147,9 +155,14 @@ impl Worker {
             }
             Message::TakeTrace(done) => done.send(self.take_trace()),
             Message::Report(done) => done.send(self.report()),
+            Message::Resume(disk, done) => {
+                self.resume(disk);
+                done.send(());
+            }
             Message::Shutdown(done) => {
-                for port in self.ports.iter_mut().flatten() {
-                    port.gates.stopping = true;
+                for hctx in self.hctxs() {
+                    open_port(&mut self.ports, hctx).gates.stopping = true;
+                    self.let_end(hctx);
                 }
                 self.leaving = true;
                 self.pending.push(Pending::Shutdown(done));
@@ -161,8 +174,12 @@ impl Worker {
     /// (blk_mq_freeze_queue).
     pub(super) fn freeze(&mut self, until: Pending) {
         let disk = until.freezes();
-        for port in self.ports.iter_mut().flatten() {
-            port.gates.frozen |= Some(port.id.disk) == disk;
+        for hctx in self.hctxs() {
+            let port = open_port(&mut self.ports, hctx);
+            if Some(port.id.disk) == disk {
+                port.gates.frozen = true;
+                self.let_end(hctx);
+            }
         }
         self.pending.push(until);
     }
@@ -178,6 +195,7 @@ impl Worker {
                 heat(&mut self.hot, port, HctxId(index));
             }
         }
+        self.end_hold(disk);
     }
 
     fn is_freezing(&self, disk: DiskId) -> bool {
@@ -219,6 +237,9 @@ impl Worker {
                 ring.to_resume()
             );
         }
+        open_disk(&mut self.disks, id.disk)
+            .pool
+            .get_or_insert_default();
         let hctx = self.mq.add_hctx(HctxConfig {
             disk: id.disk,
             queue: id.queue,
@@ -252,6 +273,7 @@ impl Worker {
             was_enabled: enabled,
             stats: RingStats::default(),
         });
+        self.join_hold(hctx);
         self.losses = LOOK_FOR_LOSSES;
         self.set_fd(hctx, FdRole::Kick, kick);
         self.set_fd(hctx, FdRole::Call, call);
@@ -348,8 +370,7 @@ impl Worker {
             }
             Pending::Hold(disk, done) => self.is_held(disk, done),
             Pending::Shutdown(done) => {
-                let all: Vec<HctxId> = self.ports().map(|(hctx, _)| hctx).collect();
-                for hctx in all {
+                for hctx in self.hctxs() {
                     self.stop(hctx);
                 }
                 done.send(self.report());

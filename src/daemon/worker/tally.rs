@@ -1,4 +1,4 @@
-//! What a worker has counted.
+//! What a worker has counted, for whoever asks.
 
 use crate::mq::ids::{DiskId, HctxId, RingId, WorkerId};
 
@@ -24,6 +24,7 @@ impl Worker {
         WorkerReport {
             queues: reports,
             disks,
+            faults: self.faults(),
             engine: self.engine.counters(),
         }
     }
