@@ -17,6 +17,7 @@ mod port;
 mod resize;
 mod rest;
 mod spin;
+mod start;
 mod traced;
 mod watchdog;
 
