@@ -27,6 +27,9 @@ use super::takeover::Beginning;
 use super::takeover::rest::{AtRest, CarriedListener, RestPlace, RestingSession, Verdict, Woken};
 use super::vring::{GuestMemory, SessionState, bind};
 
+/// VHOST_F_LOG_ALL: what is written to the guest's memory is marked in a log (vhost-user, "Migration").
+const LOG_ALL: u64 = 1 << 26;
+
 /// What one disk's thread needs.
 #[derive(Debug)]
 pub struct DiskServer {
@@ -264,6 +267,13 @@ impl Session {
 
     /// What another process needs to go on with it, but for the rings.
     fn at_rest(&self) -> io::Result<RestingSession> {
+        let negotiated = self.guard.negotiated();
+        if negotiated.features & LOG_ALL != 0 {
+            // What was written since the last page was marked would not be known to the next process.
+            return Err(io::Error::other(
+                "the guest is being migrated; try again when that is over",
+            ));
+        }
         let (front_end, channel) = self.guard.connections()?;
         let memory = self.memory.memory();
         let file_of = |guest: u64| {
@@ -275,7 +285,7 @@ impl Session {
         Ok(RestingSession {
             front_end,
             channel,
-            negotiated: self.guard.negotiated(),
+            negotiated,
             regions: self.guard.regions(file_of)?,
             inflight: self.state.inflight().carry()?,
             state: Arc::clone(&self.state),

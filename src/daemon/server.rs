@@ -68,6 +68,8 @@ pub fn run(config: Config) -> Result<(), StartError> {
     if let Some(predecessor) = &predecessor {
         predecessor.check(&config.disks, &images)?;
     }
+    let growth =
+        GrowthWatch::new(&images).map_err(|source| system("watch the images' sizes", source))?;
     let doors = config
         .disks
         .iter()
@@ -122,8 +124,6 @@ pub fn run(config: Config) -> Result<(), StartError> {
             rest: Arc::clone(&rest),
         })
         .collect();
-    let growth = GrowthWatch::new(roster.disks(), Arc::clone(&stop))
-        .map_err(|source| system("watch the images' sizes", source))?;
     let mut inherited = Vec::new();
     if let Some(predecessor) = predecessor {
         let mut inheritance = predecessor.inherit(&roster, &servers, clock)?;
@@ -136,7 +136,7 @@ pub fn run(config: Config) -> Result<(), StartError> {
     }
 
     let growth_thread = growth
-        .spawn()
+        .spawn(roster.disks(), &stop)
         .map_err(|source| system("watch the images' sizes", source))?;
     let control = match (control_path, control_door) {
         (Some(path), Some((listener, file))) => {

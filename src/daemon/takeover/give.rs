@@ -81,6 +81,8 @@ pub struct Giver {
     roster: Arc<Roster>,
     rest: Arc<RestPlace>,
     control: Arc<ControlSocket>,
+    /// By disk: the name of its socket. Found out at the start, since it may need the working directory.
+    names: Vec<String>,
     /// Called once the disks are another's.
     left: Box<dyn Fn() + Send + Sync>,
 }
@@ -102,7 +104,9 @@ impl Giver {
         control: Arc<ControlSocket>,
         left: impl Fn() + Send + Sync + 'static,
     ) -> Giver {
+        let disks = roster.disks().iter();
         Giver {
+            names: disks.map(|disk| socket_name(&disk.config.socket)).collect(),
             roster,
             rest,
             control,
@@ -168,13 +172,10 @@ impl Giver {
     fn negotiate(&self, frames: &Frames) -> Result<Instant, String> {
         let frame = expect(frames, Kind::Plan, Instant::now() + PATIENCE)?;
         let plan: Plan = read_plain(&frame).map_err(|error| error.to_string())?;
-        for disk in self.roster.disks() {
-            let name = socket_name(&disk.config.socket);
-            if !plan.disks.contains(&name) {
-                return Err(format!(
-                    "the new daemon has no disk on {name}; give it the same sockets"
-                ));
-            }
+        if let Some(name) = self.names.iter().find(|name| !plan.disks.contains(name)) {
+            return Err(format!(
+                "the new daemon has no disk on {name}; give it the same sockets"
+            ));
         }
         let control = plan.control.as_ref() == Some(&self.control.name);
         let facts = plain(Kind::Facts, &self.facts(control));
@@ -214,7 +215,8 @@ impl Giver {
                 )
             })?;
             let base_of = |queue: QueueId| rings.get(&queue).copied();
-            carried.push(carry(disk, with, base_of).map_err(|error| error.to_string())?);
+            let name = self.names[disk.id.index()].clone();
+            carried.push(carry(disk, name, with, base_of).map_err(|error| error.to_string())?);
         }
         let common = Common {
             groups: self.roster.changed_groups(),
@@ -248,7 +250,7 @@ impl Giver {
             control,
             disks: disks
                 .map(|disk| DiskFacts {
-                    socket: socket_name(&disk.config.socket),
+                    socket: self.names[disk.id.index()].clone(),
                     file: file_of(disk.image()),
                     size_bytes: disk.size_bytes(),
                     logical_block_size: disk.config.logical_block_size,
@@ -280,6 +282,7 @@ impl Drop for Holds<'_> {
 /// A disk that is held, with the session that rests.
 fn carry(
     disk: &Disk,
+    name: String,
     with: AtRest,
     base_of: impl Fn(QueueId) -> Option<u16>,
 ) -> io::Result<CarriedDisk> {
@@ -288,7 +291,7 @@ fn carry(
         .map(|resting| carry_session(resting, base_of))
         .transpose()?;
     Ok(CarriedDisk {
-        socket: socket_name(&disk.config.socket),
+        socket: name,
         size_bytes: disk.size_bytes(),
         was_write_through: disk.chose_write_through(),
         changes: disk.changes(),

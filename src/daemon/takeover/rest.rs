@@ -253,3 +253,71 @@ impl RestPlace {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::thread;
+    use std::time::Duration;
+
+    fn soon() -> Instant {
+        Instant::now() + Duration::from_secs(20)
+    }
+
+    #[test]
+    fn all_come_to_rest_and_hear_what_comes_of_it() {
+        let place = RestPlace::new(3).unwrap();
+        place.gone(DiskId(2));
+        for leaves in [false, true] {
+            let verdicts = thread::scope(|scope| {
+                let place = &place;
+                let threads = [0, 1].map(|disk| {
+                    scope.spawn(move || {
+                        let stop = Stop::new().unwrap();
+                        let never = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
+                        assert_eq!(place.wait(&stop, &never), Woken::Wished);
+                        place.rest(DiskId(disk), Ok(AtRest::default()))
+                    })
+                });
+                assert_eq!(place.gather(soon()).unwrap().len(), 3);
+                match leaves {
+                    true => place.leave(),
+                    false => place.go_on(),
+                }
+                threads.map(|thread| thread.join().unwrap())
+            });
+            let verdict = if leaves {
+                Verdict::Leave
+            } else {
+                Verdict::GoOn
+            };
+            assert_eq!(verdicts, [verdict; 2]);
+            assert_eq!(place.is_left(), leaves);
+        }
+    }
+
+    #[test]
+    fn who_is_late_or_unable_is_named_and_all_go_on() {
+        let place = RestPlace::new(2).unwrap();
+        let (disk, why) = place.gather(Instant::now()).unwrap_err();
+        assert_eq!((disk, &*why), (DiskId(0), "does not come to rest"));
+        place.go_on();
+        // Too late: nobody is asked any more.
+        assert_eq!(place.rest(DiskId(0), Ok(AtRest::default())), Verdict::GoOn);
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                let stop = Stop::new().unwrap();
+                let never = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
+                assert_eq!(place.wait(&stop, &never), Woken::Wished);
+                let unable = Err(io::Error::other("no descriptors"));
+                assert_eq!(place.rest(DiskId(1), unable), Verdict::GoOn);
+            });
+            let (disk, why) = place.gather(soon()).unwrap_err();
+            assert_eq!(
+                (disk, &*why),
+                (DiskId(1), "cannot be carried: no descriptors")
+            );
+            place.go_on();
+        });
+    }
+}

@@ -356,3 +356,6 @@ fn read_scheduler(state: SchedulerState) -> io::Result<Params> {
         Scheduler::Auto => Err(bad("a scheduler without a name")),
     }
 }
+
+#[cfg(test)]
+mod tests;
