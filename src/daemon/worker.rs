@@ -19,6 +19,7 @@ mod port;
 mod resize;
 mod rest;
 mod spin;
+mod start;
 mod tally;
 mod traced;
 mod watchdog;
