@@ -25,3 +25,5 @@ mod ranges;
 mod rings;
 #[path = "native/sessions.rs"]
 mod sessions;
+#[path = "native/syscalls.rs"]
+mod syscalls;
