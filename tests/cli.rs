@@ -256,7 +256,7 @@ fn wrong_words_are_one_line_and_status_2() {
             &["--cache", "fast"],
             "writeback, none, writethrough, directsync, unsafe",
         ),
-        (&["--engine", "magic"], "auto, io_uring, null"),
+        (&["--engine", "magic"], "auto, io_uring, mmap, null"),
         (&["--discard", "maybe"], "'maybe' for '--discard"),
         (&["--poll-us", "-1"], "-1 is not in 0..=1000000"),
         (&["--queue-map", "sideways"], "grouping, modulo"),
