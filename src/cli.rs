@@ -16,7 +16,7 @@ use crate::mq::map::MapKind;
 use crate::mq::qos::Limits;
 
 pub use self::choices::{
-    CacheMode, Discard, EngineKind, LockWhen, LogLevel, OnTimeout, SummaryFormat, Switch,
+    CacheMode, Discard, EngineKind, LockWhen, LogLevel, OnError, OnTimeout, SummaryFormat, Switch,
 };
 use self::cpus::CpuList;
 pub use self::safety::DiskSafety;
@@ -136,6 +136,11 @@ pub struct Arguments {
     #[arg(verbatim_doc_comment, long, value_name = "PATH", help_heading = PROCESS)]
     pub control_path: Option<PathBuf>,
 
+    /// Take all disks over from the daemon with this control socket, while the guests run;
+    /// without a daemon there, start as usual [default: start as usual]
+    #[arg(verbatim_doc_comment, long, value_name = "PATH", help_heading = PROCESS)]
+    pub take_over: Option<PathBuf>,
+
     /// How much to tell on stderr: error, warn, info, debug or trace [default: info]
     #[arg(
         verbatim_doc_comment, long, value_name = "LEVEL", value_enum, hide_possible_values = true,
@@ -245,8 +250,9 @@ pub struct DiskArguments {
     )]
     pub queue_map: Option<MapKind>,
 
-    /// What stands behind the disk: auto and io_uring use the image; null has none: it
-    /// forgets what is written, and reads bring nothing [default: auto]
+    /// Who reads and writes the image: io_uring; mmap, for images in memory (tmpfs,
+    /// memfd, hugetlbfs, DAX); auto, the better one; null has no image: it forgets what
+    /// is written, and reads bring nothing [default: auto]
     #[arg(
         verbatim_doc_comment, long, value_name = "ENGINE", value_enum, hide_possible_values = true,
         help_heading = IO

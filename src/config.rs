@@ -15,9 +15,9 @@ use crate::error::StartError;
 use crate::mq::map::MapKind;
 use crate::mq::qos::Limits;
 
-use self::whole::{check_control_path, check_groups, no_socket_twice};
+use self::whole::{check_control_path, check_groups, check_on_error, no_socket_twice};
 pub use crate::cli::tuning::{Group, Scheduler};
-pub use crate::cli::{CacheMode, EngineKind, LockWhen, OnTimeout, SummaryFormat};
+pub use crate::cli::{CacheMode, EngineKind, LockWhen, OnError, OnTimeout, SummaryFormat};
 
 mod whole;
 
@@ -43,6 +43,8 @@ pub struct Config {
     pub groups: Vec<Group>,
     /// Where the control socket is, if there is to be one; no disk's socket.
     pub control_path: Option<PathBuf>,
+    /// The control socket of the daemon to take the disks over from, if there is one.
+    pub take_over: Option<PathBuf>,
     /// Most worker threads; at least one. There are never more than queues.
     pub workers: usize,
     /// The CPUs they run on, one each in turn.
@@ -68,10 +70,14 @@ pub struct DiskConfig {
     pub image: ImageSource,
     /// Whether the guest may only read (VIRTIO_BLK_F_RO).
     pub read_only: bool,
+    /// Who does the I/O.
+    pub engine: EngineKind,
     /// When the image is locked.
     pub lock: LockWhen,
     /// Whether others may write to the image, and locks of theirs be overlooked.
     pub force_share: bool,
+    /// What becomes of requests that fail.
+    pub on_error: OnError,
     /// How the host caches the image.
     pub cache: CacheMode,
     /// Whether discards are offered and free space.
@@ -162,6 +168,7 @@ impl Config {
             disks: others,
             groups,
             control_path,
+            take_over,
             workers,
             worker_cpus,
             poll_us,
@@ -185,6 +192,7 @@ impl Config {
         no_socket_twice(&disks)?;
         check_groups(&groups, &disks)?;
         check_control_path(control_path.as_deref(), &disks)?;
+        check_on_error(control_path.as_deref(), &disks)?;
         let workers = match workers {
             Some(workers) => usize::from(workers),
             None => match &worker_cpus {
@@ -196,6 +204,7 @@ impl Config {
             disks,
             groups,
             control_path,
+            take_over,
             workers,
             worker_cpus,
             poll_us,
@@ -224,8 +233,10 @@ impl DiskConfig {
         Ok(DiskConfig {
             socket,
             read_only: disk.read_only == Some(Switch::On),
+            engine: disk.engine.unwrap_or_default(),
             lock: disk.safety.lock.unwrap_or_default(),
             force_share: disk.safety.force_share == Some(Switch::On),
+            on_error: disk.safety.on_error.unwrap_or_default(),
             cache: disk.cache.unwrap_or_default(),
             discard: disk.discard != Some(Discard::Off),
             serial: disk.serial.unwrap_or_else(|| default_serial(&image)),

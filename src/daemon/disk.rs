@@ -3,6 +3,7 @@
 mod cache;
 mod dealing;
 mod describe;
+mod hold;
 mod resize;
 mod tuning;
 mod usage;
@@ -12,7 +13,7 @@ use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use crate::config::DiskConfig;
+use crate::config::{DiskConfig, OnError};
 use crate::engine::SyncFault;
 use crate::engine::disk::Image;
 use crate::mq::elevator::Params;
@@ -28,10 +29,12 @@ use crate::virtio::shape::DiskShape;
 pub use self::cache::CacheError;
 use self::cache::CacheState;
 use self::describe::{shape, space, target};
+pub use self::hold::{Changes, Holding};
 pub use self::resize::ResizeError;
 use self::resize::Size;
 pub use self::tuning::Membership;
 use self::usage::Usage;
+use super::faults::Hold;
 use super::message::{Message, Reply, WorkerGone, WorkerHandle, ask_all};
 
 /// A disk that is being served.
@@ -88,6 +91,7 @@ impl Disk {
         workers: Vec<WorkerHandle>,
         group: Option<Membership>,
     ) -> io::Result<Arc<Disk>> {
+        log::info!("disk {}: {}", config.serial, image.describe());
         let shape = shape(&config, &image);
         let space = space(&config, &image, &shape);
         let dealt = Mutex::new(dealing::at_first(id.index(), config.num_queues, &workers));
@@ -118,6 +122,7 @@ impl Disk {
                 map: None,
             }),
         };
+        let hold = Arc::new(Hold::new(disk.workers.clone()));
         for worker in &disk.workers {
             let target = Box::new(target(&disk.config, &disk.image)?);
             worker
@@ -128,6 +133,8 @@ impl Disk {
                     write_through: Arc::clone(&disk.write_through),
                     sync_fault: Arc::clone(&disk.sync_fault),
                     throttle: Arc::clone(&disk.throttle),
+                    on_error: disk.config.on_error,
+                    hold: Arc::clone(&hold),
                     done,
                 })
                 .map_err(io::Error::other)??;
@@ -230,6 +237,10 @@ impl Disk {
         let mut queues = self.lock_queues();
         queues.started.remove(&queue.0);
         queues.polled.remove(&queue.0);
+        // With its last queue ends what was held.
+        if queues.started.is_empty() && self.config.on_error != OnError::Report {
+            self.tell_workers(|done| Message::Resume(self.id, done));
+        }
     }
 
     /// The vCPUs the map sends to a queue, for the summary.

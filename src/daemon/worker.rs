@@ -11,12 +11,15 @@
 
 mod control;
 mod driver;
+mod faults;
+mod hold;
 mod intake;
 mod lost;
 mod port;
 mod resize;
 mod rest;
 mod spin;
+mod tally;
 mod traced;
 mod watchdog;
 
@@ -29,9 +32,8 @@ use std::thread::{self, JoinHandle};
 use crate::config::OnTimeout;
 use crate::engine::{DiskSlot, Engine, Errno, Event, Waker};
 use crate::mq::Mq;
-use crate::mq::ids::{DriverTag, HctxId, WorkerId};
+use crate::mq::ids::{DiskId, DriverTag, HctxId, WorkerId};
 use crate::mq::limits::{DRIVER_TAGS, RESERVED_TAGS};
-use crate::mq::request::Status;
 use crate::sigbus;
 use crate::virtio::pool::SegmentPool;
 use crate::virtio::receipt::GuestIo;
@@ -39,6 +41,8 @@ use crate::virtio::shape::DiskShape;
 
 use self::control::Pending;
 use self::driver::EngineDriver;
+use self::faults::{Care, failed};
+pub use self::hold::HeldRings;
 use self::port::Port;
 use self::spin::Spin;
 use self::traced::Named;
@@ -52,9 +56,6 @@ use super::report::QueueReport;
 /// what such a turn costs.
 const CLOCK_TURNS: u32 = 16;
 
-/// At most one line about failed I/O in this time.
-const ERROR_LOG_INTERVAL_NS: u64 = 1_000_000_000;
-
 /// As a count of losses that was seen: rings have come since. Until there has been a loss it is the
 /// right count anyway.
 const LOOK_FOR_LOSSES: u64 = 0;
@@ -63,13 +64,23 @@ const LOOK_FOR_LOSSES: u64 = 0;
 struct WorkerDisk {
     shape: DiskShape,
     write_through: Arc<AtomicBool>,
+    care: Care,
+    /// Room for its long requests. Each disk has its own, so that none can keep others waiting; made
+    /// with the first ring.
+    pool: Option<SegmentPool>,
+}
+
+impl WorkerDisk {
+    #[inline]
+    fn pool(&mut self) -> &mut SegmentPool {
+        self.pool.as_mut().expect("made with the first ring")
+    }
 }
 
 struct Worker {
     id: WorkerId,
     engine: Engine,
     mq: Mq<GuestIo>,
-    pool: SegmentPool,
     /// By disk.
     disks: Vec<Option<WorkerDisk>>,
     /// By disk: the engine's number for it.
@@ -87,6 +98,8 @@ struct Worker {
     inbox: Receiver<Message>,
     has_mail: bool,
     pending: Vec<Pending>,
+    /// Disks that take nothing until they are released.
+    held: Vec<DiskId>,
     /// Counts of rings that were stopped.
     reports: Vec<QueueReport>,
     named: Named,
@@ -96,7 +109,6 @@ struct Worker {
     watchdog: Watchdog,
     clock: Clock,
     now_ns: u64,
-    errors_logged_ns: Option<u64>,
     /// How much memory the process had lost when we last looked whether it was ours.
     losses: u64,
     leaving: bool,
@@ -172,7 +184,6 @@ impl Worker {
             id,
             engine,
             mq: Mq::new(DRIVER_TAGS, RESERVED_TAGS),
-            pool: SegmentPool::new(),
             disks: Vec::new(),
             slots: Vec::new(),
             ports: Vec::new(),
@@ -183,6 +194,7 @@ impl Worker {
             inbox,
             has_mail: true,
             pending: Vec::new(),
+            held: Vec::new(),
             reports: Vec::new(),
             named: Named::default(),
             spin: Spin::new(options.poll_us),
@@ -190,7 +202,6 @@ impl Worker {
             watchdog: Watchdog::new(options.timeout_s, options.on_timeout, DRIVER_TAGS),
             clock: options.clock,
             now_ns: 0,
-            errors_logged_ns: None,
             losses: LOOK_FOR_LOSSES,
             leaving: false,
         }
@@ -236,21 +247,20 @@ impl Worker {
             engine,
             mq,
             ports,
-            pool,
+            disks,
             touched,
             hot,
             has_mail,
+            now_ns,
             ..
         } = self;
         let mut found = false;
         let mut room = false;
-        let mut failure = None;
         let reaped = engine.reap(&mut |event| match event {
             Event::Done { tag, result } => {
                 found = true;
                 room = true;
-                failure = result.err().or(failure);
-                finish(mq, ports, pool, touched, tag, result);
+                finish(mq, ports, disks, touched, *now_ns, tag, result);
             }
             Event::Kick(token) => {
                 found = true;
@@ -280,25 +290,11 @@ impl Worker {
                 open_port(&mut self.ports, *hctx).no_room = false;
             }
         }
-        if let Some(errno) = failure {
-            self.log_failure(errno);
-        }
         if self.has_mail {
             self.has_mail = false;
             self.read_mail();
         }
         found
-    }
-
-    #[cold]
-    fn log_failure(&mut self, errno: Errno) {
-        let due = self
-            .errors_logged_ns
-            .is_none_or(|at| self.now_ns - at >= ERROR_LOG_INTERVAL_NS);
-        if due {
-            self.errors_logged_ns = Some(self.now_ns);
-            log::warn!("worker {}: I/O failed: {errno}", self.id);
-        }
     }
 
     /// Makes used elements visible, once for each ring that has new ones.
@@ -318,31 +314,32 @@ impl Worker {
     }
 }
 
-/// A command came back: its requests go through blk-mq to their rings.
+/// A command came back: its requests go through blk-mq to their rings, unless the disk is to stop at its
+/// failure.
 #[inline]
 fn finish(
     mq: &mut Mq<GuestIo>,
     ports: &mut [Option<Port>],
-    pool: &mut SegmentPool,
+    disks: &mut [Option<WorkerDisk>],
     touched: &mut Vec<HctxId>,
+    now_ns: u64,
     tag: DriverTag,
     result: Result<u64, Errno>,
 ) {
-    let result = result.map(drop).map_err(status_of);
+    let result = match result {
+        Ok(_) => Ok(()),
+        Err(errno) => match failed(mq, ports, disks, now_ns, tag, errno) {
+            Some(status) => Err(status),
+            None => return,
+        },
+    };
     mq.complete(tag, result, |hctx, io, status, read| {
         let port = open_port(ports, hctx);
         let read = u32::try_from(read).expect("the parser bounds a request's bytes");
+        let pool = open_disk(disks, port.id.disk).pool();
         port.ring.put_used(io.finish(status, read, pool));
         touch(touched, port, hctx);
     });
-}
-
-/// What the guest is told of an error of the host.
-fn status_of(errno: Errno) -> Status {
-    match errno.0 {
-        libc::EOPNOTSUPP => Status::Unsupp,
-        _ => Status::IoErr,
-    }
 }
 
 /// Ports are watched under their hctx's number.
@@ -355,6 +352,13 @@ fn open_port(ports: &mut [Option<Port>], hctx: HctxId) -> &mut Port {
     ports[hctx.index()]
         .as_mut()
         .expect("events come for ports that exist")
+}
+
+#[inline]
+fn open_disk(disks: &mut [Option<WorkerDisk>], disk: DiskId) -> &mut WorkerDisk {
+    disks[disk.index()]
+        .as_mut()
+        .expect("rings belong to disks that were added")
 }
 
 #[inline]

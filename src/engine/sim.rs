@@ -119,6 +119,7 @@ impl SimEngine {
             offset_align: 512,
             block_device,
             ignore_flush: false,
+            mapping: None,
         });
         let index = u16::try_from(self.disks.len()).expect("few disks");
         let bad = (0..sectors).map(|_| self.random.permille(bad)).collect();
@@ -196,6 +197,7 @@ impl SimEngine {
         match next {
             Next::Done(result) => self.done(index, result, on),
             Next::Issue => self.send(index),
+            Next::Copy => unreachable!("no disk of this engine is mapped"),
         }
     }
 
@@ -389,6 +391,7 @@ impl mq::Driver<Io> for SimEngine {
         self.in_flight += 1;
         match next {
             Next::Issue => self.send(tag.index),
+            Next::Copy => unreachable!("no disk of this engine is mapped"),
             Next::Done(result) => {
                 self.slots[usize::from(tag.index)].stage = Stage::Inline;
                 self.ready.push((tag, result));

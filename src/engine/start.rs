@@ -121,7 +121,14 @@ unsafe fn start_transfer(
             bounce,
         );
     }
-    Ok(Next::Issue)
+    match &file.mapping {
+        Some(mapping) => {
+            counters.copied += 1;
+            slot.start_copy(mapping);
+            Ok(Next::Copy)
+        }
+        None => Ok(Next::Issue),
+    }
 }
 
 fn start_ranges(

@@ -8,7 +8,7 @@ use crate::virtio::parse::{Parsed, parse};
 use crate::virtio::ring::RingError;
 
 use super::driver::EngineDriver;
-use super::{Worker, finish, open_port, touch};
+use super::{Worker, finish, open_disk, open_port, touch};
 
 /// How many chains are taken at a time from a ring whose requests the engine answers at once: few
 /// enough that the guest soon has something to do, enough that publishing costs little.
@@ -71,9 +71,7 @@ impl Worker {
     /// Takes the next chains of those that were seen. One slice is one plug.
     fn take_slice(&mut self, hctx: HctxId) -> Result<Slice, RingError> {
         let port = open_port(&mut self.ports, hctx);
-        let disk = self.disks[port.id.disk.index()]
-            .as_ref()
-            .expect("rings belong to disks that were added");
+        let disk = open_disk(&mut self.disks, port.id.disk);
         // A guest that turns write-through on waits for the answer, so what it sends after that is
         // drained after this load.
         let write_through = disk.write_through.load(Ordering::Relaxed);
@@ -81,6 +79,7 @@ impl Worker {
             engine: &mut self.engine,
             slots: &self.slots,
         };
+        let pool = disk.pool.as_mut().expect("made with the first ring");
         let mut left = if port.inline { SLICE } else { u16::MAX };
         let outcome = loop {
             if left == 0 {
@@ -92,13 +91,7 @@ impl Worker {
                 Ok(None) => break Ok(Slice::Whole),
                 Err(error) => break Err(error),
             };
-            match parse(
-                &mut port.ring,
-                head,
-                &disk.shape,
-                write_through,
-                &mut self.pool,
-            ) {
+            match parse(&mut port.ring, head, &disk.shape, write_through, pool) {
                 Ok(Parsed::Request(request, io)) => {
                     let tag = RequestTag(io.head());
                     self.mq.plug(hctx, tag, request, io, &mut driver);
@@ -125,25 +118,21 @@ impl Worker {
         if !self.engine.has_inline() {
             return false;
         }
-        let mut failure = None;
         let Worker {
             engine,
             mq,
             ports,
-            pool,
+            disks,
             touched,
+            now_ns,
             ..
         } = self;
         engine.reap_inline(&mut |event| {
             if let Event::Done { tag, result } = event {
-                failure = result.err().or(failure);
-                finish(mq, ports, pool, touched, tag, result);
+                finish(mq, ports, disks, touched, *now_ns, tag, result);
             }
         });
         self.room |= self.starving;
-        if let Some(errno) = failure {
-            self.log_failure(errno);
-        }
         true
     }
 

@@ -210,6 +210,32 @@ pub fn lock_image(file: &impl AsFd, path: &Path, config: &DiskConfig) -> Result<
     } else {
         lock(file, access, PATIENCE)
     };
+    judge(locked, path)
+}
+
+/// The same beside another process that has the image and is about to leave it to us: takes all
+/// locks and looks at nobody's. As all are read locks, both have them for a while, and a third sees
+/// that the image is in use at every moment.
+///
+/// # Errors
+///
+/// None; where the file system has no locks the log says so.
+pub fn lock_beside(file: &impl AsFd, path: &Path, config: &DiskConfig) -> Result<(), StartError> {
+    let access = if config.read_only {
+        Access::Read
+    } else {
+        Access::Write
+    };
+    let mut taken = announce(file, access);
+    if !config.force_share {
+        for permission in UNSHARED {
+            taken = taken.and_then(|()| take(file, UNSHARED_BASE + permission));
+        }
+    }
+    judge(taken.map_err(LockError::Unsupported), path)
+}
+
+fn judge(locked: Result<(), LockError>, path: &Path) -> Result<(), StartError> {
     match locked {
         Ok(()) => Ok(()),
         Err(LockError::Held(by)) => Err(StartError::ImageInUse {

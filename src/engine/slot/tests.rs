@@ -34,6 +34,7 @@ impl Bench {
             offset_align: 512,
             block_device,
             ignore_flush: false,
+            mapping: None,
         });
         let empty = iovec {
             iov_base: ptr::null_mut(),
