@@ -163,7 +163,7 @@ fn many_queues(
     for _ in 0..method.rounds {
         for (queues, samples) in [(1, &mut one), (QUEUES, &mut many)] {
             let measured = compare(&contender, &image, &load(queues), &once)?;
-            samples.push(measured[0].median);
+            samples.push(measured[0].median.clone());
         }
     }
     let measured = |name: &str, rounds: Vec<Sample>| Measured {

@@ -12,6 +12,7 @@
 mod control;
 mod driver;
 mod faults;
+mod fds;
 mod hold;
 mod intake;
 mod lost;

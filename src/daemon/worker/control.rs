@@ -3,10 +3,8 @@
 //! Stopping, disabling and changing memory have to wait until requests in flight have ended. They
 //! are put on a list and looked at at the end of each turn; nothing blocks meanwhile.
 
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use crate::engine::{CallSlot, Engine};
 use crate::mq::HctxConfig;
 use crate::mq::elevator::Params;
 use crate::mq::ids::{DiskId, HctxId, RingId};
@@ -287,35 +285,6 @@ impl Worker {
         Ok(())
     }
 
-    fn set_fd(&mut self, hctx: HctxId, role: FdRole, fd: Option<OwnedFd>) {
-        let token = u32::from(hctx.0);
-        let port = self.ports[hctx.index()].as_mut().expect("the port exists");
-        match role {
-            FdRole::Kick => {
-                if std::mem::take(&mut port.has_kick) {
-                    self.engine.unwatch(token);
-                }
-                if let Some(fd) = fd {
-                    match self.engine.watch(fd, token) {
-                        Ok(()) => port.has_kick = true,
-                        Err(error) => {
-                            log::warn!("{}: the kick fd cannot be watched: {error}", port.id);
-                        }
-                    }
-                }
-                // A kick may have come before we listened.
-                heat(&mut self.hot, port, hctx);
-            }
-            FdRole::Call => {
-                replace_call(&mut self.engine, &mut port.call, port.id, fd, token);
-                // Whoever waits on the new fd has not been told of what was used before.
-                port.ring.request_call();
-                super::touch(&mut self.touched, port, hctx);
-            }
-            FdRole::Err => replace_call(&mut self.engine, &mut port.err, port.id, fd, token),
-        }
-    }
-
     /// Carries out what waited for requests in flight, as far as they have ended.
     pub(super) fn settle(&mut self) {
         let mut at = 0;
@@ -408,24 +377,6 @@ impl Worker {
             if let Err(error) = port.ring.set_memory(Arc::clone(memory)) {
                 self.break_ring(hctx, &error);
             }
-        }
-    }
-}
-
-fn replace_call(
-    engine: &mut Engine,
-    slot: &mut Option<CallSlot>,
-    ring: RingId,
-    fd: Option<OwnedFd>,
-    token: u32,
-) {
-    if let Some(old) = slot.take() {
-        engine.remove_call(old);
-    }
-    if let Some(fd) = fd {
-        match engine.add_call(fd, token) {
-            Ok(new) => *slot = Some(new),
-            Err(error) => log::warn!("{ring}: the call or err fd cannot be used: {error}"),
         }
     }
 }
