@@ -317,7 +317,7 @@ impl Bench {
             if engine.has_inline() {
                 engine.reap_inline(&mut |event| finish(ring, mq, pool, answered, event));
             }
-            if ring.unpopped() == 0 {
+            if !ring.has_more() {
                 return;
             }
             ring.publish();

@@ -12,7 +12,6 @@
 mod control;
 mod driver;
 mod faults;
-mod fds;
 mod hold;
 mod intake;
 mod lost;
@@ -20,6 +19,7 @@ mod port;
 mod resize;
 mod rest;
 mod spin;
+mod start;
 mod tally;
 mod traced;
 mod watchdog;
@@ -90,6 +90,8 @@ struct Worker {
     ports: Vec<Option<Port>>,
     /// Ports that are looked at each turn.
     hot: Vec<HctxId>,
+    /// Ports of which something is taken in this turn; empty between turns.
+    busy: Vec<HctxId>,
     /// Ports with used elements nobody was told about.
     touched: Vec<HctxId>,
     /// There are ports that wait for room in the pool.
@@ -189,6 +191,7 @@ impl Worker {
             slots: Vec::new(),
             ports: Vec::new(),
             hot: Vec::new(),
+            busy: Vec::new(),
             touched: Vec::new(),
             starving: false,
             room: false,

@@ -1,9 +1,10 @@
 //! What goes along with the disks: sessions in every state, settings changed meanwhile, sockets.
 
 use std::io::{Read, Write};
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
 
+use rustix::process::Signal;
 use serde_json::json;
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
@@ -276,7 +277,7 @@ fn a_limited_disk_does_not_keep_its_guest_waiting() {
     let queue = &mut disk.queues[0];
     for n in 0..30 {
         let data = [Seg::writable(gpa, 4096)];
-        queue.push(n, kind::IN, 0, n * 8, &data).expect("room");
+        queue.push(n, kind::IN, 0, n * 64, &data).expect("room");
     }
     queue.publish();
     finish(queue);
@@ -312,4 +313,59 @@ fn another_control_socket_is_made_and_the_old_one_removed() {
         let shown = super::ask(&new, "GET", "/v1/disks/0", None);
         assert_eq!(shown["connected"], true);
     });
+}
+
+#[test]
+fn a_crash_after_an_upgrade_loses_nothing() {
+    // Two a second, so that most of what is asked is in flight when the daemon dies.
+    let limit = ["--limit", "iops=2/1"];
+    let mut lineage = Lineage::start(Spec::image(8 * MIB), &limit);
+    let setup = Setup {
+        protocol: protocol::KNOWN | VhostUserProtocolFeatures::INFLIGHT_SHMFD,
+        ..Setup::default()
+    };
+    let mut front = Front::connect(lineage.daemon.socket(), &setup).expect("a session");
+    let region = front.new_inflight(1, 128).expect("a region");
+    front.set_inflight(&region).expect("it is taken");
+    let mut queue = front.queue(0, QueueSetup::default()).expect("a queue");
+    let gpa = front.mem.alloc(4096, 4096);
+    let done = Request::write(0, &[Seg::readable(gpa, 4096)]).run(&mut queue);
+    assert_eq!(done.status, status::OK);
+    for _ in 0..2 {
+        lineage.upgrade(&limit);
+    }
+    for n in 0..30 {
+        let data = [Seg::readable(gpa, 4096)];
+        queue.push(n, kind::OUT, 0, n * 64, &data).expect("room");
+    }
+    queue.publish();
+    let mut seen = vec![finish(&mut queue).token];
+    lineage.daemon.signal(Signal::KILL);
+    lineage.daemon.wait_exit();
+    let in_region = || {
+        let mut record = vec![0; 16 + 16 * 128];
+        region
+            .file
+            .read_exact_at(&mut record, 0)
+            .expect("the region has a record");
+        record[16..].chunks(16).filter(|e| e[0] != 0).count()
+    };
+    assert!(in_region() > 0, "the new daemon kept the account");
+    // Another one, started afresh, to which the front end comes back.
+    let next = lineage.daemon.beside(&lineage.spec);
+    assert!(next.wait_for_message("listening on"), "{}", next.stderr());
+    let mem = std::sync::Arc::clone(&front.mem);
+    drop(front);
+    let mut front = Front::connect_with(next.socket(), &setup, mem).expect("it is served");
+    front.set_inflight(&region).expect("it is taken");
+    front.start(&queue).expect("it starts");
+    front.enable(0, true).expect("it is enabled");
+    while queue.in_flight() > 0 {
+        let done = finish(&mut queue);
+        assert_eq!(done.status, status::OK);
+        seen.push(done.token);
+    }
+    seen.sort_unstable();
+    assert_eq!(seen, (0..30).collect::<Vec<_>>(), "each exactly once");
+    assert_eq!(in_region(), 0);
 }

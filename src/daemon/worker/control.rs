@@ -3,21 +3,21 @@
 //! Stopping, disabling and changing memory have to wait until requests in flight have ended. They
 //! are put on a list and looked at at the end of each turn; nothing blocks meanwhile.
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use crate::mq::HctxConfig;
+use crate::engine::{CallSlot, Engine};
 use crate::mq::elevator::Params;
 use crate::mq::ids::{DiskId, HctxId, RingId};
 use crate::virtio::memory::MemoryTable;
-use crate::virtio::ring::{Ring, RingError};
 
-use super::super::message::{FdRole, Message, Reply, StartRing};
-use super::super::report::{RingStats, WorkerReport};
+use super::super::message::{FdRole, Message, Reply};
+use super::super::report::WorkerReport;
 use super::faults::Care;
 use super::hold::HeldRings;
-use super::port::{Gates, Port};
+use super::port::Port;
 use super::tally::report_of;
-use super::{LOOK_FOR_LOSSES, Worker, WorkerDisk, heat, open_disk, open_port};
+use super::{LOOK_FOR_LOSSES, Worker, WorkerDisk, heat, open_port};
 
 /// What waits for requests in flight to end.
 #[derive(Debug)]
@@ -196,11 +196,11 @@ impl Worker {
         self.end_hold(disk);
     }
 
-    fn is_freezing(&self, disk: DiskId) -> bool {
+    pub(super) fn is_freezing(&self, disk: DiskId) -> bool {
         self.held.contains(&disk) || self.pending.iter().any(|p| p.freezes() == Some(disk))
     }
 
-    fn find(&self, ring: RingId) -> Option<HctxId> {
+    pub(super) fn find(&self, ring: RingId) -> Option<HctxId> {
         self.ports().find(|(_, port)| port.id == ring).map(|p| p.0)
     }
 
@@ -211,78 +211,33 @@ impl Worker {
         })
     }
 
-    fn start(&mut self, start: StartRing) -> Result<(), RingError> {
-        let StartRing {
-            ring: id,
-            setup,
-            memory,
-            memory_lost,
-            kick,
-            call,
-            err,
-            enabled,
-            inflight,
-            ctxs,
-        } = start;
-        assert!(self.find(id).is_none(), "{id} is started twice");
-        let mut ring = Ring::new(&setup, memory)?;
-        if let Some(record) = inflight {
-            ring.track(record)?;
+    pub(super) fn set_fd(&mut self, hctx: HctxId, role: FdRole, fd: Option<OwnedFd>) {
+        let token = u32::from(hctx.0);
+        let port = self.ports[hctx.index()].as_mut().expect("the port exists");
+        match role {
+            FdRole::Kick => {
+                if std::mem::take(&mut port.has_kick) {
+                    self.engine.unwatch(token);
+                }
+                if let Some(fd) = fd {
+                    match self.engine.watch(fd, token) {
+                        Ok(()) => port.has_kick = true,
+                        Err(error) => {
+                            log::warn!("{}: the kick fd cannot be watched: {error}", port.id);
+                        }
+                    }
+                }
+                // A kick may have come before we listened.
+                heat(&mut self.hot, port, hctx);
+            }
+            FdRole::Call => {
+                replace_call(&mut self.engine, &mut port.call, port.id, fd, token);
+                // Whoever waits on the new fd has not been told of what was used before.
+                port.ring.request_call();
+                super::touch(&mut self.touched, port, hctx);
+            }
+            FdRole::Err => replace_call(&mut self.engine, &mut port.err, port.id, fd, token),
         }
-        if ring.to_resume() > 0 {
-            log::info!(
-                "{id}: goes on with {} requests that were in flight",
-                ring.to_resume()
-            );
-        }
-        open_disk(&mut self.disks, id.disk)
-            .pool
-            .get_or_insert_default();
-        let hctx = self.mq.add_hctx(HctxConfig {
-            disk: id.disk,
-            queue: id.queue,
-            ring_size: setup.size,
-            ctxs,
-        });
-        if self.ports.len() <= hctx.index() {
-            self.ports.resize_with(hctx.index() + 1, || None);
-            // A port is on each list at most once.
-            self.hot.reserve(self.ports.len());
-            self.touched.reserve(self.ports.len());
-        }
-        let frozen = self.is_freezing(id.disk);
-        let next_avail = ring.next_avail();
-        self.ports[hctx.index()] = Some(Port {
-            id,
-            ring,
-            memory_lost,
-            has_kick: false,
-            call: None,
-            err: None,
-            gates: Gates {
-                disabled: !enabled,
-                frozen,
-                ..Gates::default()
-            },
-            hot: false,
-            touched: false,
-            no_room: false,
-            inline: false,
-            was_enabled: enabled,
-            stats: RingStats::default(),
-        });
-        self.join_hold(hctx);
-        self.losses = LOOK_FOR_LOSSES;
-        self.set_fd(hctx, FdRole::Kick, kick);
-        self.set_fd(hctx, FdRole::Call, call);
-        self.set_fd(hctx, FdRole::Err, err);
-        log::debug!(
-            "worker {}: {id} started: {} entries at {}, {ctxs} ctx",
-            self.id,
-            setup.size,
-            next_avail
-        );
-        Ok(())
     }
 
     /// Carries out what waited for requests in flight, as far as they have ended.
@@ -377,6 +332,24 @@ impl Worker {
             if let Err(error) = port.ring.set_memory(Arc::clone(memory)) {
                 self.break_ring(hctx, &error);
             }
+        }
+    }
+}
+
+fn replace_call(
+    engine: &mut Engine,
+    slot: &mut Option<CallSlot>,
+    ring: RingId,
+    fd: Option<OwnedFd>,
+    token: u32,
+) {
+    if let Some(old) = slot.take() {
+        engine.remove_call(old);
+    }
+    if let Some(fd) = fd {
+        match engine.add_call(fd, token) {
+            Ok(new) => *slot = Some(new),
+            Err(error) => log::warn!("{ring}: the call or err fd cannot be used: {error}"),
         }
     }
 }
