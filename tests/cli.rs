@@ -243,6 +243,11 @@ fn wrong_words_are_one_line_and_status_2() {
         (&["--num-queues", "many"], "'many' for '--num-queues"),
         (&["--queue-size", "100"], "power of two"),
         (&["--workers", "0"], "0 is not in 1..=256"),
+        (
+            &["--worker-cpus", "3-1"],
+            "'3-1' is neither a CPU nor a range",
+        ),
+        (&["--worker-cpus", "0,0"], "CPU 0 is in the list twice"),
         (&["--vcpus", "0"], "0 is not in 1..=4096"),
         (
             &["--logical-block-size", "1000"],

@@ -166,7 +166,7 @@ fn many_queues(
         for (queues, samples) in [(1, &mut one), (QUEUES, &mut many)] {
             let measured = compare(&contenders, &image, &load(queues), &once)?;
             for (samples, measured) in samples.iter_mut().zip(measured) {
-                samples.push(measured.median);
+                samples.push(measured.median.clone());
             }
         }
     }
