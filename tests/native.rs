@@ -19,6 +19,8 @@ mod io;
 mod load;
 #[path = "native/other_drivers.rs"]
 mod other_drivers;
+#[path = "native/placement.rs"]
+mod placement;
 #[path = "native/ranges.rs"]
 mod ranges;
 #[path = "native/rings.rs"]
