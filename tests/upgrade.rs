@@ -33,6 +33,8 @@ struct Lineage {
     daemon: Daemon,
     spec: Spec,
     dir: TempDir,
+    /// How long the guests waited at each upgrade so far, in milliseconds, as the daemons say.
+    waits_ms: Vec<u64>,
 }
 
 impl Lineage {
@@ -43,7 +45,12 @@ impl Lineage {
         let control = control.to_str().expect("a plain name");
         let spec = spec.args(["--control-path", control, "--take-over", control]);
         let daemon = Daemon::start_ours(&spec.clone().args(args.iter().copied()));
-        Lineage { daemon, spec, dir }
+        Lineage {
+            daemon,
+            spec,
+            dir,
+            waits_ms: Vec::new(),
+        }
     }
 
     fn control(&self) -> PathBuf {
@@ -65,7 +72,10 @@ impl Lineage {
         let status = old.wait_exit();
         let (_, stdout, stderr) = old.terminate();
         assert!(status.success(), "{status}: {stderr}");
-        assert!(stderr.contains("handed over 1 disks"), "{stderr}");
+        let wait = stderr.split_once("handed over 1 disks; the guests waited for ");
+        let wait = wait.and_then(|(_, rest)| rest.split_once(" ms")?.0.parse().ok());
+        self.waits_ms
+            .push(wait.unwrap_or_else(|| panic!("{stderr}")));
         serde_json::from_str(&stdout).expect("a summary")
     }
 
@@ -279,7 +289,8 @@ fn twenty_upgrades_under_load_lose_nothing() {
         }
     });
     println!(
-        "{rounds} upgrades under {requests} requests: no queue stood still for longer than {longest:?}"
+        "{rounds} upgrades under {requests} requests: no queue stood still for longer than {longest:?}; the daemons say {:?} ms",
+        lineage.waits_ms
     );
     assert!(rival.finish() > 0, "the image's lock was tried");
     drop(disk);
