@@ -49,7 +49,8 @@ fn kill_under_a_guest(most: u64, random: &mut u64) -> (u64, u64) {
     let mut daemon = Some(start(random));
     // About as many requests as are served while that many daemons live.
     let size_kib = 1024 + 640 * most;
-    let mut guest = Guest::qemu(4, 4).disk(&disk).start(&format!(
+    let guest = Guest::qemu(4, 4).disk(&disk).option("--timeout", "600");
+    let mut guest = guest.start(&format!(
         r#"
         same queues "$(ls /sys/block/vda/mq | wc -l)" 4
         echo @@writing

@@ -131,7 +131,8 @@ impl Daemon {
     ///
     /// # Panics
     ///
-    /// With the daemon's own words, when it ends or has not said that it listens within 20 seconds.
+    /// With the daemon's own words, when it ends or has not said that it listens within 90 seconds: one that
+    /// follows a killed one waits for its last write.
     pub fn start(disk: &Disk, args: &[&str]) -> Self {
         // Several daemons may serve a disk, one after another.
         static DAEMONS: AtomicU32 = AtomicU32::new(0);
@@ -150,7 +151,7 @@ impl Daemon {
             .spawn()
             .expect("the daemon starts");
         let mut daemon = Self { child, log };
-        daemon.await_that("it listens", Duration::from_secs(20), |d| {
+        daemon.await_that("it listens", Duration::from_secs(90), |d| {
             d.said().contains("listening on")
         });
         daemon
