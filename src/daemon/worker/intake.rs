@@ -15,6 +15,9 @@ use super::{Worker, finish, open_disk, open_port, touch};
 /// enough that the guest soon has something to do, enough that publishing costs little.
 const SLICE: u16 = 8;
 
+/// The same in bytes: no more than one large request.
+const SLICE_BYTES: u64 = 128 * 1024;
+
 /// How a slice of a drain ended.
 enum Slice {
     /// All that it was to take, or all there was.
@@ -50,39 +53,41 @@ impl Worker {
         for hctx in &busy {
             open_port(&mut self.ports, *hctx).ring.fetch_header(0);
         }
-        for hctx in &busy {
-            if let Err(error) = self.drain_ring(*hctx) {
-                self.break_ring(*hctx, &error);
-            }
-        }
         let found = !busy.is_empty();
-        busy.clear();
+        // A slice of each in turn: large requests that the engine serves at once keep nobody waiting
+        // for longer than one of them takes.
+        while !busy.is_empty() {
+            busy.retain(|hctx| match self.drain_ring(*hctx) {
+                Ok(more) => more,
+                Err(error) => {
+                    self.break_ring(*hctx, &error);
+                    false
+                }
+            });
+        }
         self.busy = busy;
         found
     }
 
-    /// Takes the chains of a ring that were seen.
-    fn drain_ring(&mut self, hctx: HctxId) -> Result<(), RingError> {
+    /// Takes a slice of the chains of a ring that were seen; true if there are more.
+    fn drain_ring(&mut self, hctx: HctxId) -> Result<bool, RingError> {
+        open_port(&mut self.ports, hctx).ring.suppress_kicks();
+        let taken = self.take_slice(hctx);
+        let answered = self.finish_inline();
         let port = open_port(&mut self.ports, hctx);
-        port.ring.suppress_kicks();
-        loop {
-            let taken = self.take_slice(hctx);
-            let answered = self.finish_inline();
-            let port = open_port(&mut self.ports, hctx);
-            port.inline = answered;
-            match taken {
-                Ok(Slice::Whole) if !port.ring.has_more() => return Ok(()),
+        port.inline = answered;
+        match taken? {
+            Slice::Whole if !port.ring.has_more() => Ok(false),
+            Slice::Whole => {
                 // The guest can look at these while the next are at work.
-                Ok(Slice::Whole) => {
-                    port.ring.publish();
-                }
-                Ok(Slice::NoRoom) if answered => {}
-                Ok(Slice::NoRoom) => {
-                    port.no_room = true;
-                    self.starving = true;
-                    return Ok(());
-                }
-                Err(error) => return Err(error),
+                port.ring.publish();
+                Ok(true)
+            }
+            Slice::NoRoom if answered => Ok(true),
+            Slice::NoRoom => {
+                port.no_room = true;
+                self.starving = true;
+                Ok(false)
             }
         }
     }
@@ -99,9 +104,12 @@ impl Worker {
             slots: &self.slots,
         };
         let pool = disk.pool.as_mut().expect("made with the first ring");
-        let mut left = if port.inline { SLICE } else { u16::MAX };
+        let (mut left, mut bytes_left) = match port.inline {
+            true => (SLICE, SLICE_BYTES),
+            false => (u16::MAX, u64::MAX),
+        };
         let outcome = loop {
-            if left == 0 {
+            if left == 0 || bytes_left == 0 {
                 break Ok(Slice::Whole);
             }
             left -= 1;
@@ -116,6 +124,7 @@ impl Worker {
             match parse(&mut port.ring, head, &disk.shape, write_through, pool) {
                 Ok(Parsed::Request(request, io)) => {
                     let tag = RequestTag(io.head());
+                    bytes_left = bytes_left.saturating_sub(request.bytes);
                     self.mq.plug(hctx, tag, request, io, &mut driver);
                 }
                 Ok(Parsed::Done(used)) => {
