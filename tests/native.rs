@@ -15,6 +15,8 @@ mod config_space;
 mod io;
 #[path = "native/load.rs"]
 mod load;
+#[path = "native/migration.rs"]
+mod migration;
 #[path = "native/other_drivers.rs"]
 mod other_drivers;
 #[path = "native/ranges.rs"]

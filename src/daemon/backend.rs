@@ -15,6 +15,7 @@ use crate::mq::limits::MAX_RING_SIZE;
 use crate::virtio::features;
 use crate::virtio::memory::MemoryTable;
 
+use super::dirty::Unlogged;
 use super::vring::{GuestMemory, SessionState, Vring};
 
 /// One session's device.
@@ -43,7 +44,7 @@ impl DeviceBackend {
 }
 
 impl VhostUserBackend for DeviceBackend {
-    type Bitmap = ();
+    type Bitmap = Unlogged;
     type Vring = Vring;
 
     fn num_queues(&self) -> usize {
@@ -63,6 +64,7 @@ impl VhostUserBackend for DeviceBackend {
         if acked & features::VERSION_1 != 0 {
             self.session.disk().driver_acknowledged(acked);
         }
+        self.session.set_logging(acked & features::LOG_ALL != 0);
     }
 
     fn protocol_features(&self) -> VhostUserProtocolFeatures {
@@ -72,10 +74,12 @@ impl VhostUserBackend for DeviceBackend {
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
             | VhostUserProtocolFeatures::RESET_DEVICE
             | VhostUserProtocolFeatures::BACKEND_REQ
+            | VhostUserProtocolFeatures::LOG_SHMFD
     }
 
     fn reset_device(&self) {
         self.session.stop_all();
+        self.session.set_logging(false);
     }
 
     fn set_event_idx(&self, _enabled: bool) {

@@ -18,6 +18,7 @@ use crate::virtio::memory::MemoryTable;
 use crate::virtio::ring::{RingError, RingSetup};
 use crate::virtio::shape::DiskShape;
 
+use super::dirty::DiskLog;
 use super::report::{TraceReport, WorkerReport};
 
 /// A ring the front end has finished describing.
@@ -82,6 +83,8 @@ pub enum Message {
     /// Freeze the disk's rings, use the new memory, thaw. Rings that do not lie in the new memory
     /// are stopped as broken.
     SetMemory(DiskId, Arc<MemoryTable>, Reply<()>),
+    /// From now on mark what is written to the guest's memory, or mark nothing any more.
+    SetLog(DiskId, Option<Arc<DiskLog>>, Reply<()>),
     /// The queue map changed: this many vCPUs use the ring.
     SetCtxs(RingId, u16, Reply<()>),
     /// Freeze the disk's rings, use another elevator, thaw.

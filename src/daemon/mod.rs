@@ -2,6 +2,7 @@
 
 pub mod backend;
 pub mod clock;
+pub mod dirty;
 pub mod disk;
 pub mod message;
 pub mod report;

@@ -21,11 +21,12 @@ use crate::mq::limits::{MAX_HCTXS, MAX_RING_SIZE};
 
 use super::backend::DeviceBackend;
 use super::clock::Clock;
+use super::dirty::Unlogged;
 use super::disk::{Disk, worker_id};
 use super::message::WorkerHandle;
 use super::report::Summary;
 use super::roster::{Groups, Roster};
-use super::session::{Guard, SessionEnd, SessionLimits, open_fd_table};
+use super::session::{Guard, LogKeeper, SessionEnd, SessionLimits, open_fd_table};
 use super::socket::{Door, Junction, Stop, listen_privately};
 use super::vring::{SessionState, bind};
 use super::worker::{self, WorkerOptions};
@@ -271,7 +272,7 @@ impl DiskServer {
         // Declared first, so that it comes last, however the session ends.
         let _ending = Ending(&state);
         let backend = Arc::new(DeviceBackend::new(Arc::clone(&state)));
-        let memory = GuestMemoryAtomic::new(GuestMemoryMmap::<()>::new());
+        let memory = GuestMemoryAtomic::new(GuestMemoryMmap::<Unlogged>::new());
         let name = format!("session-{}", self.disk.id);
         let mut daemon = bind(&state, || VhostUserDaemon::new(name, backend, memory))
             .map_err(|error| io::Error::other(error.to_string()))?;
@@ -281,7 +282,9 @@ impl DiskServer {
                 .map_err(|error| io::Error::other(error.to_string()))
         })?;
         let limits = SessionLimits::new(self.disk.config.num_queues, MAX_RING_SIZE);
-        let end = Guard::new(stream, device, limits, self.stop.watch()?)?.run();
+        let end = Guard::new(stream, device, limits, self.stop.watch()?)?
+            .with_log(Arc::clone(&state) as Arc<dyn LogKeeper>)
+            .run();
         // The guard has closed both connections, so the crate's thread is on its way out.
         daemon.request_shutdown();
         if let Err(error) = daemon.wait() {

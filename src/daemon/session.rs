@@ -27,6 +27,7 @@
 //! bounded and which can still be stopped.
 
 mod fds;
+mod log;
 mod memory;
 mod notifier;
 mod refusal;
@@ -44,6 +45,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 
 pub use fds::open_fd_table;
+pub use log::LogKeeper;
 pub use notifier::ConfigNotifier;
 pub use refusal::{Reason, Refusal, RequestName};
 
@@ -149,6 +151,12 @@ impl Guard {
             rules: Rules::new(limits, Arc::clone(&channel)),
             channel,
         })
+    }
+
+    /// What the front end says of its dirty log goes to `keeper`. Without one a log is refused.
+    pub fn with_log(mut self, keeper: Arc<dyn LogKeeper>) -> Guard {
+        self.rules.keep_log(keeper);
+        self
     }
 
     /// A handle with which other threads tell this session's front end that the config changed.

@@ -19,11 +19,12 @@ use crate::mq::ids::{QueueId, RingId};
 use crate::virtio::memory::MemoryTable;
 use crate::virtio::ring::RingSetup;
 
+use super::dirty::{Logging, Unlogged};
 use super::disk::Disk;
 use super::message::{FdRole, Message, Reply, StartRing};
 
 /// Guest memory as the crate hands it out. The data path does not go through it.
-pub type GuestMemory = GuestMemoryAtomic<GuestMemoryMmap>;
+pub type GuestMemory = GuestMemoryAtomic<GuestMemoryMmap<Unlogged>>;
 
 /// What all rings of one session share.
 #[derive(Debug)]
@@ -32,6 +33,8 @@ pub struct SessionState {
     /// The memory the front end has shared, as the workers use it.
     memory: RwLock<Option<Arc<MemoryTable>>>,
     rings: Mutex<Vec<Vring>>,
+    /// What is logged while the guest migrates.
+    pub(super) logging: Mutex<Logging>,
 }
 
 impl SessionState {
@@ -41,6 +44,7 @@ impl SessionState {
             disk,
             memory: RwLock::new(None),
             rings: Mutex::new(Vec::new()),
+            logging: Mutex::new(Logging::default()),
         })
     }
 
@@ -56,7 +60,7 @@ impl SessionState {
         disk.tell_workers(|done| Message::SetMemory(disk.id, Arc::clone(&memory), done));
     }
 
-    fn memory(&self) -> Option<Arc<MemoryTable>> {
+    pub(super) fn memory(&self) -> Option<Arc<MemoryTable>> {
         self.memory
             .read()
             .unwrap_or_else(PoisonError::into_inner)
@@ -78,6 +82,7 @@ impl SessionState {
     /// Forgets the rings, which refer to the session in turn.
     pub fn end(&self) {
         self.stop_all();
+        self.end_log();
         self.rings
             .lock()
             .unwrap_or_else(PoisonError::into_inner)

@@ -12,6 +12,7 @@
 mod control;
 mod driver;
 mod intake;
+mod logged;
 mod port;
 mod rest;
 mod spin;
@@ -41,6 +42,7 @@ use self::spin::Spin;
 use self::traced::Named;
 use self::watchdog::Watchdog;
 use super::clock::Clock;
+use super::dirty::DiskLog;
 use super::message::{Message, WorkerHandle};
 use super::report::QueueReport;
 
@@ -55,6 +57,8 @@ const ERROR_LOG_INTERVAL_NS: u64 = 1_000_000_000;
 struct WorkerDisk {
     shape: DiskShape,
     write_through: Arc<AtomicBool>,
+    /// While the guest migrates.
+    log: Option<Arc<DiskLog>>,
 }
 
 struct Worker {
@@ -231,7 +235,7 @@ impl Worker {
                 mq.complete(tag, result, |hctx, io, status, read| {
                     let port = open_port(ports, hctx);
                     let read = u32::try_from(read).expect("the parser bounds a request's bytes");
-                    port.ring.put_used(io.finish(status, read, pool));
+                    port.ring.finish(io, status, read, pool);
                     touch(touched, port, hctx);
                 });
             }

@@ -11,7 +11,7 @@ use super::abi::{
 };
 use super::chain::{self, Layout};
 use super::pool::{Segment, SegmentPool};
-use super::receipt::{self, GuestIo, Slot, Used};
+use super::receipt::{self, GuestIo, Holds, Slot, Used};
 use super::ring::{Head, Ring, RingError};
 use super::shape::DiskShape;
 use crate::mq::ids::Sector;
@@ -75,7 +75,7 @@ impl Plain {
                 self.status,
                 Slot::inline(slot),
                 self.segments,
-                false,
+                holds(self.op),
             )
         };
         Parsed::Request(
@@ -172,6 +172,16 @@ fn plain(ring: &mut Ring, head: &Head, shape: &DiskShape) -> Option<Plain> {
     })
 }
 
+/// What the segments of a request are.
+#[inline]
+fn holds(op: Op) -> Holds {
+    match op {
+        Op::Read => Holds::Writable,
+        Op::Write | Op::Flush => Holds::Readable,
+        Op::Discard | Op::WriteZeroes => Holds::Ranges,
+    }
+}
+
 /// Whether a read or a write can be served as far as its position and length go. The used length,
 /// data and status, has to fit into 32 bits.
 #[inline]
@@ -220,6 +230,10 @@ fn any(
             // SAFETY: the walk found the status byte in the guest's memory, which the ring keeps.
             // Unsafe because the compiler does not see that.
             let used = unsafe { receipt::answer(head, layout.status, status, bytes) };
+            if ring.log.is_some() {
+                let pieces = &pool.scratch[layout.readable..layout.pieces];
+                ring.log_answer(layout.status, pieces, bytes);
+            }
             return Ok(Parsed::Done(used));
         }
         Verdict::Request(request, segments) => (request, segments),
@@ -238,12 +252,20 @@ fn any(
         // nobody else refers to it yet. Unsafe because of raw pointers.
         unsafe { room.add(i).write(*segment) };
     }
-    let ranges = matches!(request.op, Op::Discard | Op::WriteZeroes);
     let head = ring.commit(head);
-    // SAFETY: the walk found the status byte; that many segments were just written, extents if it
-    // has ranges and buffers if not, inline up to INLINE_SEGMENTS and from the pool for more.
+    // SAFETY: the walk found the status byte; that many segments were just written, of the kind
+    // its operation has, inline up to INLINE_SEGMENTS and from the pool for more.
     // Unsafe because that is this module's logic.
-    let io = unsafe { GuestIo::new(slot, head, layout.status, room, request.segments, ranges) };
+    let io = unsafe {
+        GuestIo::new(
+            slot,
+            head,
+            layout.status,
+            room,
+            request.segments,
+            holds(request.op),
+        )
+    };
     Ok(Parsed::Request(request, io))
 }
 

@@ -18,6 +18,7 @@ use super::receipt::{Slot, Used};
 use crate::mq::limits::MAX_RING_SIZE;
 
 mod error;
+mod logged;
 mod notify;
 
 pub use error::{RingError, RingPart};
@@ -122,6 +123,8 @@ pub struct Ring {
     /// One for each head; in use while it is in flight.
     slots: RawTable<Slot>,
     pub(super) memory: Arc<MemoryTable>,
+    /// Where what is written to the guest's memory is marked while it migrates.
+    pub(super) log: Option<Box<logged::RingLog>>,
     /// The region headers, status bytes and indirect tables were last found in.
     pub(super) meta_region: Region,
     /// The region data was last found in.
@@ -172,6 +175,7 @@ impl Ring {
             in_flight_heads: vec![0; usize::from(size).div_ceil(64)].into_boxed_slice(),
             slots: RawTable::new(usize::from(size)),
             memory,
+            log: None,
             meta_region: Region::NONE,
             data_region: Region::NONE,
         };
@@ -276,6 +280,9 @@ impl Ring {
         // Release pairs with the driver's read barrier after it has read the index (section
         // 2.7.14): the elements and all data are visible before it.
         self.used_field(1).store(new.to_le(), Ordering::Release);
+        if self.log.is_some() {
+            self.log_published(old, new);
+        }
         self.published = new;
         self.used_before = true;
         if new.wrapping_sub(self.decided) < new.wrapping_sub(old) {

@@ -123,6 +123,18 @@ pub enum Reason {
     RegionFile { guest: u64, found: String },
     #[error("memory regions at guest addresses {first:#x} and {second:#x} overlap")]
     RegionOverlap { first: u64, second: u64 },
+    #[error(
+        "dirty log of {size:#x} bytes at {offset:#x}: expected some, from a multiple of {page:#x}"
+    )]
+    LogPlace { size: u64, offset: u64, page: u64 },
+    #[error(
+        "dirty log needs {needs:#x} bytes of {found}, expected that many of a file open for reading and writing"
+    )]
+    LogFile { needs: u64, found: String },
+    #[error("dirty log of {has} pages for guest memory that ends at page {needs}")]
+    LogShort { has: u64, needs: u64 },
+    #[error("the dirty log cannot be mapped: {0}")]
+    LogMap(String),
     #[error("no memory region of {size:#x} bytes at guest address {guest:#x} to remove")]
     RegionUnknown { guest: u64, size: u64 },
 }

@@ -12,6 +12,7 @@ use vhost::vhost_user::message::{
 };
 
 use super::fds::FdKind;
+use super::log::Log;
 use super::memory::{REGION_BYTES, Region, RegionTable};
 use super::notifier::Channel;
 use super::refusal::Reason;
@@ -39,11 +40,12 @@ pub(super) struct Rules {
     owned: bool,
     /// What the device answered to GET_FEATURES, once it has.
     offered: Option<u64>,
-    acked: u64,
+    pub(super) acked: u64,
     /// What the device answered to GET_PROTOCOL_FEATURES, once it has.
     protocol_offered: Option<u64>,
     protocol_acked: u64,
-    memory: RegionTable,
+    pub(super) memory: RegionTable,
+    pub(super) log: Log,
 }
 
 impl Rules {
@@ -57,6 +59,7 @@ impl Rules {
             protocol_offered: None,
             protocol_acked: 0,
             memory: RegionTable::default(),
+            log: Log::default(),
         }
     }
 
@@ -96,10 +99,15 @@ impl Rules {
         let request = R::try_from(message.header.request).expect("the header was checked");
         let payload = message.payload.as_slice();
         match request {
-            R::SET_MEM_TABLE => return self.set_mem_table(message),
+            R::SET_MEM_TABLE => {
+                let message = self.set_mem_table(message)?;
+                self.check_log()?;
+                return Ok(message);
+            }
             R::ADD_MEM_REG => {
                 expect_fds(&message, 1)?;
                 self.add_mem_region(&message)?;
+                self.check_log()?;
             }
             R::REM_MEM_REG => {
                 // The protocol wants none and allows for one that is closed unused.
@@ -107,6 +115,10 @@ impl Rules {
                 expect_fds(&message, 0)?;
                 self.memory
                     .remove(&Region::decode(&message.payload[SINGLE_HEADER_BYTES..]))?;
+            }
+            R::SET_LOG_BASE => {
+                expect_fds(&message, 1)?;
+                self.set_log_base(&message)?;
             }
             R::SET_BACKEND_REQ_FD => {
                 expect_fds(&message, 1)?;
@@ -124,7 +136,10 @@ impl Rules {
                         self.acked = 0;
                     }
                     R::RESET_DEVICE => self.acked = 0,
-                    R::SET_FEATURES => self.acked = offered(u64_at(payload, 0), self.offered)?,
+                    R::SET_FEATURES => {
+                        self.acked = offered(u64_at(payload, 0), self.offered)?;
+                        self.check_log()?;
+                    }
                     R::SET_PROTOCOL_FEATURES => self.set_protocol_features(u64_at(payload, 0))?,
                     R::SET_VRING_NUM => self.vring_num(payload)?,
                     R::SET_VRING_BASE => self.vring_base(payload)?,
@@ -341,7 +356,7 @@ impl Rules {
                 });
             }
         }
-        Ok(())
+        self.log_ring(queue, flags, u64_at(payload, 32))
     }
 }
 

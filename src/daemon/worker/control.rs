@@ -67,6 +67,7 @@ impl Worker {
                     self.disks[disk.index()] = Some(WorkerDisk {
                         shape: *shape,
                         write_through,
+                        log: None,
                     });
                 }));
             }
@@ -99,6 +100,10 @@ impl Worker {
             }
             Message::SetMemory(disk, memory, done) => {
                 self.freeze(Pending::Memory(disk, memory, done));
+            }
+            Message::SetLog(disk, log, done) => {
+                self.set_log(disk, log);
+                done.send(());
             }
             Message::SetScheduler(disk, params, done) => {
                 self.freeze(Pending::Scheduler(disk, params, done));
@@ -171,7 +176,7 @@ impl Worker {
         self.ports().find(|(_, port)| port.id == ring).map(|p| p.0)
     }
 
-    fn ports(&self) -> impl Iterator<Item = (HctxId, &Port)> {
+    pub(super) fn ports(&self) -> impl Iterator<Item = (HctxId, &Port)> {
         self.ports.iter().zip(0..).filter_map(|(port, index)| {
             let port = port.as_ref()?;
             Some((HctxId(index), port))
@@ -220,6 +225,7 @@ impl Worker {
             no_room: false,
             stats: RingStats::default(),
         });
+        self.log_ring(hctx);
         self.set_fd(hctx, FdRole::Kick, kick);
         self.set_fd(hctx, FdRole::Call, call);
         self.set_fd(hctx, FdRole::Err, err);

@@ -25,7 +25,7 @@ impl fmt::Display for RingPart {
     }
 }
 
-/// Why a ring cannot be set up, or cannot go on. All but the first three come from what the guest
+/// Why a ring cannot be set up, or cannot go on. All but the first four come from what the guest
 /// wrote, and mean that the ring is broken: nothing more can be taken from it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum RingError {
@@ -48,6 +48,14 @@ pub enum RingError {
         /// Which part.
         part: RingPart,
         /// Its guest-physical address.
+        address: u64,
+        /// Its bytes.
+        len: u64,
+    },
+    /// The front end's dirty log has no bits for the used ring.
+    #[error("the dirty log does not reach to the used ring's {len} bytes at {address:#x}")]
+    LogShort {
+        /// Where the used ring is logged: a guest-physical address.
         address: u64,
         /// Its bytes.
         len: u64,
