@@ -21,9 +21,9 @@ pub use self::choices::{
 use self::tuning::{
     Group, Scheduler, parse_group, parse_group_name, parse_limits, parse_scheduler,
 };
-pub use self::values::SERIAL_MAX_BYTES;
+pub use self::values::{SERIAL_MAX_BYTES, parse_size};
 use self::values::{
-    parse_block_size, parse_queue_map, parse_queue_size, parse_serial, parse_size, split_pairs,
+    parse_block_size, parse_queue_map, parse_queue_size, parse_serial, split_pairs,
 };
 
 mod choices;

@@ -1,6 +1,7 @@
 //! A disk of the process, from its configuration to the workers that serve its queues.
 
 mod describe;
+mod resize;
 mod tuning;
 
 use std::collections::BTreeSet;
@@ -12,6 +13,7 @@ use crate::config::DiskConfig;
 use crate::engine::disk::{Image, ImageKind};
 use crate::mq::elevator::Params;
 use crate::mq::ids::{DiskId, QueueId, RingId, WorkerId};
+use crate::mq::limits::SECTOR_SIZE;
 use crate::mq::map::{MapKind, Topology};
 use crate::mq::qos::Throttle;
 use crate::mq::types::{Counts, QueueMaps};
@@ -20,6 +22,8 @@ use crate::virtio::features;
 use crate::virtio::shape::DiskShape;
 
 use self::describe::{shape, space, target};
+pub use self::resize::ResizeError;
+use self::resize::Size;
 pub use self::tuning::Membership;
 use super::message::{Message, Reply, WorkerGone, WorkerHandle, ask_all};
 
@@ -33,6 +37,7 @@ pub struct Disk {
     image: Image,
     shape: DiskShape,
     space: ConfigSpace,
+    size: Size,
     /// Writes are durable when they complete: what follows from the two below. The workers look here.
     write_through: Arc<AtomicBool>,
     cache: Mutex<CacheState>,
@@ -93,6 +98,7 @@ impl Disk {
             throttle: Arc::new(Throttle::new(config.limits)),
             group: Mutex::new(None),
             connected: AtomicBool::new(false),
+            size: Size::new(image.size_bytes),
             config,
             image,
             shape,
@@ -137,6 +143,7 @@ impl Disk {
     /// `size` bytes of the configuration space from `offset`.
     pub fn read_config(&self, offset: u32, size: u32) -> Vec<u8> {
         let space = ConfigSpace {
+            capacity: self.size_bytes() / SECTOR_SIZE,
             writeback: !self.lock_cache().chosen,
             ..self.space
         };

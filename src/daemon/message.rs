@@ -85,6 +85,8 @@ pub enum Message {
     SetMemory(DiskId, Arc<MemoryTable>, Reply<()>),
     /// From now on mark what is written to the guest's memory, or mark nothing any more.
     SetLog(DiskId, Option<Arc<DiskLog>>, Reply<()>),
+    /// The disk has this many bytes from now on, more than before; its rings go on meanwhile.
+    Resize(DiskId, u64, Reply<std::io::Result<()>>),
     /// The queue map changed: this many vCPUs use the ring.
     SetCtxs(RingId, u16, Reply<()>),
     /// Freeze the disk's rings, use another elevator, thaw.

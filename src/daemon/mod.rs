@@ -4,6 +4,7 @@ pub mod backend;
 pub mod clock;
 pub mod dirty;
 pub mod disk;
+pub mod growth;
 pub mod message;
 pub mod report;
 pub mod roster;

@@ -23,6 +23,7 @@ use super::backend::DeviceBackend;
 use super::clock::Clock;
 use super::dirty::Unlogged;
 use super::disk::{Disk, worker_id};
+use super::growth::GrowthWatch;
 use super::message::WorkerHandle;
 use super::report::Summary;
 use super::roster::{Groups, Roster};
@@ -88,6 +89,9 @@ pub fn run(config: Config) -> Result<(), StartError> {
         disks.push(disk);
     }
     let roster = Arc::new(Roster::new(disks, workers, groups, clock));
+    let growth_thread = GrowthWatch::new(roster.disks(), Arc::clone(&stop))
+        .and_then(GrowthWatch::spawn)
+        .map_err(|source| system("watch the images' sizes", source))?;
     let control_thread = control_door
         .map(|(listener, file)| {
             control::serve(listener, Arc::clone(&roster), Arc::clone(&stop))
@@ -123,6 +127,9 @@ pub fn run(config: Config) -> Result<(), StartError> {
     // Sessions end first, and with them their rings; then the workers have nothing left.
     stop.signal();
     for thread in disk_threads {
+        let _ = thread.join();
+    }
+    if let Some(thread) = growth_thread {
         let _ = thread.join();
     }
     if let Some((thread, file)) = control_thread {
@@ -282,9 +289,11 @@ impl DiskServer {
                 .map_err(|error| io::Error::other(error.to_string()))
         })?;
         let limits = SessionLimits::new(self.disk.config.num_queues, MAX_RING_SIZE);
-        let end = Guard::new(stream, device, limits, self.stop.watch()?)?
-            .with_log(Arc::clone(&state) as Arc<dyn LogKeeper>)
-            .run();
+        let guard = Guard::new(stream, device, limits, self.stop.watch()?)?
+            .with_log(Arc::clone(&state) as Arc<dyn LogKeeper>);
+        self.disk.set_notifier(Some(guard.notifier()));
+        let end = guard.run();
+        self.disk.set_notifier(None);
         // The guard has closed both connections, so the crate's thread is on its way out.
         daemon.request_shutdown();
         if let Err(error) = daemon.wait() {

@@ -14,6 +14,7 @@ mod driver;
 mod intake;
 mod logged;
 mod port;
+mod resize;
 mod rest;
 mod spin;
 mod traced;

@@ -199,6 +199,20 @@ impl Image {
         Ok(image)
     }
 
+    /// How many bytes it has by now; [`Image::size_bytes`] is how many it had when it was opened.
+    ///
+    /// # Errors
+    ///
+    /// The file or device does not say.
+    pub fn current_size_bytes(&self) -> io::Result<u64> {
+        match self.kind {
+            ImageKind::Null => Ok(self.size_bytes),
+            ImageKind::File => Ok(self.file.metadata()?.len()),
+            // The position is nobody's: all I/O says where it goes.
+            ImageKind::BlockDevice => (&self.file).seek(SeekFrom::End(0)),
+        }
+    }
+
     /// What the kernel says of a block device's queue.
     fn take_device_limits(&mut self, queue: &QueueLimits, config: &DiskConfig) {
         let block = config.logical_block_size;

@@ -12,11 +12,15 @@ use std::sync::atomic::{AtomicU8, Ordering};
 
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
+use crate::sigbus::Guarded;
+
 /// Bytes of guest memory for which one bit stands, whatever the machine's pages are (VHOST_LOG_PAGE).
 pub const LOG_PAGE_BYTES: u64 = 0x1000;
 
 /// A mapped log. Page *n* of the guest-physical addresses is bit *n* % 8 of byte *n* / 8.
 pub struct DirtyLog {
+    /// A file that is truncated must not end the process. `None` only while this is made or dropped.
+    guarded: Option<Guarded>,
     base: NonNull<u8>,
     bytes: usize,
 }
@@ -58,7 +62,21 @@ impl DirtyLog {
             )
         }?;
         let base = NonNull::new(base.cast()).expect("mmap never returns a null address");
-        Ok(DirtyLog { base, bytes })
+        let mut log = DirtyLog {
+            guarded: None,
+            base,
+            bytes,
+        };
+        // SAFETY: a whole mapping, readable and writable, that `log` keeps until it has given this up.
+        // Nobody else knows of it, and its bytes are only reached through raw pointers. Unsafe because
+        // the compiler does not know that the mapping may be replaced.
+        log.guarded = Some(unsafe { Guarded::new(base, bytes) }?);
+        Ok(log)
+    }
+
+    /// Whether the front end has taken the file away, so that marks go nowhere.
+    pub fn is_lost(&self) -> bool {
+        self.guarded.as_ref().is_some_and(Guarded::is_lost)
     }
 
     /// How many pages have a bit.
@@ -116,6 +134,7 @@ impl DirtyLog {
 
 impl Drop for DirtyLog {
     fn drop(&mut self) {
+        self.guarded = None;
         // SAFETY: mapped in `map` with this length, and nobody else knows of it. Unsafe because whoever
         // still had a pointer would be left with nothing behind it.
         let unmapped = unsafe { munmap(self.base.as_ptr().cast(), self.bytes) };
@@ -171,6 +190,21 @@ mod tests {
         new.mark(3 * 4096, 1);
         new.add(&old);
         assert_eq!(marked(&file, 0, 2), [1, 3]);
+    }
+
+    #[test]
+    fn a_truncated_log_is_lost_and_nothing_else() {
+        let (log, file) = log(4096, 8192);
+        log.mark(0, 1);
+        assert!(!log.is_lost());
+        file.set_len(4096).unwrap();
+        log.mark(4096, 4096);
+        assert!(log.is_lost());
+        assert_eq!(
+            log.byte(0).load(Ordering::Relaxed),
+            2,
+            "in zeros of our own"
+        );
     }
 
     proptest! {

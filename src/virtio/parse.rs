@@ -6,9 +6,7 @@
 
 use std::ptr::NonNull;
 
-use super::abi::{
-    self, DESC_INDIRECT, DESC_NEXT, DESC_WRITE, HEADER_BYTES, Header, ID_BYTES, request_type,
-};
+use super::abi::{self, DESC_INDIRECT, DESC_NEXT, DESC_WRITE, HEADER_BYTES, Header, request_type};
 use super::chain::{self, Layout};
 use super::pool::{Segment, SegmentPool};
 use super::receipt::{self, GuestIo, Holds, Slot, Used};
@@ -18,6 +16,7 @@ use crate::mq::ids::Sector;
 use crate::mq::limits::{INLINE_SEGMENTS, MAX_SEGMENTS};
 use crate::mq::request::{IoPrio, Op, Request, Status};
 
+mod id;
 mod ranges;
 
 /// What became of a chain.
@@ -75,7 +74,7 @@ impl Plain {
                 self.status,
                 Slot::inline(slot),
                 self.segments,
-                holds(self.op),
+                Holds::of(self.op),
             )
         };
         Parsed::Request(
@@ -172,16 +171,6 @@ fn plain(ring: &mut Ring, head: &Head, shape: &DiskShape) -> Option<Plain> {
     })
 }
 
-/// What the segments of a request are.
-#[inline]
-fn holds(op: Op) -> Holds {
-    match op {
-        Op::Read => Holds::Writable,
-        Op::Write | Op::Flush => Holds::Readable,
-        Op::Discard | Op::WriteZeroes => Holds::Ranges,
-    }
-}
-
 /// Whether a read or a write can be served as far as its position and length go. The used length,
 /// data and status, has to fit into 32 bits.
 #[inline]
@@ -263,7 +252,7 @@ fn any(
             layout.status,
             room,
             request.segments,
-            holds(request.op),
+            Holds::of(request.op),
         )
     };
     Ok(Parsed::Request(request, io))
@@ -361,7 +350,7 @@ fn judge(
         request_type::GET_ID if readable > 0 => reject,
         request_type::GET_ID => {
             let data = data(layout, false, pieces);
-            Verdict::Answer(Status::Ok, write_id(&pieces[data], &shape.serial))
+            Verdict::Answer(Status::Ok, id::write(&pieces[data], &shape.serial))
         }
         request_type::DISCARD | request_type::WRITE_ZEROES => {
             if writable > 0 || shape.read_only {
@@ -414,22 +403,6 @@ fn data(layout: &Layout, readable: bool, pieces: &mut [Segment]) -> std::ops::Ra
         pieces[last].iovec.iov_len
     };
     layout.readable..if left == 0 { last } else { layout.pieces }
-}
-
-/// Writes as much of the serial as the guest has room for; returns how many bytes.
-fn write_id(pieces: &[Segment], serial: &[u8; ID_BYTES]) -> u32 {
-    let mut left = &serial[..];
-    for piece in pieces {
-        // SAFETY: pieces of a layout are buffers. Unsafe because a segment can also be an extent.
-        let iovec = unsafe { piece.iovec };
-        let (now, later) = left.split_at(iovec.iov_len.min(left.len()));
-        let base = NonNull::new(iovec.iov_base.cast::<u8>()).expect("made of a NonNull");
-        // SAFETY: the walk found the piece's `iov_len` bytes in guest memory. Unsafe because it is
-        // the guest's too.
-        unsafe { abi::write_bytes(base, now) };
-        left = later;
-    }
-    u32::try_from(serial.len() - left.len()).expect("at most ID_BYTES")
 }
 
 #[cfg(test)]

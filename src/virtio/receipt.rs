@@ -7,7 +7,7 @@ use virtio_bindings::virtio_blk;
 
 use super::pool::{Extent, Segment, SegmentPool};
 use crate::mq::limits::INLINE_SEGMENTS;
-use crate::mq::request::Status;
+use crate::mq::request::{Op, Status};
 
 /// An element for the used ring: a chain whose status is written. Made by finishing a request.
 #[derive(Debug, PartialEq, Eq)]
@@ -86,6 +86,18 @@ pub(super) enum Holds {
     Writable,
     /// [`Extent`]s.
     Ranges,
+}
+
+impl Holds {
+    /// What those of such a request are.
+    #[inline]
+    pub(super) fn of(op: Op) -> Holds {
+        match op {
+            Op::Read => Holds::Writable,
+            Op::Write | Op::Flush => Holds::Readable,
+            Op::Discard | Op::WriteZeroes => Holds::Ranges,
+        }
+    }
 }
 
 /// A ring's room for one chain in flight.

@@ -414,6 +414,27 @@ fn a_log_that_does_not_reach_to_the_end_of_memory_ends_the_session() {
     Disk::attach(daemon.socket(), 1).flush(0);
 }
 
+/// The log's file goes away under the daemon: the rings that should mark pages stop, and the rest goes on.
+#[test]
+fn a_truncated_log_stops_its_rings_and_nothing_else() {
+    let daemon = Daemon::start_ours(&Spec::image(DISK));
+    let mut disk =
+        Disk::attach_with(daemon.socket(), &setup(), 1, QueueSetup::default()).expect("a session");
+    let log = Log::whole();
+    log.give_to(&mut disk.front).expect("a log");
+    set_logging(&mut disk.front, true);
+    disk.flush(0);
+    rustix::fs::ftruncate(log.mem.regions()[0].fd(), 0).expect("a memfd");
+    let queue = &mut disk.queues[0];
+    // The first request finds out, so the second is not taken.
+    assert_eq!(Request::flush().run(queue).status, status::OK);
+    Request::flush().push(queue, 1);
+    queue.publish();
+    assert!(daemon.wait_for_message("the file of the dirty log was made shorter"));
+    drop(disk);
+    Disk::attach(daemon.socket(), 1).flush(0);
+}
+
 /// Where its used ring is logged must have a bit too; a front end that names another place loses the ring.
 #[test]
 fn a_used_ring_logged_beyond_the_log_is_not_served() {

@@ -111,6 +111,7 @@ impl Worker {
             Message::SetSchedulerParam(disk, name, value, done) => {
                 done.send(self.mq.set_elevator_param(disk, &name, value));
             }
+            Message::Resize(disk, size_bytes, done) => done.send(self.resize(disk, size_bytes)),
             Message::SetCtxs(ring, ctxs, done) => {
                 if let Some(hctx) = self.find(ring) {
                     self.mq.set_ctxs(hctx, ctxs);

@@ -32,6 +32,7 @@ impl Worker {
         if port.ring.available()? == 0 {
             return Ok(false);
         }
+        port.ring.check_log()?;
         port.ring.suppress_kicks();
         let disk = self.disks[port.id.disk.index()]
             .as_ref()

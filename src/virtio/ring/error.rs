@@ -25,7 +25,7 @@ impl fmt::Display for RingPart {
     }
 }
 
-/// Why a ring cannot be set up, or cannot go on. All but the first four come from what the guest
+/// Why a ring cannot be set up, or cannot go on. All but the first five come from what the guest
 /// wrote, and mean that the ring is broken: nothing more can be taken from it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum RingError {
@@ -60,6 +60,9 @@ pub enum RingError {
         /// Its bytes.
         len: u64,
     },
+    /// The front end's dirty log was truncated.
+    #[error("the file of the dirty log was made shorter")]
+    LogLost,
     /// More was made available than the ring has entries.
     #[error("available index {index} is more than the ring's {size} entries after {next}")]
     AvailJump {

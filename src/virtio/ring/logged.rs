@@ -45,6 +45,16 @@ impl Ring {
         Ok(())
     }
 
+    /// An error if the front end has taken the log away: its guest must not be told of writes that
+    /// nobody marks.
+    #[inline]
+    pub fn check_log(&self) -> Result<(), RingError> {
+        match &self.log {
+            Some(log) if log.log.is_lost() => Err(RingError::LogLost),
+            _ => Ok(()),
+        }
+    }
+
     /// Answers a request and puts its used element; see [`GuestIo::finish`].
     #[inline]
     pub fn finish(&mut self, io: GuestIo, status: Status, bytes: u32, pool: &mut SegmentPool) {
