@@ -53,7 +53,11 @@ impl Cluster {
     /// Starts host `number`; all but the first wait for the guest to come.
     fn host(&self, number: u32) -> Host {
         let socket = self.path("disk", number);
-        let daemon = Daemon::start_at(&self.disk, &socket, &["--cache", "none"]);
+        let daemon = Daemon::start_at(
+            &self.disk,
+            &socket,
+            &["--cache", "none", "--lock", "in-use"],
+        );
         let qmp = self.path("qmp", number);
         let mut guest = Guest::qemu(2, 2).socket(&socket).qmp(&qmp);
         if number > 0 {

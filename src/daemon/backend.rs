@@ -2,11 +2,14 @@
 //! [`super::vring`]'s.
 
 use std::fmt;
+use std::fs::File;
 use std::io;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vhost::vhost_user::Backend as BackendChannel;
-use vhost::vhost_user::message::VhostUserProtocolFeatures;
+use vhost::vhost_user::message::{
+    VhostTransferStateDirection as Direction, VhostTransferStatePhase, VhostUserProtocolFeatures,
+};
 use vhost_user_backend::VhostUserBackend;
 use vm_memory::GuestAddressSpace;
 use vmm_sys_util::epoll::EventSet;
@@ -15,6 +18,7 @@ use crate::mq::limits::MAX_RING_SIZE;
 use crate::virtio::features;
 use crate::virtio::memory::MemoryTable;
 
+use super::device_state::DeviceState;
 use super::dirty::Unlogged;
 use super::vring::{GuestMemory, SessionState, Vring};
 
@@ -23,6 +27,19 @@ pub struct DeviceBackend {
     session: Arc<SessionState>,
     /// Kept open: the front end takes its closing for the device's end.
     channel: Mutex<Option<BackendChannel>>,
+    /// What is to be heard of the last transfer of the device's state.
+    transfer: Mutex<Transfer>,
+}
+
+/// A transfer of the device's state.
+#[derive(Debug, Default)]
+enum Transfer {
+    #[default]
+    None,
+    /// It was given to the front end.
+    Saved,
+    /// The front end writes it here, and will say when it has.
+    Loading(File),
 }
 
 impl fmt::Debug for DeviceBackend {
@@ -39,7 +56,14 @@ impl DeviceBackend {
         DeviceBackend {
             session,
             channel: Mutex::new(None),
+            transfer: Mutex::default(),
         }
+    }
+}
+
+impl DeviceBackend {
+    fn lock_transfer(&self) -> MutexGuard<'_, Transfer> {
+        self.transfer.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -75,10 +99,13 @@ impl VhostUserBackend for DeviceBackend {
             | VhostUserProtocolFeatures::RESET_DEVICE
             | VhostUserProtocolFeatures::BACKEND_REQ
             | VhostUserProtocolFeatures::LOG_SHMFD
+            | VhostUserProtocolFeatures::DEVICE_STATE
+            // The guard answers its messages.
+            | VhostUserProtocolFeatures::INFLIGHT_SHMFD
     }
 
     fn reset_device(&self) {
-        self.session.stop_all();
+        self.session.reset();
         self.session.set_logging(false);
     }
 
@@ -99,8 +126,54 @@ impl VhostUserBackend for DeviceBackend {
         Ok(())
     }
 
+    fn set_device_state_fd(
+        &self,
+        direction: Direction,
+        _phase: VhostTransferStatePhase,
+        file: File,
+    ) -> io::Result<Option<File>> {
+        let disk = self.session.disk();
+        let mut transfer = self.lock_transfer();
+        *transfer = Transfer::None;
+        *transfer = match direction {
+            Direction::SAVE => {
+                let state = disk.device_state();
+                state.save(&file).inspect_err(|error| {
+                    log::warn!(
+                        "disk {}: its state is not saved: {error}",
+                        disk.config.serial
+                    );
+                })?;
+                Transfer::Saved
+            }
+            Direction::LOAD => Transfer::Loading(file),
+        };
+        Ok(None)
+    }
+
+    fn check_device_state(&self) -> io::Result<()> {
+        let disk = self.session.disk();
+        match std::mem::take(&mut *self.lock_transfer()) {
+            Transfer::None => Err(io::Error::other("no state was transferred")),
+            Transfer::Saved => Ok(()),
+            Transfer::Loading(file) => {
+                let state = DeviceState::load(&file).inspect_err(|error| {
+                    log::warn!(
+                        "disk {}: a state is not restored: {error}",
+                        disk.config.serial
+                    );
+                })?;
+                if let Some(state) = state {
+                    disk.restore_state(state);
+                }
+                Ok(())
+            }
+        }
+    }
+
     fn update_memory(&self, memory: GuestMemory) -> io::Result<()> {
-        let table = MemoryTable::from_guest_memory(memory.memory().into_inner())
+        let before = self.session.memory();
+        let table = MemoryTable::from_guest_memory(memory.memory().into_inner(), before.as_deref())
             .map_err(io::Error::other)?;
         self.session.set_memory(Arc::new(table));
         Ok(())

@@ -3,6 +3,7 @@
 mod describe;
 mod resize;
 mod tuning;
+mod usage;
 
 use std::collections::BTreeSet;
 use std::io;
@@ -25,6 +26,8 @@ use self::describe::{shape, space, target};
 pub use self::resize::ResizeError;
 use self::resize::Size;
 pub use self::tuning::Membership;
+use self::usage::Usage;
+use super::device_state::DeviceState;
 use super::message::{Message, Reply, WorkerGone, WorkerHandle, ask_all};
 
 /// A disk that is being served.
@@ -49,6 +52,7 @@ pub struct Disk {
     /// Its own limits, shared by the workers.
     throttle: Arc<Throttle>,
     group: Mutex<Option<Membership>>,
+    usage: Usage,
     /// A front end is being served.
     connected: AtomicBool,
 }
@@ -97,6 +101,7 @@ impl Disk {
             }),
             throttle: Arc::new(Throttle::new(config.limits)),
             group: Mutex::new(None),
+            usage: Usage::default(),
             connected: AtomicBool::new(false),
             size: Size::new(image.size_bytes),
             config,
@@ -158,17 +163,26 @@ impl Disk {
     pub fn write_config(&self, offset: u32, bytes: &[u8]) -> Result<(), ConfigError> {
         let mode = self.space.write(offset, bytes)?;
         let chosen = mode == WriteCache::WriteThrough;
-        log::info!(
-            "disk {}: the guest chose {}",
-            self.config.serial,
-            if chosen {
-                "write-through"
-            } else {
-                "write-back"
-            }
-        );
+        let state = DeviceState {
+            write_through: chosen,
+        };
+        log::info!("disk {}: the guest chose {state}", self.config.serial);
         self.change_cache(|cache| cache.chosen = chosen);
         Ok(())
+    }
+
+    /// What a snapshot has to keep.
+    pub fn device_state(&self) -> DeviceState {
+        DeviceState {
+            write_through: self.lock_cache().chosen,
+        }
+    }
+
+    /// Goes on as a snapshot left off.
+    pub fn restore_state(&self, state: DeviceState) {
+        let serial = &self.config.serial;
+        log::info!("disk {serial}: the guest comes back with its choice of {state}");
+        self.change_cache(|cache| cache.chosen = state.write_through);
     }
 
     /// A driver acknowledged these features. One that can neither flush nor choose the cache mode

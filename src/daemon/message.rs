@@ -14,12 +14,14 @@ use crate::mq::elevator::{ParamError, Params};
 use crate::mq::ids::{DiskId, RingId, WorkerId};
 use crate::mq::qos::Throttle;
 use crate::mq::trace::Action;
+use crate::virtio::inflight::InflightQueue;
 use crate::virtio::memory::MemoryTable;
 use crate::virtio::ring::{RingError, RingSetup};
 use crate::virtio::shape::DiskShape;
 
 use super::dirty::DiskLog;
 use super::report::{TraceReport, WorkerReport};
+use super::socket::Stop;
 
 /// A ring the front end has finished describing.
 #[derive(Debug)]
@@ -30,6 +32,8 @@ pub struct StartRing {
     pub setup: RingSetup,
     /// The guest memory it lies in.
     pub memory: Arc<MemoryTable>,
+    /// Said when some of that memory was taken away: the session is to end.
+    pub memory_lost: Arc<Stop>,
     /// Written to by the front end when there are requests. `None`: look without being told.
     pub kick: Option<OwnedFd>,
     /// Written to by us when requests are done. `None`: the guest polls.
@@ -38,6 +42,8 @@ pub struct StartRing {
     pub err: Option<OwnedFd>,
     /// Whether requests may be taken already (SET_VRING_ENABLE).
     pub enabled: bool,
+    /// Where account is kept of what is in flight, and what the daemon before has left there.
+    pub inflight: Option<InflightQueue>,
     /// How many vCPUs the queue map sends here.
     pub ctxs: u16,
 }

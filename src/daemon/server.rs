@@ -18,6 +18,7 @@ use crate::engine::disk::Image;
 use crate::error::StartError;
 use crate::mq::ids::DiskId;
 use crate::mq::limits::{MAX_HCTXS, MAX_RING_SIZE};
+use crate::sigbus;
 
 use super::backend::DeviceBackend;
 use super::clock::Clock;
@@ -66,6 +67,7 @@ pub fn run(config: Config) -> Result<(), StartError> {
         .as_deref()
         .map(|path| listen_privately(path, "--control-path"))
         .transpose()?;
+    sigbus::install().map_err(|source| system("handle SIGBUS", source))?;
     open_fd_table().map_err(|source| system("look into /proc/self/fd", source))?;
     let junction =
         Arc::new(Junction::new().map_err(|source| system("create an internal socket", source))?);
@@ -275,7 +277,7 @@ impl DiskServer {
     }
 
     fn session(&self, stream: UnixStream) -> io::Result<SessionEnd> {
-        let state = SessionState::new(Arc::clone(&self.disk));
+        let state = SessionState::new(Arc::clone(&self.disk))?;
         // Declared first, so that it comes last, however the session ends.
         let _ending = Ending(&state);
         let backend = Arc::new(DeviceBackend::new(Arc::clone(&state)));
@@ -288,8 +290,11 @@ impl DiskServer {
                 .start(listener)
                 .map_err(|error| io::Error::other(error.to_string()))
         })?;
+        state.can_give_up(&device)?;
         let limits = SessionLimits::new(self.disk.config.num_queues, MAX_RING_SIZE);
         let guard = Guard::new(stream, device, limits, self.stop.watch()?)?
+            .watch_memory(state.watch_memory()?)
+            .with_inflight(Arc::clone(state.inflight()))
             .with_log(Arc::clone(&state) as Arc<dyn LogKeeper>);
         self.disk.set_notifier(Some(guard.notifier()));
         let end = guard.run();

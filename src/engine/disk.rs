@@ -21,11 +21,12 @@ use rustix::io::Errno;
 
 use self::align::open_direct;
 use self::limits::QueueLimits;
-use crate::config::{DiskConfig, ImageSource};
+use crate::config::{DiskConfig, ImageSource, LockWhen};
 use crate::error::StartError;
 
 mod align;
 mod limits;
+pub mod lock;
 
 /// Longest range, in bytes, that one discard or write-zeroes of a regular file may have: as much as
 /// virtio's 32-bit number of sectors can say, in whole mebibytes.
@@ -129,6 +130,9 @@ impl Image {
             .map_err(fail)?;
         let kind = kind_of(path, &file.metadata().map_err(fail)?)?;
         fcntl_setfl(&file, OFlags::empty()).map_err(|errno| fail(errno.into()))?;
+        if config.lock == LockWhen::Always {
+            lock::lock_image(&file, path, config)?;
+        }
 
         let facts = statx(
             &file,

@@ -1,11 +1,18 @@
-//! The dirty log: each page the daemon writes while LOG_ALL is set is marked, and no other.
+//! The dirty log: each page the daemon writes while LOG_ALL is set is marked, and no other. And the little that a
+//! snapshot keeps of a disk.
 
 use crate::support::disk::{finish, finish_all, kind, status};
 use crate::support::*;
 use std::collections::BTreeSet;
+use std::fs::File;
+use std::io::Read;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
-use vhost::vhost_user::message::VhostUserProtocolFeatures;
+use vhost::vhost_user::VhostUserFrontend;
+use vhost::vhost_user::message::{
+    VhostTransferStateDirection as Direction, VhostTransferStatePhase as Phase,
+    VhostUserProtocolFeatures,
+};
 use vhost::{VhostBackend, VhostUserDirtyLogRegion, VringConfigData};
 
 const DISK: u64 = 8 << 20;
@@ -446,4 +453,82 @@ fn a_used_ring_logged_beyond_the_log_is_not_served() {
     set_used_log(&mut disk.front, &disk.queues[0], Some(1 << 40)).expect("taken note of");
     assert!(daemon.wait_for_message("the dirty log does not reach to the used ring"));
     disk.flush(1);
+}
+
+/// Cloud Hypervisor's way: a snapshot of the stopped device, restored by another daemon.
+#[test]
+fn a_snapshot_keeps_the_cache_mode_that_the_guest_chose() {
+    let with_state = Setup {
+        protocol: protocol::KNOWN | VhostUserProtocolFeatures::DEVICE_STATE,
+        ..setup()
+    };
+    let connect =
+        |daemon: &Daemon| Front::connect(daemon.socket(), &with_state).expect("a session");
+    let load = |front: &Front, state: &[u8]| {
+        let (reader, writer) = rustix::pipe::pipe().expect("a pipe");
+        let set = front
+            .vhost
+            .set_device_state_fd(Direction::LOAD, Phase::STOPPED, reader);
+        assert!(set.expect("a channel").is_none());
+        assert_eq!(
+            rustix::io::write(&writer, state).expect("room"),
+            state.len()
+        );
+        drop(writer);
+        front.vhost.check_device_state()
+    };
+
+    let source = Daemon::start_ours(&Spec::image(DISK));
+    let mut front = connect(&source);
+    let writeback = 32;
+    front.set_config(writeback, &[0]).expect("a config write");
+    let (reader, writer) = rustix::pipe::pipe().expect("a pipe");
+    let set = front
+        .vhost
+        .set_device_state_fd(Direction::SAVE, Phase::STOPPED, writer);
+    assert!(set.expect("a channel").is_none());
+    let mut state = Vec::new();
+    File::from(reader)
+        .read_to_end(&mut state)
+        .expect("a pipe that ends");
+    front.vhost.check_device_state().expect("it was saved");
+    front
+        .vhost
+        .check_device_state()
+        .expect_err("nothing was transferred");
+
+    let destination = Daemon::start_ours(&Spec::image(DISK));
+    let mut front = connect(&destination);
+    assert_eq!(front.config_bytes(writeback, 1).expect("a config"), [1]);
+    load(&front, &[]).expect("no state is a state");
+    load(&front, b"something else").expect_err("a state of somebody else's");
+    assert!(destination.wait_for_message("a state is not restored: it is not this daemon's"));
+    assert_eq!(front.config_bytes(writeback, 1).expect("a config"), [1]);
+    load(&front, &state).expect("a state of ours");
+    assert_eq!(front.config_bytes(writeback, 1).expect("a config"), [0]);
+    // The session goes on with it.
+    let mut queue = front.queue(0, QueueSetup::default()).expect("a queue");
+    assert_eq!(Request::flush().run(&mut queue).status, status::OK);
+}
+
+/// A front end that says it has written a state, and still has the pipe open: it is told so, and the session goes on.
+#[test]
+fn a_state_that_does_not_come_is_not_waited_for() {
+    let with_state = Setup {
+        protocol: protocol::KNOWN | VhostUserProtocolFeatures::DEVICE_STATE,
+        ..setup()
+    };
+    let daemon = Daemon::start_ours(&Spec::image(DISK));
+    let mut front = Front::connect(daemon.socket(), &with_state).expect("a session");
+    let (reader, _writer) = rustix::pipe::pipe().expect("a pipe");
+    let set = front
+        .vhost
+        .set_device_state_fd(Direction::LOAD, Phase::STOPPED, reader);
+    set.expect("a channel");
+    front
+        .vhost
+        .check_device_state()
+        .expect_err("the pipe is open");
+    let mut queue = front.queue(0, QueueSetup::default()).expect("a queue");
+    assert_eq!(Request::flush().run(&mut queue).status, status::OK);
 }

@@ -55,12 +55,14 @@ impl Rules {
             FdKind::File {
                 bytes,
                 read_write: true,
+                granule: 1,
             } if needs <= bytes => {}
             FdKind::File {
                 bytes,
                 read_write: true,
+                granule,
             } => {
-                let found = format!("a file of {bytes:#x}");
+                let found = format!("a file of {bytes:#x} in pieces of {granule:#x}");
                 return Err(Reason::LogFile { needs, found });
             }
             other => {

@@ -7,22 +7,21 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use vhost::vhost_user::message::{
-    FrontendReq, VhostUserConfigFlags, VhostUserProtocolFeatures, VhostUserVirtioFeatures,
-    VhostUserVringAddrFlags,
+    FrontendReq, VhostUserProtocolFeatures, VhostUserVirtioFeatures, VhostUserVringAddrFlags,
 };
 
+use super::SessionLimits;
+use super::contents;
 use super::fds::FdKind;
+use super::inflight::{self, InflightStore};
 use super::log::Log;
 use super::memory::{REGION_BYTES, Region, RegionTable};
 use super::notifier::Channel;
 use super::refusal::Reason;
-use super::shape::{
-    CONFIG_HEADER_BYTES, SINGLE_HEADER_BYTES, Shape, TABLE_HEADER_BYTES, U64_BYTES,
-};
+use super::shape::{SINGLE_HEADER_BYTES, Shape, TABLE_HEADER_BYTES, U64_BYTES};
 use super::wire::{
     FLAG_NEED_REPLY, FLAG_REPLY, Header, MAX_FDS, Message, VERSION, VERSION_MASK, u32_at, u64_at,
 };
-use super::{CONFIG_SPACE_BYTES, SessionLimits};
 
 /// Bits of the payload of SET_VRING_KICK, CALL and ERR that hold the queue index.
 const VRING_INDEX_MASK: u64 = 0xff;
@@ -120,12 +119,20 @@ impl Rules {
                 expect_fds(&message, 1)?;
                 self.set_log_base(&message)?;
             }
+            R::SET_DEVICE_STATE_FD => {
+                expect_fds(&message, 1)?;
+                contents::device_state(&message)?;
+            }
             R::SET_BACKEND_REQ_FD => {
                 expect_fds(&message, 1)?;
                 self.set_channel(&message)?;
             }
             R::SET_VRING_KICK | R::SET_VRING_CALL | R::SET_VRING_ERR => {
                 self.vring_fd(request, &message)?;
+            }
+            R::GET_INFLIGHT_FD | R::SET_INFLIGHT_FD => {
+                expect_fds(&message, usize::from(request == R::SET_INFLIGHT_FD))?;
+                inflight::check(&message, &self.limits)?;
             }
             _ => {
                 expect_fds(&message, 0)?;
@@ -146,7 +153,7 @@ impl Rules {
                     R::GET_VRING_BASE => self.queue_index(u32_at(payload, 0))?,
                     R::SET_VRING_ENABLE => self.vring_enable(payload)?,
                     R::SET_VRING_ADDR => self.vring_addr(payload)?,
-                    R::GET_CONFIG | R::SET_CONFIG => config(payload)?,
+                    R::GET_CONFIG | R::SET_CONFIG => contents::config(payload)?,
                     // No payload and nothing to remember.
                     _ => {}
                 }
@@ -166,6 +173,16 @@ impl Rules {
             Ok(FrontendReq::GET_PROTOCOL_FEATURES) => self.protocol_offered = Some(value),
             _ => {}
         }
+    }
+
+    /// Carries out a request that the guard answers itself.
+    pub(super) fn carry_out(
+        &self,
+        message: &Message,
+        store: &InflightStore,
+    ) -> Result<Option<Message>, Reason> {
+        let acked = self.protocol_acked & VhostUserProtocolFeatures::REPLY_ACK.bits() != 0;
+        inflight::carry_out(message, &self.limits, store, acked)
     }
 
     fn set_owner(&mut self) -> Result<(), Reason> {
@@ -382,27 +399,4 @@ fn offered(features: u64, offered: Option<u64>) -> Result<u64, Reason> {
         0 => Ok(features),
         extra => Err(Reason::NotOffered(extra)),
     }
-}
-
-fn config(payload: &[u8]) -> Result<(), Reason> {
-    let (offset, size, flags) = (u32_at(payload, 0), u32_at(payload, 4), u32_at(payload, 8));
-    let end = offset.checked_add(size);
-    if size == 0 || end.is_none_or(|end| end > CONFIG_SPACE_BYTES) {
-        return Err(Reason::ConfigRange {
-            offset,
-            size,
-            space: CONFIG_SPACE_BYTES,
-        });
-    }
-    if flags & !VhostUserConfigFlags::all().bits() != 0 {
-        return Err(Reason::ConfigFlags(flags));
-    }
-    let want = CONFIG_HEADER_BYTES + usize::try_from(size).expect("at most the config space");
-    if payload.len() != want {
-        return Err(Reason::PayloadContents {
-            got: payload.len(),
-            want,
-        });
-    }
-    Ok(())
 }

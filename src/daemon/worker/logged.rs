@@ -4,15 +4,16 @@ use std::sync::Arc;
 
 use super::Worker;
 use crate::daemon::dirty::DiskLog;
+use crate::daemon::message::Reply;
 use crate::mq::ids::{DiskId, HctxId};
 
 impl Worker {
     #[cold]
-    pub(super) fn set_log(&mut self, disk: DiskId, log: Option<Arc<DiskLog>>) {
-        let Some(known) = self.disks.get_mut(disk.index()).and_then(Option::as_mut) else {
-            return;
-        };
-        known.log = log;
+    pub(super) fn set_log(&mut self, disk: DiskId, log: Option<&Arc<DiskLog>>, done: Reply<()>) {
+        if let Some(known) = self.disks.get_mut(disk.index()).and_then(Option::as_mut) {
+            known.log = log.cloned();
+        }
+        self.losses = super::LOOK_FOR_LOSSES;
         let rings: Vec<HctxId> = self
             .ports()
             .filter(|(_, port)| port.id.disk == disk)
@@ -21,6 +22,7 @@ impl Worker {
         for hctx in rings {
             self.log_ring(hctx);
         }
+        done.send(());
     }
 
     /// Gives a ring the log of its disk.

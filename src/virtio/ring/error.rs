@@ -3,6 +3,7 @@
 use std::fmt;
 
 use crate::mq::limits::MAX_RING_SIZE;
+use crate::virtio::inflight::InflightError;
 
 /// The parts of a split ring (section 2.7).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,7 +27,7 @@ impl fmt::Display for RingPart {
 }
 
 /// Why a ring cannot be set up, or cannot go on. All but the first five come from what the guest
-/// wrote, and mean that the ring is broken: nothing more can be taken from it.
+/// or its front end did meanwhile, and mean that the ring is broken: nothing more can be taken from it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum RingError {
     /// Not a size a split ring can have here.
@@ -63,6 +64,14 @@ pub enum RingError {
     /// The front end's dirty log was truncated.
     #[error("the file of the dirty log was made shorter")]
     LogLost,
+    /// A part of the guest's memory was taken away; see [`crate::sigbus`].
+    #[error(
+        "its memory is gone: a file of the guest's memory was truncated, or a page of it failed"
+    )]
+    MemoryLost,
+    /// The front end's account of what is in flight is none.
+    #[error(transparent)]
+    Inflight(#[from] InflightError),
     /// More was made available than the ring has entries.
     #[error("available index {index} is more than the ring's {size} entries after {next}")]
     AvailJump {

@@ -45,14 +45,10 @@ impl Ring {
         Ok(())
     }
 
-    /// An error if the front end has taken the log away: its guest must not be told of writes that
-    /// nobody marks.
-    #[inline]
-    pub fn check_log(&self) -> Result<(), RingError> {
-        match &self.log {
-            Some(log) if log.log.is_lost() => Err(RingError::LogLost),
-            _ => Ok(()),
-        }
+    /// Whether the front end has taken the log away: its guest must not be told of writes that nobody
+    /// marks.
+    pub fn is_log_lost(&self) -> bool {
+        self.log.as_ref().is_some_and(|log| log.log.is_lost())
     }
 
     /// Answers a request and puts its used element; see [`GuestIo::finish`].

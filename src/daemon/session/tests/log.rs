@@ -106,7 +106,7 @@ fn a_log_is_part_of_a_file_that_can_be_written() {
     );
     refuse(
         vec![log_of(PAGE, PAGE, file_of(2 * PAGE - 1))],
-        "needs 0x2000 bytes of a file of 0x1fff",
+        "needs 0x2000 bytes of a file of 0x1fff in",
     );
     refuse(vec![log_of(8, 0, event())], "of an eventfd");
     let file = tempfile::NamedTempFile::new().unwrap();

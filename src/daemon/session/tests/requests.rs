@@ -36,13 +36,10 @@ fn what_the_daemon_does_not_offer_is_refused_by_name() {
         (19, "SEND_RARP"),
         (22, "IOTLB_MSG"),
         (28, "POSTCOPY_ADVISE"),
-        (31, "GET_INFLIGHT_FD"),
-        (32, "SET_INFLIGHT_FD"),
         (33, "GPU_SET_SOCKET"),
         (35, "VRING_KICK"),
         (40, "GET_STATUS"),
         (41, "GET_SHARED_OBJECT"),
-        (42, "SET_DEVICE_STATE_FD"),
         (44, "GET_SHMEM_CONFIG"),
         (0, "request 0"),
         (45, "request 45"),
@@ -69,6 +66,8 @@ fn a_request_needs_its_protocol_feature() {
     for (request, name) in [
         (R::GET_QUEUE_NUM, "MQ"),
         (R::SET_LOG_BASE, "LOG_SHMFD"),
+        (R::SET_DEVICE_STATE_FD, "DEVICE_STATE"),
+        (R::CHECK_DEVICE_STATE, "DEVICE_STATE"),
         (R::SET_BACKEND_REQ_FD, "BACKEND_REQ"),
         (R::GET_CONFIG, "CONFIG"),
         (R::SET_CONFIG, "CONFIG"),
@@ -82,6 +81,24 @@ fn a_request_needs_its_protocol_feature() {
         assert!(end.to_string().contains(&want), "{end}");
         assert!(found.is_empty());
     }
+}
+
+#[test]
+fn a_device_state_has_a_direction_and_a_channel_that_ends() {
+    let transfer = |direction, phase| u32s(R::SET_DEVICE_STATE_FD, &[direction, phase]);
+    let (reader, writer) = rustix::pipe::pipe().unwrap();
+    let (socket, _peer) = UnixStream::pair().unwrap();
+    pass(vec![
+        transfer(0, 0).with(writer),
+        plain(R::CHECK_DEVICE_STATE),
+        transfer(1, 0).with(reader),
+        transfer(1, 0).with(socket),
+        transfer(1, 0).with(file_of(1)),
+    ]);
+    refuse(vec![transfer(0, 0)], "0 file descriptors attached");
+    refuse(vec![transfer(0, 0).with(event())], "state is an eventfd");
+    refuse(vec![transfer(2, 0).with(file_of(1))], "in direction 2");
+    refuse(vec![transfer(0, 1).with(file_of(1))], "phase 1, expected");
 }
 
 #[test]
