@@ -234,8 +234,9 @@ pub struct DiskArguments {
     )]
     pub queue_map: Option<MapKind>,
 
-    /// What stands behind the disk: auto and io_uring use the image; null has none: it
-    /// forgets what is written, and reads bring nothing [default: auto]
+    /// Who reads and writes the image: io_uring; mmap, for images in memory (tmpfs,
+    /// memfd, hugetlbfs, DAX); auto, the better one; null has no image: it forgets what
+    /// is written, and reads bring nothing [default: auto]
     #[arg(
         verbatim_doc_comment, long, value_name = "ENGINE", value_enum, hide_possible_values = true,
         help_heading = IO

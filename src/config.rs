@@ -62,6 +62,8 @@ pub struct DiskConfig {
     pub image: ImageSource,
     /// Whether the guest may only read (VIRTIO_BLK_F_RO).
     pub read_only: bool,
+    /// Who does the I/O.
+    pub engine: EngineKind,
     /// When the image is locked.
     pub lock: LockWhen,
     /// Whether others may write to the image, and locks of theirs be overlooked.
@@ -213,6 +215,7 @@ impl DiskConfig {
         Ok(DiskConfig {
             socket,
             read_only: disk.read_only == Some(Switch::On),
+            engine: disk.engine.unwrap_or_default(),
             lock: disk.safety.lock.unwrap_or_default(),
             force_share: disk.safety.force_share == Some(Switch::On),
             cache: disk.cache.unwrap_or_default(),

@@ -57,6 +57,8 @@ pub enum EngineKind {
     /// io_uring.
     #[value(name = "io_uring", alias = "io-uring")]
     IoUring,
+    /// The image lies in memory: it is mapped, and copied.
+    Mmap,
     /// No image: writes are forgotten, reads leave the guest's memory as it is.
     Null,
 }

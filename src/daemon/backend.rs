@@ -20,6 +20,7 @@ use crate::virtio::memory::MemoryTable;
 
 use super::device_state::DeviceState;
 use super::dirty::Unlogged;
+use super::disk::CacheError;
 use super::vring::{GuestMemory, SessionState, Vring};
 
 /// One session's device.
@@ -118,12 +119,22 @@ impl VhostUserBackend for DeviceBackend {
     }
 
     fn set_config(&self, offset: u32, bytes: &[u8]) -> io::Result<()> {
-        // An error would close the session for something a guest's driver wrote. The write is
-        // ignored, as real hardware does.
-        if let Err(error) = self.session.disk().write_config(offset, bytes) {
-            log::warn!("disk {}: {error}", self.session.disk().config.serial);
+        let disk = self.session.disk();
+        match disk.write_config(offset, bytes) {
+            Ok(()) => Ok(()),
+            // An error would close the session for something a guest's driver wrote. The write is
+            // ignored, as real hardware does.
+            Err(error @ CacheError::Write(_)) => {
+                log::warn!("disk {}: {error}", disk.config.serial);
+                Ok(())
+            }
+            // The guest must not believe in a promise that cannot be kept, and this is the only way
+            // to tell: a front end that is refused, or has to connect again, shows the old mode.
+            Err(error @ CacheError::Sync(_)) => {
+                log::error!("disk {}: {error}", disk.config.serial);
+                Err(io::Error::other(error))
+            }
         }
-        Ok(())
     }
 
     fn set_device_state_fd(
@@ -163,10 +174,10 @@ impl VhostUserBackend for DeviceBackend {
                         disk.config.serial
                     );
                 })?;
-                if let Some(state) = state {
-                    disk.restore_state(state);
+                match state {
+                    Some(state) => disk.restore_state(state),
+                    None => Ok(()),
                 }
-                Ok(())
             }
         }
     }

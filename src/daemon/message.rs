@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::{self, Receiver, Sender, SyncSender};
 
-use crate::engine::{Target, Waker};
+use crate::engine::{SyncFault, Target, Waker};
 use crate::mq::elevator::{ParamError, Params};
 use crate::mq::ids::{DiskId, RingId, WorkerId};
 use crate::mq::qos::Throttle;
@@ -72,6 +72,8 @@ pub enum Message {
         shape: Box<DiskShape>,
         /// Whether writes have to be durable when they complete; the guest can change it.
         write_through: Arc<AtomicBool>,
+        /// Whether syncs of the image can be believed; the same for all workers.
+        sync_fault: Arc<SyncFault>,
         /// What it may do in a second; the same for all workers.
         throttle: Arc<Throttle>,
         /// Answered when it is known to the engine.
@@ -91,6 +93,8 @@ pub enum Message {
     SetMemory(DiskId, Arc<MemoryTable>, Reply<()>),
     /// From now on mark what is written to the guest's memory, or mark nothing any more.
     SetLog(DiskId, Option<Arc<DiskLog>>, Reply<()>),
+    /// Freeze the disk's rings, thaw when nothing is in flight.
+    Drain(DiskId, Reply<()>),
     /// The disk has this many bytes from now on, more than before; its rings go on meanwhile.
     Resize(DiskId, u64, Reply<std::io::Result<()>>),
     /// The queue map changed: this many vCPUs use the ring.

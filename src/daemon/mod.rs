@@ -5,6 +5,7 @@ pub mod clock;
 pub mod device_state;
 pub mod dirty;
 pub mod disk;
+pub mod files;
 pub mod growth;
 pub mod message;
 pub mod report;

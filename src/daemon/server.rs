@@ -24,6 +24,7 @@ use super::backend::DeviceBackend;
 use super::clock::Clock;
 use super::dirty::Unlogged;
 use super::disk::{Disk, worker_id};
+use super::files;
 use super::growth::GrowthWatch;
 use super::message::WorkerHandle;
 use super::report::Summary;
@@ -48,6 +49,7 @@ enum Happened {
 /// Something is missing or wrong before the first front end could be served. Nothing is left
 /// behind.
 pub fn run(config: Config) -> Result<(), StartError> {
+    files::allow(&config.disks);
     // Images and sockets first: they are what a user gets wrong.
     let images = config
         .disks

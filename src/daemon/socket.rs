@@ -18,6 +18,10 @@ use vmm_sys_util::tempdir::TempDir;
 
 use crate::error::StartError;
 
+/// Front ends that may wait to be accepted: as many as the system allows (net.core.somaxconn), which is
+/// what the standard library takes for its listeners.
+const BACKLOG: i32 = i32::MAX;
+
 /// Where one disk's front ends come from.
 #[derive(Debug)]
 pub enum Door {
@@ -79,6 +83,12 @@ impl Door {
         match outcome {
             Ok(listening) => {
                 let _ = rustix::io::fcntl_setfd(&socket, rustix::io::FdFlags::CLOEXEC);
+                if listening {
+                    // Once more, so that the kernel names us as the ones who listen: that is how a
+                    // session knows a connection to this process.
+                    rustix::net::listen(&socket, BACKLOG)
+                        .map_err(|_| bad("cannot be listened on"))?;
+                }
                 Ok(if listening {
                     Door::Listening(socket.into(), None)
                 } else {

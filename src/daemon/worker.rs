@@ -30,7 +30,7 @@ use std::thread::{self, JoinHandle};
 use crate::config::OnTimeout;
 use crate::engine::{DiskSlot, Engine, Errno, Event, Waker};
 use crate::mq::Mq;
-use crate::mq::ids::{HctxId, WorkerId};
+use crate::mq::ids::{DiskId, DriverTag, HctxId, WorkerId};
 use crate::mq::limits::{DRIVER_TAGS, RESERVED_TAGS};
 use crate::mq::request::Status;
 use crate::sigbus;
@@ -66,13 +66,22 @@ struct WorkerDisk {
     write_through: Arc<AtomicBool>,
     /// While the guest migrates.
     log: Option<Arc<DiskLog>>,
+    /// Room for its long requests. Each disk has its own, so that none can keep others waiting; made
+    /// with the first ring.
+    pool: Option<SegmentPool>,
+}
+
+impl WorkerDisk {
+    #[inline]
+    fn pool(&mut self) -> &mut SegmentPool {
+        self.pool.as_mut().expect("made with the first ring")
+    }
 }
 
 struct Worker {
     id: WorkerId,
     engine: Engine,
     mq: Mq<GuestIo>,
-    pool: SegmentPool,
     /// By disk.
     disks: Vec<Option<WorkerDisk>>,
     /// By disk: the engine's number for it.
@@ -83,6 +92,10 @@ struct Worker {
     hot: Vec<HctxId>,
     /// Ports with used elements nobody was told about.
     touched: Vec<HctxId>,
+    /// There are ports that wait for room in the pool.
+    starving: bool,
+    /// Some has been made for them since the last look.
+    room: bool,
     inbox: Receiver<Message>,
     has_mail: bool,
     pending: Vec<Pending>,
@@ -166,12 +179,13 @@ impl Worker {
             id,
             engine,
             mq: Mq::new(DRIVER_TAGS, RESERVED_TAGS),
-            pool: SegmentPool::new(),
             disks: Vec::new(),
             slots: Vec::new(),
             ports: Vec::new(),
             hot: Vec::new(),
             touched: Vec::new(),
+            starving: false,
+            room: false,
             inbox,
             has_mail: true,
             pending: Vec::new(),
@@ -228,7 +242,7 @@ impl Worker {
             engine,
             mq,
             ports,
-            pool,
+            disks,
             touched,
             hot,
             has_mail,
@@ -241,16 +255,8 @@ impl Worker {
             Event::Done { tag, result } => {
                 found = true;
                 room = true;
-                let result = result.map(drop).map_err(|errno| {
-                    failure = Some(errno);
-                    status_of(errno)
-                });
-                mq.complete(tag, result, |hctx, io, status, read| {
-                    let port = open_port(ports, hctx);
-                    let read = u32::try_from(read).expect("the parser bounds a request's bytes");
-                    port.ring.finish(io, status, read, pool);
-                    touch(touched, port, hctx);
-                });
+                failure = result.err().or(failure);
+                finish(mq, ports, disks, touched, tag, result);
             }
             Event::Kick(token) => {
                 found = true;
@@ -274,7 +280,8 @@ impl Worker {
         if let Err(error) = reaped {
             self.engine_broken(&error);
         }
-        if room {
+        if self.starving && (room || self.room) {
+            (self.starving, self.room) = (false, false);
             for hctx in &self.hot {
                 open_port(&mut self.ports, *hctx).no_room = false;
             }
@@ -317,6 +324,26 @@ impl Worker {
     }
 }
 
+/// A command came back: its requests go through blk-mq to their rings.
+#[inline]
+fn finish(
+    mq: &mut Mq<GuestIo>,
+    ports: &mut [Option<Port>],
+    disks: &mut [Option<WorkerDisk>],
+    touched: &mut Vec<HctxId>,
+    tag: DriverTag,
+    result: Result<u64, Errno>,
+) {
+    let result = result.map(drop).map_err(status_of);
+    mq.complete(tag, result, |hctx, io, status, read| {
+        let port = open_port(ports, hctx);
+        let read = u32::try_from(read).expect("the parser bounds a request's bytes");
+        let pool = open_disk(disks, port.id.disk).pool();
+        port.ring.finish(io, status, read, pool);
+        touch(touched, port, hctx);
+    });
+}
+
 /// What the guest is told of an error of the host.
 fn status_of(errno: Errno) -> Status {
     match errno.0 {
@@ -335,6 +362,13 @@ fn open_port(ports: &mut [Option<Port>], hctx: HctxId) -> &mut Port {
     ports[hctx.index()]
         .as_mut()
         .expect("events come for ports that exist")
+}
+
+#[inline]
+fn open_disk(disks: &mut [Option<WorkerDisk>], disk: DiskId) -> &mut WorkerDisk {
+    disks[disk.index()]
+        .as_mut()
+        .expect("rings belong to disks that were added")
 }
 
 #[inline]

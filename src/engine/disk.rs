@@ -14,17 +14,21 @@ use std::fs::{self, File, Metadata, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
+use std::sync::Arc;
 
 use log::warn;
 use rustix::fs::{AtFlags, FallocateFlags, OFlags, StatxFlags, fallocate, fcntl_setfl, statx};
 use rustix::io::Errno;
 
 use self::align::open_direct;
+use self::backing::{map, not_in_memory};
 use self::limits::QueueLimits;
-use crate::config::{DiskConfig, ImageSource, LockWhen};
+use super::mapping::{Mapping, Medium};
+use crate::config::{DiskConfig, EngineKind, ImageSource, LockWhen};
 use crate::error::StartError;
 
 mod align;
+mod backing;
 mod limits;
 pub mod lock;
 
@@ -96,6 +100,8 @@ pub struct Image {
     pub rotational: bool,
     /// Whether it is open for reading only.
     pub read_only: bool,
+    /// The image, mapped, if it lies in memory and was not to be used otherwise.
+    pub mapping: Option<Arc<Mapping>>,
 }
 
 impl Image {
@@ -155,7 +161,12 @@ impl Image {
         let queue = QueueLimits::of_device(device.0, device.1);
 
         let (mut dio_mem_align, mut dio_offset_align) = (1, 1);
-        let direct = config.cache.is_direct();
+        let mapping = match kind {
+            ImageKind::File => map(path, &file, &facts, size_bytes, config)?,
+            _ if config.engine == EngineKind::Mmap => return Err(not_in_memory(path)),
+            _ => None,
+        };
+        let direct = config.cache.is_direct() && mapping.is_none();
         let alignment = if direct {
             open_direct(&file, &facts, &queue)
         } else {
@@ -194,6 +205,7 @@ impl Image {
             write_zeroes: WriteZeroesLimits::default(),
             rotational: queue.rotational,
             read_only: config.read_only,
+            mapping,
             file,
         };
         match kind {
@@ -256,7 +268,10 @@ impl Image {
         self.physical_block_bytes = power_of_two_at_least(bounded, block);
         self.min_io_bytes = self.physical_block_bytes;
         if !self.read_only {
-            if config.discard && makes_holes(&self.file, self.size_bytes) {
+            let huge = |mapping: &Arc<Mapping>| matches!(mapping.medium(), Medium::Hugetlbfs(_));
+            // Huge pages are set aside for the image; those given back may not be had again.
+            let keeps_space = self.mapping.as_ref().is_some_and(huge);
+            if config.discard && !keeps_space && makes_holes(&self.file, self.size_bytes) {
                 let granularity_bytes = self.physical_block_bytes;
                 self.discard = DiscardLimits {
                     max_bytes: FILE_RANGE_MAX_BYTES,
@@ -268,44 +283,6 @@ impl Image {
                 may_unmap: self.discard.max_bytes > 0,
             };
         }
-    }
-
-    /// The null engine's image: everything works and nothing is kept.
-    fn null(size_bytes: u64, config: &DiskConfig) -> Result<Image, StartError> {
-        let path = Path::new("/dev/null");
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .open(path)
-            .map_err(|source| open_error(path, source))?;
-        let block = config.logical_block_size;
-        let writable = !config.read_only;
-        let discard = if config.discard && writable {
-            DiscardLimits {
-                max_bytes: FILE_RANGE_MAX_BYTES,
-                granularity_bytes: block,
-            }
-        } else {
-            DiscardLimits::default()
-        };
-        Ok(Image {
-            file,
-            kind: ImageKind::Null,
-            size_bytes,
-            direct: false,
-            dio_mem_align: 1,
-            dio_offset_align: 1,
-            physical_block_bytes: block,
-            min_io_bytes: block,
-            opt_io_bytes: 0,
-            discard,
-            write_zeroes: WriteZeroesLimits {
-                max_bytes: if writable { FILE_RANGE_MAX_BYTES } else { 0 },
-                may_unmap: discard.max_bytes > 0,
-            },
-            rotational: false,
-            read_only: config.read_only,
-        })
     }
 }
 

@@ -261,6 +261,12 @@ impl Ring {
         Ok(Some(Head(head)))
     }
 
+    /// How many chains [`Ring::available`] saw that were not popped yet.
+    #[inline]
+    pub fn unpopped(&self) -> u16 {
+        self.seen_avail.wrapping_sub(self.next_avail)
+    }
+
     /// Writes a used element; [`Ring::publish`] shows it to the guest.
     #[inline]
     pub fn put_used(&mut self, used: Used) {

@@ -99,6 +99,10 @@ pub enum Reason {
     StateChannel(String),
     #[error("device state in direction {direction} and phase {phase}, expected 0 or 1 and 0")]
     StateTransfer { direction: u32, phase: u32 },
+    #[error(
+        "the {role} descriptor is a connection to this daemon, which would keep it open for ever"
+    )]
+    OwnConnection { role: &'static str },
     #[error("a file descriptor could not be examined: {0}")]
     Examine(String),
     #[error("config access of {size} bytes at {offset} is outside 1 to {space} bytes")]

@@ -12,7 +12,7 @@ use vhost::vhost_user::message::{
 
 use super::SessionLimits;
 use super::contents;
-use super::fds::FdKind;
+use super::fds::{FdKind, leads_to_us};
 use super::inflight::{self, InflightStore};
 use super::log::Log;
 use super::memory::{REGION_BYTES, Region, RegionTable};
@@ -208,6 +208,10 @@ impl Rules {
             FdKind::UnixStream => {}
             other => return Err(Reason::ChannelKind(other.describe())),
         }
+        if leads_to_us(fd).map_err(examine)? {
+            let role = "back-end channel's";
+            return Err(Reason::OwnConnection { role });
+        }
         let duplicate = fd.as_fd().try_clone_to_owned().map_err(examine)?;
         self.channel.set_socket(duplicate);
         Ok(())
@@ -303,7 +307,12 @@ impl Rules {
         };
         match kind {
             FdKind::Eventfd => Ok(()),
-            FdKind::Pipe { writable: true } | FdKind::UnixStream if !read => Ok(()),
+            FdKind::Pipe { writable: true } if !read => Ok(()),
+            FdKind::UnixStream if !read => match leads_to_us(fd) {
+                Ok(false) => Ok(()),
+                Ok(true) => Err(Reason::OwnConnection { role }),
+                Err(error) => Err(Reason::Examine(error.to_string())),
+            },
             other => Err(Reason::FdKind {
                 queue,
                 role,

@@ -16,7 +16,7 @@ use crate::virtio::ring::{Ring, RingError};
 use super::super::message::{FdRole, Message, Reply, StartRing};
 use super::super::report::{QueueReport, RingStats, WorkerReport};
 use super::port::{Gates, Port};
-use super::{LOOK_FOR_LOSSES, Worker, WorkerDisk, heat, open_port};
+use super::{LOOK_FOR_LOSSES, Worker, WorkerDisk, heat, open_disk, open_port};
 
 /// What waits for requests in flight to end.
 #[derive(Debug)]
@@ -25,6 +25,7 @@ pub(super) enum Pending {
     Disable(HctxId, Reply<()>),
     Memory(DiskId, Arc<MemoryTable>, Reply<()>),
     Scheduler(DiskId, Params, Reply<()>),
+    Drain(DiskId, Reply<()>),
     Shutdown(Reply<WorkerReport>),
 }
 
@@ -32,7 +33,9 @@ impl Pending {
     /// The disk that is frozen until this is carried out.
     fn freezes(&self) -> Option<DiskId> {
         match self {
-            Pending::Memory(disk, ..) | Pending::Scheduler(disk, ..) => Some(*disk),
+            Pending::Memory(disk, ..) | Pending::Scheduler(disk, ..) | Pending::Drain(disk, _) => {
+                Some(*disk)
+            }
             Pending::Stop(..) | Pending::Disable(..) | Pending::Shutdown(_) => None,
         }
     }
@@ -53,6 +56,7 @@ impl Worker {
                 target,
                 shape,
                 write_through,
+                sync_fault,
                 throttle,
                 done,
             } => {
@@ -63,11 +67,13 @@ impl Worker {
                 }
                 self.mq.set_throttle(disk, Some(throttle));
                 done.send(self.engine.add_disk(*target).map(|slot| {
+                    self.engine.share_sync_fault(slot, sync_fault);
                     self.slots[disk.index()] = Some(slot);
                     self.disks[disk.index()] = Some(WorkerDisk {
                         shape: *shape,
                         write_through,
                         log: None,
+                        pool: None,
                     });
                 }));
             }
@@ -106,6 +112,7 @@ impl Worker {
             Message::SetScheduler(disk, params, done) => {
                 self.freeze(Pending::Scheduler(disk, params, done));
             }
+            Message::Drain(disk, done) => self.freeze(Pending::Drain(disk, done)),
             Message::SetSchedulerParam(disk, name, value, done) => {
                 done.send(self.mq.set_elevator_param(disk, &name, value));
             }
@@ -201,8 +208,14 @@ impl Worker {
             ring.track(record)?;
         }
         if ring.to_resume() > 0 {
-            log::info!("{id}: {} requests of before go on", ring.to_resume());
+            log::info!(
+                "{id}: goes on with {} requests that were in flight",
+                ring.to_resume()
+            );
         }
+        open_disk(&mut self.disks, id.disk)
+            .pool
+            .get_or_insert_default();
         let hctx = self.mq.add_hctx(HctxConfig {
             disk: id.disk,
             queue: id.queue,
@@ -232,6 +245,7 @@ impl Worker {
             hot: false,
             touched: false,
             no_room: false,
+            inline: false,
             was_enabled: enabled,
             stats: RingStats::default(),
         });
@@ -284,7 +298,9 @@ impl Worker {
         while at < self.pending.len() {
             let ready = match &self.pending[at] {
                 Pending::Stop(hctx, _) | Pending::Disable(hctx, _) => self.is_drained(*hctx),
-                Pending::Memory(disk, ..) | Pending::Scheduler(disk, ..) => self
+                Pending::Memory(disk, ..)
+                | Pending::Scheduler(disk, ..)
+                | Pending::Drain(disk, _) => self
                     .ports()
                     .all(|(hctx, port)| port.id.disk != *disk || self.mq.in_flight(hctx) == 0),
                 Pending::Shutdown(_) => self.ports().all(|(hctx, _)| self.is_drained(hctx)),
@@ -319,6 +335,10 @@ impl Worker {
             }
             Pending::Scheduler(disk, params, done) => {
                 self.mq.set_elevator(disk, params);
+                self.thaw(disk);
+                done.send(());
+            }
+            Pending::Drain(disk, done) => {
                 self.thaw(disk);
                 done.send(());
             }
@@ -368,14 +388,13 @@ impl Worker {
     /// Counts of the rings that were stopped and of those that run.
     fn report(&mut self) -> WorkerReport {
         let mut reports = self.reports.clone();
-        for (hctx, port) in self.ports() {
+        for (port, index) in self.ports.iter().zip(0..) {
+            let Some(port) = port else { continue };
+            let hctx = HctxId(index);
             let ctx = self.mq.ctx_stats(hctx).to_vec();
-            report_of(&mut reports, port.id, self.id).add(
-                ctx,
-                self.mq.stats(hctx),
-                self.mq.times(hctx),
-                &port.stats,
-            );
+            let stats = *self.mq.stats(hctx);
+            let times = self.mq.times(hctx);
+            report_of(&mut reports, port.id, self.id).add(ctx, &stats, times, &port.stats);
         }
         let disks = (0..self.disks.len())
             .map(|index| DiskId(u16::try_from(index).expect("disks are bounded")))

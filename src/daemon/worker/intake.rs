@@ -2,12 +2,25 @@
 
 use std::sync::atomic::Ordering;
 
+use crate::engine::Event;
 use crate::mq::ids::{HctxId, RequestTag};
 use crate::virtio::parse::{Parsed, parse};
 use crate::virtio::ring::RingError;
 
 use super::driver::EngineDriver;
-use super::{Worker, open_port, touch};
+use super::{Worker, finish, open_disk, open_port, touch};
+
+/// How many chains are taken at a time from a ring whose requests the engine answers at once: few
+/// enough that the guest soon has something to do, enough that publishing costs little.
+const SLICE: u16 = 8;
+
+/// How a slice of a drain ended.
+enum Slice {
+    /// All that it was to take, or all there was.
+    Whole,
+    /// The next chain has more segments than there is room for now.
+    NoRoom,
+}
 
 impl Worker {
     /// Takes what is available on every hot ring. One drain is one plug.
@@ -28,14 +41,37 @@ impl Worker {
     }
 
     fn drain_ring(&mut self, hctx: HctxId) -> Result<bool, RingError> {
-        let port = self.ports[hctx.index()].as_mut().expect("hot ports exist");
+        let port = open_port(&mut self.ports, hctx);
         if port.ring.available()? == 0 {
             return Ok(false);
         }
         port.ring.suppress_kicks();
-        let disk = self.disks[port.id.disk.index()]
-            .as_ref()
-            .expect("rings belong to disks that were added");
+        loop {
+            let taken = self.take_slice(hctx);
+            let answered = self.finish_inline();
+            let port = open_port(&mut self.ports, hctx);
+            port.inline = answered;
+            match taken {
+                Ok(Slice::Whole) if port.ring.unpopped() == 0 => return Ok(true),
+                // The guest can look at these while the next are at work.
+                Ok(Slice::Whole) => {
+                    port.ring.publish();
+                }
+                Ok(Slice::NoRoom) if answered => {}
+                Ok(Slice::NoRoom) => {
+                    port.no_room = true;
+                    self.starving = true;
+                    return Ok(true);
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// Takes the next chains of those that were seen. One slice is one plug.
+    fn take_slice(&mut self, hctx: HctxId) -> Result<Slice, RingError> {
+        let port = open_port(&mut self.ports, hctx);
+        let disk = open_disk(&mut self.disks, port.id.disk);
         // A guest that turns write-through on waits for the answer, so what it sends after that is
         // drained after this load.
         let write_through = disk.write_through.load(Ordering::Relaxed);
@@ -43,23 +79,19 @@ impl Worker {
             engine: &mut self.engine,
             slots: &self.slots,
         };
-        let mut outcome = Ok(());
-        loop {
+        let pool = disk.pool.as_mut().expect("made with the first ring");
+        let mut left = if port.inline { SLICE } else { u16::MAX };
+        let outcome = loop {
+            if left == 0 {
+                break Ok(Slice::Whole);
+            }
+            left -= 1;
             let head = match port.ring.pop_head() {
                 Ok(Some(head)) => head,
-                Ok(None) => break,
-                Err(error) => {
-                    outcome = Err(error);
-                    break;
-                }
+                Ok(None) => break Ok(Slice::Whole),
+                Err(error) => break Err(error),
             };
-            match parse(
-                &mut port.ring,
-                head,
-                &disk.shape,
-                write_through,
-                &mut self.pool,
-            ) {
+            match parse(&mut port.ring, head, &disk.shape, write_through, pool) {
                 Ok(Parsed::Request(request, io)) => {
                     let tag = RequestTag(io.head());
                     self.mq.plug(hctx, tag, request, io, &mut driver);
@@ -71,17 +103,41 @@ impl Worker {
                 }
                 Ok(Parsed::NoRoom(head)) => {
                     port.ring.unpop(head);
-                    port.no_room = true;
-                    break;
+                    break Ok(Slice::NoRoom);
                 }
-                Err(error) => {
-                    outcome = Err(error);
-                    break;
-                }
+                Err(error) => break Err(error),
             }
-        }
+        };
         self.mq.unplug(hctx, &mut driver);
-        outcome.map(|()| true)
+        outcome
+    }
+
+    /// What the engine did without the kernel goes back at once, in the turn that brought it; true
+    /// if there was any.
+    fn finish_inline(&mut self) -> bool {
+        if !self.engine.has_inline() {
+            return false;
+        }
+        let mut failure = None;
+        let Worker {
+            engine,
+            mq,
+            ports,
+            disks,
+            touched,
+            ..
+        } = self;
+        engine.reap_inline(&mut |event| {
+            if let Event::Done { tag, result } = event {
+                failure = result.err().or(failure);
+                finish(mq, ports, disks, touched, tag, result);
+            }
+        });
+        self.room |= self.starving;
+        if let Some(errno) = failure {
+            self.log_failure(errno);
+        }
+        true
     }
 
     /// The guest broke the rules in a way that leaves nothing to answer: the ring stops, its

@@ -17,6 +17,7 @@ fn config(image: ImageSource) -> DiskConfig {
         socket: SocketSource::Fd(3),
         image,
         read_only: false,
+        engine: EngineKind::Auto,
         lock: LockWhen::Always,
         force_share: false,
         cache: CacheMode::None,

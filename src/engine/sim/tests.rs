@@ -12,6 +12,8 @@ use crate::mq::request::{IoPrio, Status};
 use crate::mq::stats::HctxStats;
 use crate::mq::{HctxConfig, Mq};
 
+mod power;
+
 const SECTORS: u64 = 1024;
 const MOST_SECTORS: u64 = 8;
 const RINGS_OF_A_DISK: u16 = 3;
@@ -555,7 +557,7 @@ impl World {
     fn stop(&mut self, at: usize, hctx: HctxId) {
         let stats = *self.mq.stats(hctx);
         assert_eq!(stats.requests, stats.direct + stats.staged + stats.merged);
-        let sum = |of: fn(&mq::stats::CtxStats) -> u64| -> u64 {
+        let mut sum = |of: fn(&mq::stats::CtxStats) -> u64| -> u64 {
             self.mq.ctx_stats(hctx).iter().map(of).sum()
         };
         if !self.rings[at].recounted {
