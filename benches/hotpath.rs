@@ -25,6 +25,8 @@ use vhost_user_blkmq::virtio::shape::DiskShape;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 const RING_SIZE: u16 = 128;
+/// As many chains the worker takes at a time.
+const SLICE: u16 = 8;
 const BLOCK: u32 = 4096;
 const REGION_BYTES: usize = 1 << 17;
 /// Regions have holes between them.
@@ -252,6 +254,37 @@ impl Bench {
 
     /// One turn: reap, publish, drain, run, notify. False when there was nothing to do.
     fn turn(&mut self, answered: &mut u16) -> bool {
+        self.now_ns += 1000;
+        self.mq.start_turn(self.now_ns);
+        let before = *answered;
+        let Bench {
+            ring,
+            mq,
+            engine,
+            pool,
+            ..
+        } = self;
+        engine
+            .reap(&mut |event| finish(ring, mq, pool, answered, event))
+            .expect("a ring that works");
+        ring.publish();
+        let arrived = ring.available().expect("a guest that behaves") > 0;
+        if arrived {
+            self.drain(answered);
+        }
+        if self.mq.must_run() {
+            self.mq.run(&mut Null {
+                engine: &mut self.engine,
+                slot: self.slot,
+            });
+        }
+        self.ring.publish();
+        let _ = std::hint::black_box(self.ring.should_call());
+        arrived || *answered > before || self.engine.has_events()
+    }
+
+    /// In slices, as daemon/worker/intake.rs does with what is answered at once.
+    fn drain(&mut self, answered: &mut u16) {
         let Bench {
             ring,
             mq,
@@ -262,31 +295,16 @@ impl Bench {
             shape,
             ..
         } = self;
-        self.now_ns += 1000;
-        mq.start_turn(self.now_ns);
-        let before = *answered;
-        engine
-            .reap(&mut |event| {
-                let Event::Done { tag, result } = event else {
-                    return;
-                };
-                let result = result.map(drop).map_err(|_| Status::IoErr);
-                mq.complete(tag, result, |_, io, status, read| {
-                    let read = u32::try_from(read).expect("small requests");
-                    ring.put_used(io.finish(status, read, pool));
-                    *answered += 1;
-                });
-            })
-            .expect("a ring that works");
-        ring.publish();
-        let arrived = ring.available().expect("a guest that behaves") > 0;
-        if arrived {
-            ring.suppress_kicks();
+        ring.suppress_kicks();
+        loop {
             let mut driver = Null {
                 engine,
                 slot: *slot,
             };
-            while let Some(head) = ring.pop_head().expect("a guest that behaves") {
+            for _ in 0..SLICE {
+                let Some(head) = ring.pop_head().expect("a guest that behaves") else {
+                    break;
+                };
                 match parse(ring, head, shape, false, pool).expect("a good chain") {
                     Parsed::Request(request, io) => {
                         let tag = RequestTag(io.head());
@@ -296,15 +314,14 @@ impl Bench {
                 }
             }
             mq.unplug(*hctx, &mut driver);
+            if engine.has_inline() {
+                engine.reap_inline(&mut |event| finish(ring, mq, pool, answered, event));
+            }
+            if !ring.has_more() {
+                return;
+            }
+            ring.publish();
         }
-        if mq.must_run() {
-            mq.run(&mut Null {
-                engine,
-                slot: *slot,
-            });
-        }
-        let _ = std::hint::black_box(ring.should_call());
-        arrived || *answered > before || engine.has_events()
     }
 
     fn batches(&mut self, workload: Workload, count: u64) {
@@ -313,6 +330,25 @@ impl Bench {
             assert_eq!(self.turns(), workload.batch, "all requests are answered");
         }
     }
+}
+
+/// The way back.
+fn finish(
+    ring: &mut Ring,
+    mq: &mut Mq<GuestIo>,
+    pool: &mut SegmentPool,
+    answered: &mut u16,
+    event: Event,
+) {
+    let Event::Done { tag, result } = event else {
+        return;
+    };
+    let result = result.map(drop).map_err(|_| Status::IoErr);
+    mq.complete(tag, result, |_, io, status, read| {
+        let read = u32::try_from(read).expect("small requests");
+        ring.put_used(io.finish(status, read, pool));
+        *answered += 1;
+    });
 }
 
 /// Writes the chain of a head, by way of an indirect table, and the head into the ring.

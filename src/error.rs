@@ -169,6 +169,15 @@ pub enum StartError {
         why: &'static str,
     },
 
+    /// Another daemon does not hand its disks over.
+    #[error("cannot take over from the daemon at {path:?}: {why}")]
+    TakeOver {
+        /// Its control socket.
+        path: PathBuf,
+        /// Why not; one line.
+        why: String,
+    },
+
     /// The machine refuses something that the daemon cannot do without.
     #[error("cannot {what}: {}; {advice}", reason(.source))]
     System {

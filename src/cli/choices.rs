@@ -48,6 +48,18 @@ pub enum LockWhen {
     InUse,
 }
 
+/// What becomes of a request that fails.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub enum OnError {
+    /// The guest is told.
+    #[default]
+    Report,
+    /// The disk is held, and the request tried again when somebody resumes it.
+    Stop,
+    /// The same, but only where there is no space left; other errors are reported.
+    Enospc,
+}
+
 /// Who does the I/O.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
 pub enum EngineKind {

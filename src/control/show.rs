@@ -40,6 +40,13 @@ pub fn status(overview: &Value) -> String {
         if let Some(group) = disk["group"].as_str() {
             let _ = writeln!(out, "  group     {group}");
         }
+        if disk["held"] == true {
+            let _ = writeln!(
+                out,
+                "  HELD after an error: remove the cause (see the log), then: blkmqctl resume @{}",
+                text(&disk["index"])
+            );
+        }
         let stats = &disk["stats"];
         let _ = writeln!(
             out,

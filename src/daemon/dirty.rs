@@ -58,6 +58,11 @@ impl SessionState {
         }
     }
 
+    /// Whether the guest is being migrated.
+    pub fn is_logging(&self) -> bool {
+        self.lock_logging().all
+    }
+
     /// Forgets the log: the session is over.
     pub(super) fn end_log(&self) {
         let mut logging = self.lock_logging();

@@ -1,7 +1,9 @@
 //! A disk of the process, from its configuration to the workers that serve its queues.
 
 mod cache;
+mod dealing;
 mod describe;
+mod hold;
 mod resize;
 mod tuning;
 mod usage;
@@ -11,7 +13,7 @@ use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use crate::config::DiskConfig;
+use crate::config::{DiskConfig, OnError};
 use crate::engine::SyncFault;
 use crate::engine::disk::Image;
 use crate::mq::elevator::Params;
@@ -27,10 +29,12 @@ use crate::virtio::shape::DiskShape;
 pub use self::cache::CacheError;
 use self::cache::CacheState;
 use self::describe::{shape, space, target};
+pub use self::hold::{Changes, Holding};
 pub use self::resize::ResizeError;
 use self::resize::Size;
 pub use self::tuning::Membership;
 use self::usage::Usage;
+use super::faults::Hold;
 use super::message::{Message, Reply, WorkerGone, WorkerHandle, ask_all};
 
 /// A disk that is being served.
@@ -50,6 +54,8 @@ pub struct Disk {
     /// Whether syncs of the image can be believed.
     sync_fault: Arc<SyncFault>,
     workers: Vec<WorkerHandle>,
+    /// The worker of each queue, by its place in the list.
+    dealt: Mutex<Vec<usize>>,
     queues: Mutex<QueuesInUse>,
     scheduler: Mutex<Params>,
     /// Held while the workers change the scheduler.
@@ -88,6 +94,7 @@ impl Disk {
         log::info!("disk {}: {}", config.serial, image.describe());
         let shape = shape(&config, &image);
         let space = space(&config, &image, &shape);
+        let dealt = Mutex::new(dealing::at_first(id.index(), config.num_queues, &workers));
         let disk = Disk {
             id,
             write_through: Arc::new(AtomicBool::new(config.cache.is_write_through())),
@@ -105,6 +112,7 @@ impl Disk {
             image,
             shape,
             space,
+            dealt,
             workers,
             scheduler: Mutex::new(Params::None),
             switching: Mutex::new(()),
@@ -114,6 +122,7 @@ impl Disk {
                 map: None,
             }),
         };
+        let hold = Arc::new(Hold::new(disk.workers.clone()));
         for worker in &disk.workers {
             let target = Box::new(target(&disk.config, &disk.image)?);
             worker
@@ -124,6 +133,8 @@ impl Disk {
                     write_through: Arc::clone(&disk.write_through),
                     sync_fault: Arc::clone(&disk.sync_fault),
                     throttle: Arc::clone(&disk.throttle),
+                    on_error: disk.config.on_error,
+                    hold: Arc::clone(&hold),
                     done,
                 })
                 .map_err(io::Error::other)??;
@@ -171,16 +182,6 @@ impl Disk {
     /// A front end came, or left.
     pub fn set_connected(&self, connected: bool) {
         self.connected.store(connected, Ordering::Relaxed);
-    }
-
-    /// The worker a queue belongs to, always the same.
-    ///
-    /// Queues are dealt to workers one by one, beginning with a different worker for each disk. A
-    /// grouping as the guest's queue map makes would be better for caches, but a disk offers many
-    /// more queues than a guest uses, and grouping them all would put the few that are used onto
-    /// the first worker.
-    pub fn worker_of(&self, queue: QueueId) -> &WorkerHandle {
-        &self.workers[(self.id.index() + queue.index()) % self.workers.len()]
     }
 
     /// All workers.
@@ -236,6 +237,10 @@ impl Disk {
         let mut queues = self.lock_queues();
         queues.started.remove(&queue.0);
         queues.polled.remove(&queue.0);
+        // With its last queue ends what was held.
+        if queues.started.is_empty() && self.config.on_error != OnError::Report {
+            self.tell_workers(|done| Message::Resume(self.id, done));
+        }
     }
 
     /// The vCPUs the map sends to a queue, for the summary.

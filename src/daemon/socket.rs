@@ -3,7 +3,7 @@
 use std::fmt;
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -44,6 +44,26 @@ impl Drop for SocketFile {
         {
             let _ = fs::remove_file(&self.path);
         }
+    }
+}
+
+impl SocketFile {
+    /// The file at `path` that somebody else made, known by its device and inode.
+    pub fn inherited(path: &Path, identity: (u64, u64)) -> SocketFile {
+        SocketFile {
+            path: path.to_owned(),
+            identity,
+        }
+    }
+
+    /// Its device and inode.
+    pub fn identity(&self) -> (u64, u64) {
+        self.identity
+    }
+
+    /// Leaves the file where it is: it is another process's from now on.
+    pub fn leave(self) {
+        std::mem::forget(self);
     }
 }
 
@@ -237,6 +257,12 @@ impl Stop {
                 Err(_) => return false,
             }
         }
+    }
+}
+
+impl AsFd for Stop {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
     }
 }
 

@@ -5,6 +5,7 @@
 //! each change that matters on to the worker that owns the ring, waiting until the worker has
 //! adopted it.
 
+mod carry;
 mod end;
 mod state;
 

@@ -11,6 +11,8 @@
 
 mod control;
 mod driver;
+mod faults;
+mod hold;
 mod intake;
 mod logged;
 mod lost;
@@ -18,6 +20,8 @@ mod port;
 mod resize;
 mod rest;
 mod spin;
+mod start;
+mod tally;
 mod traced;
 mod watchdog;
 
@@ -32,7 +36,6 @@ use crate::engine::{DiskSlot, Engine, Errno, Event, Waker};
 use crate::mq::Mq;
 use crate::mq::ids::{DiskId, DriverTag, HctxId, WorkerId};
 use crate::mq::limits::{DRIVER_TAGS, RESERVED_TAGS};
-use crate::mq::request::Status;
 use crate::sigbus;
 use crate::virtio::pool::SegmentPool;
 use crate::virtio::receipt::GuestIo;
@@ -40,6 +43,8 @@ use crate::virtio::shape::DiskShape;
 
 use self::control::Pending;
 use self::driver::EngineDriver;
+use self::faults::{Care, failed};
+pub use self::hold::HeldRings;
 use self::port::Port;
 use self::spin::Spin;
 use self::traced::Named;
@@ -47,14 +52,12 @@ use self::watchdog::Watchdog;
 use super::clock::Clock;
 use super::dirty::DiskLog;
 use super::message::{Message, WorkerHandle};
+use super::placement::Seat;
 use super::report::QueueReport;
 
 /// A worker that finds nothing reads the clock once in this many turns: the reading would be most of
 /// what such a turn costs.
 const CLOCK_TURNS: u32 = 16;
-
-/// At most one line about failed I/O in this time.
-const ERROR_LOG_INTERVAL_NS: u64 = 1_000_000_000;
 
 /// As a count of losses that was seen: rings have come since. Until there has been a loss it is the
 /// right count anyway.
@@ -66,6 +69,7 @@ struct WorkerDisk {
     write_through: Arc<AtomicBool>,
     /// While the guest migrates.
     log: Option<Arc<DiskLog>>,
+    care: Care,
     /// Room for its long requests. Each disk has its own, so that none can keep others waiting; made
     /// with the first ring.
     pool: Option<SegmentPool>,
@@ -90,6 +94,8 @@ struct Worker {
     ports: Vec<Option<Port>>,
     /// Ports that are looked at each turn.
     hot: Vec<HctxId>,
+    /// Ports of which something is taken in this turn; empty between turns.
+    busy: Vec<HctxId>,
     /// Ports with used elements nobody was told about.
     touched: Vec<HctxId>,
     /// There are ports that wait for room in the pool.
@@ -99,6 +105,8 @@ struct Worker {
     inbox: Receiver<Message>,
     has_mail: bool,
     pending: Vec<Pending>,
+    /// Disks that take nothing until they are released.
+    held: Vec<DiskId>,
     /// Counts of rings that were stopped.
     reports: Vec<QueueReport>,
     named: Named,
@@ -108,7 +116,6 @@ struct Worker {
     watchdog: Watchdog,
     clock: Clock,
     now_ns: u64,
-    errors_logged_ns: Option<u64>,
     /// How much memory the process had lost when we last looked whether it was ours.
     losses: u64,
     leaving: bool,
@@ -130,21 +137,26 @@ pub struct WorkerOptions {
     pub clock: Clock,
 }
 
-/// Starts worker `id` on a thread of its own.
+/// Starts worker `id` on a thread of its own, on the CPUs of its seat.
 ///
 /// # Errors
 ///
 /// The thread or its io_uring could not be created.
-pub fn spawn(id: WorkerId, options: WorkerOptions) -> io::Result<(WorkerHandle, JoinHandle<()>)> {
+pub fn spawn(
+    id: WorkerId,
+    options: WorkerOptions,
+    seat: Seat,
+) -> io::Result<(WorkerHandle, JoinHandle<()>)> {
     let (ready, outcome) = mpsc::sync_channel(1);
     let thread = thread::Builder::new()
         .name(format!("worker-{id}"))
         .spawn(move || {
             // The ring belongs to the thread that makes it (IORING_SETUP_SINGLE_ISSUER).
-            match make_engine(options.rings) {
+            // Seated first: memory goes to the node of whoever touches it first.
+            match seat.take().and_then(|()| make_engine(options.rings)) {
                 Ok((engine, waker)) => {
                     log::debug!("worker {id}: {}", engine.describe());
-                    let (handle, inbox) = WorkerHandle::new(id, waker);
+                    let (handle, inbox) = WorkerHandle::new(id, waker, seat);
                     let _ = ready.send(Ok(handle));
                     Worker::new(id, engine, inbox, options).run();
                 }
@@ -183,12 +195,14 @@ impl Worker {
             slots: Vec::new(),
             ports: Vec::new(),
             hot: Vec::new(),
+            busy: Vec::new(),
             touched: Vec::new(),
             starving: false,
             room: false,
             inbox,
             has_mail: true,
             pending: Vec::new(),
+            held: Vec::new(),
             reports: Vec::new(),
             named: Named::default(),
             spin: Spin::new(options.poll_us),
@@ -196,7 +210,6 @@ impl Worker {
             watchdog: Watchdog::new(options.timeout_s, options.on_timeout, DRIVER_TAGS),
             clock: options.clock,
             now_ns: 0,
-            errors_logged_ns: None,
             losses: LOOK_FOR_LOSSES,
             leaving: false,
         }
@@ -246,17 +259,16 @@ impl Worker {
             touched,
             hot,
             has_mail,
+            now_ns,
             ..
         } = self;
         let mut found = false;
         let mut room = false;
-        let mut failure = None;
         let reaped = engine.reap(&mut |event| match event {
             Event::Done { tag, result } => {
                 found = true;
                 room = true;
-                failure = result.err().or(failure);
-                finish(mq, ports, disks, touched, tag, result);
+                finish(mq, ports, disks, touched, *now_ns, tag, result);
             }
             Event::Kick(token) => {
                 found = true;
@@ -286,25 +298,11 @@ impl Worker {
                 open_port(&mut self.ports, *hctx).no_room = false;
             }
         }
-        if let Some(errno) = failure {
-            self.log_failure(errno);
-        }
         if self.has_mail {
             self.has_mail = false;
             self.read_mail();
         }
         found
-    }
-
-    #[cold]
-    fn log_failure(&mut self, errno: Errno) {
-        let due = self
-            .errors_logged_ns
-            .is_none_or(|at| self.now_ns - at >= ERROR_LOG_INTERVAL_NS);
-        if due {
-            self.errors_logged_ns = Some(self.now_ns);
-            log::warn!("worker {}: I/O failed: {errno}", self.id);
-        }
     }
 
     /// Makes used elements visible, once for each ring that has new ones.
@@ -324,17 +322,25 @@ impl Worker {
     }
 }
 
-/// A command came back: its requests go through blk-mq to their rings.
+/// A command came back: its requests go through blk-mq to their rings, unless the disk is to stop at its
+/// failure.
 #[inline]
 fn finish(
     mq: &mut Mq<GuestIo>,
     ports: &mut [Option<Port>],
     disks: &mut [Option<WorkerDisk>],
     touched: &mut Vec<HctxId>,
+    now_ns: u64,
     tag: DriverTag,
     result: Result<u64, Errno>,
 ) {
-    let result = result.map(drop).map_err(status_of);
+    let result = match result {
+        Ok(_) => Ok(()),
+        Err(errno) => match failed(mq, ports, disks, now_ns, tag, errno) {
+            Some(status) => Err(status),
+            None => return,
+        },
+    };
     mq.complete(tag, result, |hctx, io, status, read| {
         let port = open_port(ports, hctx);
         let read = u32::try_from(read).expect("the parser bounds a request's bytes");
@@ -342,14 +348,6 @@ fn finish(
         port.ring.finish(io, status, read, pool);
         touch(touched, port, hctx);
     });
-}
-
-/// What the guest is told of an error of the host.
-fn status_of(errno: Errno) -> Status {
-    match errno.0 {
-        libc::EOPNOTSUPP => Status::Unsupp,
-        _ => Status::IoErr,
-    }
 }
 
 /// Ports are watched under their hctx's number.

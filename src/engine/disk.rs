@@ -31,6 +31,7 @@ mod align;
 mod backing;
 mod limits;
 pub mod lock;
+mod size;
 
 /// Longest range, in bytes, that one discard or write-zeroes of a regular file may have: as much as
 /// virtio's 32-bit number of sectors can say, in whole mebibytes.
@@ -104,6 +105,9 @@ pub struct Image {
     pub mapping: Option<Arc<Mapping>>,
 }
 
+/// How an image is locked.
+type LockImage = fn(&File, &Path, &DiskConfig) -> Result<(), StartError>;
+
 impl Image {
     /// Opens the image of `config` the way `config` says.
     ///
@@ -116,13 +120,27 @@ impl Image {
     /// is read-only; a size of 0 or within a logical block; a logical block that is smaller than what
     /// direct I/O can address.
     pub fn open(config: &DiskConfig) -> Result<Image, StartError> {
+        Image::open_with(config, lock::lock_image)
+    }
+
+    /// The same for an image that another process has locked, which will let go of it and not be missed:
+    /// nobody comes between.
+    ///
+    /// # Errors
+    ///
+    /// As [`Image::open`].
+    pub fn open_beside(config: &DiskConfig) -> Result<Image, StartError> {
+        Image::open_with(config, lock::lock_beside)
+    }
+
+    fn open_with(config: &DiskConfig, lock: LockImage) -> Result<Image, StartError> {
         match &config.image {
-            ImageSource::File { path } => Image::open_path(path, config),
+            ImageSource::File { path } => Image::open_path(path, config, lock),
             ImageSource::Null { size_bytes } => Image::null(*size_bytes, config),
         }
     }
 
-    fn open_path(path: &Path, config: &DiskConfig) -> Result<Image, StartError> {
+    fn open_path(path: &Path, config: &DiskConfig, lock: LockImage) -> Result<Image, StartError> {
         let fail = |source: io::Error| open_error(path, source);
         // Looked at before it is opened, because opening a terminal or a tape does things to it...
         kind_of(path, &fs::metadata(path).map_err(fail)?)?;
@@ -137,7 +155,7 @@ impl Image {
         let kind = kind_of(path, &file.metadata().map_err(fail)?)?;
         fcntl_setfl(&file, OFlags::empty()).map_err(|errno| fail(errno.into()))?;
         if config.lock == LockWhen::Always {
-            lock::lock_image(&file, path, config)?;
+            lock(&file, path, config)?;
         }
 
         let facts = statx(
@@ -213,20 +231,6 @@ impl Image {
             _ => image.take_file_limits(facts.stx_blksize, config),
         }
         Ok(image)
-    }
-
-    /// How many bytes it has by now; [`Image::size_bytes`] is how many it had when it was opened.
-    ///
-    /// # Errors
-    ///
-    /// The file or device does not say.
-    pub fn current_size_bytes(&self) -> io::Result<u64> {
-        match self.kind {
-            ImageKind::Null => Ok(self.size_bytes),
-            ImageKind::File => Ok(self.file.metadata()?.len()),
-            // The position is nobody's: all I/O says where it goes.
-            ImageKind::BlockDevice => (&self.file).seek(SeekFrom::End(0)),
-        }
     }
 
     /// What the kernel says of a block device's queue.

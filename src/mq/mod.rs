@@ -23,6 +23,7 @@ mod merge;
 pub mod qos;
 mod queue;
 pub mod request;
+mod requeue;
 mod run;
 mod settings;
 pub mod stats;

@@ -291,5 +291,6 @@ impl MemoryTable {
     }
 }
 
+mod nodes;
 #[cfg(test)]
 mod tests;

@@ -18,6 +18,7 @@ use super::pool::RawTable;
 use super::receipt::{Slot, Used};
 use crate::mq::limits::MAX_RING_SIZE;
 
+mod ahead;
 mod error;
 mod logged;
 mod notify;
@@ -261,10 +262,10 @@ impl Ring {
         Ok(Some(Head(head)))
     }
 
-    /// How many chains [`Ring::available`] saw that were not popped yet.
+    /// Whether there are chains that were seen and not popped yet.
     #[inline]
-    pub fn unpopped(&self) -> u16 {
-        self.seen_avail.wrapping_sub(self.next_avail)
+    pub fn has_more(&self) -> bool {
+        self.next_avail != self.seen_avail || self.to_resume() > 0
     }
 
     /// Writes a used element; [`Ring::publish`] shows it to the guest.

@@ -102,7 +102,7 @@ impl Disk {
 
     /// Changes the cache mode, and returns when it holds: for all that completes from then on, and
     /// when write-through begins for all that completed before, too.
-    fn change_cache(&self, change: impl FnOnce(&mut CacheState)) -> io::Result<()> {
+    pub(super) fn change_cache(&self, change: impl FnOnce(&mut CacheState)) -> io::Result<()> {
         let mut cache = self.lock_cache();
         change(&mut cache);
         let now = cache.is_write_through();

@@ -104,11 +104,19 @@ fn granule(file: &OwnedFd) -> io::Result<Option<u64>> {
     let system = fstatfs(file)?;
     // A file system's number is a bit pattern of 32 bits, whatever the type of the field.
     let number = u32::try_from(system.f_type & 0xffff_ffff).unwrap_or(0);
-    Ok(match number {
-        HUGETLBFS => Some(u64::try_from(system.f_bsize).unwrap_or(1)),
+    Ok(granule_of(
+        number,
+        u64::try_from(system.f_bsize).unwrap_or(1),
+    ))
+}
+
+/// The same for a file system of this number whose blocks have so many bytes.
+fn granule_of(number: u32, block: u64) -> Option<u64> {
+    match number {
+        HUGETLBFS => Some(block),
         number if ELSEWHERE.contains(&number) => None,
         _ => Some(1),
-    })
+    }
 }
 
 /// HUGETLBFS_MAGIC (include/uapi/linux/magic.h).
@@ -197,6 +205,19 @@ mod tests {
             (OwnedFd::from(listener), false),
         ] {
             assert_eq!(leads_to_us(&socket).unwrap(), leads, "{socket:?}");
+        }
+    }
+
+    #[test]
+    fn files_on_other_machines_and_of_other_programs_are_known() {
+        // tmpfs, ext4, XFS and btrfs.
+        for number in [0x0102_1994, 0xef53, 0x5846_5342, 0x9123_683e] {
+            assert_eq!(granule_of(number, 4096), Some(1));
+        }
+        assert_eq!(granule_of(HUGETLBFS, 2 << 20), Some(2 << 20));
+        // FUSE, NFS, 9p.
+        for number in [0x6573_5546, 0x6969, 0x0102_1997] {
+            assert_eq!(granule_of(number, 4096), None);
         }
     }
 

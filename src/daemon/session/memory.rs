@@ -110,6 +110,11 @@ impl RegionTable {
         self.regions.last().map_or(0, Region::guest_end)
     }
 
+    /// The regions.
+    pub(super) fn regions(&self) -> &[Region] {
+        &self.regions
+    }
+
     /// How many regions there are.
     pub(super) fn len(&self) -> usize {
         self.regions.len()

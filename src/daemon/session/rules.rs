@@ -36,13 +36,13 @@ const WRITTEN: &str = "an eventfd, a pipe to write or a Unix stream socket";
 pub(super) struct Rules {
     limits: SessionLimits,
     channel: Arc<Channel>,
-    owned: bool,
+    pub(super) owned: bool,
     /// What the device answered to GET_FEATURES, once it has.
     offered: Option<u64>,
     pub(super) acked: u64,
     /// What the device answered to GET_PROTOCOL_FEATURES, once it has.
     protocol_offered: Option<u64>,
-    protocol_acked: u64,
+    pub(super) protocol_acked: u64,
     pub(super) memory: RegionTable,
     pub(super) log: Log,
 }

@@ -1,5 +1,6 @@
 //! From the rings into blk-mq.
 
+use std::mem;
 use std::sync::atomic::Ordering;
 
 use crate::engine::Event;
@@ -25,26 +26,44 @@ enum Slice {
 impl Worker {
     /// Takes what is available on every hot ring. One drain is one plug.
     pub(super) fn drain(&mut self) -> bool {
-        let mut found = false;
+        let mut busy = mem::take(&mut self.busy);
         for at in 0..self.hot.len() {
             let hctx = self.hot[at];
             let port = open_port(&mut self.ports, hctx);
             if port.no_room || !port.is_open() && !port.must_resume() {
                 continue;
             }
-            match self.drain_ring(hctx) {
-                Ok(any) => found |= any,
+            match port.ring.available() {
+                Ok(0) => {}
+                Ok(_) => {
+                    busy.push(hctx);
+                    (0..3).for_each(|after| port.ring.fetch_descriptor(after));
+                }
                 Err(error) => self.break_ring(hctx, &error),
             }
         }
+        // While the lines of one ring come, the others' are asked for.
+        for hctx in &busy {
+            let ring = &mut open_port(&mut self.ports, *hctx).ring;
+            (0..2).for_each(|after| ring.fetch_table(after));
+        }
+        for hctx in &busy {
+            open_port(&mut self.ports, *hctx).ring.fetch_header(0);
+        }
+        for hctx in &busy {
+            if let Err(error) = self.drain_ring(*hctx) {
+                self.break_ring(*hctx, &error);
+            }
+        }
+        let found = !busy.is_empty();
+        busy.clear();
+        self.busy = busy;
         found
     }
 
-    fn drain_ring(&mut self, hctx: HctxId) -> Result<bool, RingError> {
+    /// Takes the chains of a ring that were seen.
+    fn drain_ring(&mut self, hctx: HctxId) -> Result<(), RingError> {
         let port = open_port(&mut self.ports, hctx);
-        if port.ring.available()? == 0 {
-            return Ok(false);
-        }
         port.ring.suppress_kicks();
         loop {
             let taken = self.take_slice(hctx);
@@ -52,7 +71,7 @@ impl Worker {
             let port = open_port(&mut self.ports, hctx);
             port.inline = answered;
             match taken {
-                Ok(Slice::Whole) if port.ring.unpopped() == 0 => return Ok(true),
+                Ok(Slice::Whole) if !port.ring.has_more() => return Ok(()),
                 // The guest can look at these while the next are at work.
                 Ok(Slice::Whole) => {
                     port.ring.publish();
@@ -61,7 +80,7 @@ impl Worker {
                 Ok(Slice::NoRoom) => {
                     port.no_room = true;
                     self.starving = true;
-                    return Ok(true);
+                    return Ok(());
                 }
                 Err(error) => return Err(error),
             }
@@ -86,6 +105,9 @@ impl Worker {
                 break Ok(Slice::Whole);
             }
             left -= 1;
+            port.ring.fetch_descriptor(3);
+            port.ring.fetch_table(2);
+            port.ring.fetch_header(1);
             let head = match port.ring.pop_head() {
                 Ok(Some(head)) => head,
                 Ok(None) => break Ok(Slice::Whole),
@@ -118,25 +140,21 @@ impl Worker {
         if !self.engine.has_inline() {
             return false;
         }
-        let mut failure = None;
         let Worker {
             engine,
             mq,
             ports,
             disks,
             touched,
+            now_ns,
             ..
         } = self;
         engine.reap_inline(&mut |event| {
             if let Event::Done { tag, result } = event {
-                failure = result.err().or(failure);
-                finish(mq, ports, disks, touched, tag, result);
+                finish(mq, ports, disks, touched, *now_ns, tag, result);
             }
         });
         self.room |= self.starving;
-        if let Some(errno) = failure {
-            self.log_failure(errno);
-        }
         true
     }
 

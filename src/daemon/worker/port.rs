@@ -20,6 +20,15 @@ pub(super) struct Gates {
     pub stopping: bool,
     /// The guest broke it.
     pub broken: bool,
+    /// The disk is held after an error.
+    pub held: bool,
+}
+
+impl Gates {
+    /// Whether somebody waits for the ring's requests to end.
+    pub fn is_draining(self) -> bool {
+        self.disabled || self.frozen || self.stopping
+    }
 }
 
 /// A started ring.

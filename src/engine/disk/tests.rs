@@ -20,6 +20,7 @@ fn config(image: ImageSource) -> DiskConfig {
         engine: EngineKind::Auto,
         lock: LockWhen::Always,
         force_share: false,
+        on_error: crate::config::OnError::Report,
         cache: CacheMode::None,
         discard: true,
         serial: "test".to_owned(),
