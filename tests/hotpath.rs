@@ -16,15 +16,15 @@ use std::process::Command;
 
 /// Instructions a request, as measured (rustc 1.95, x86-64).
 const TABLE: &[(&str, f64)] = &[
-    ("read-qd32", 1130.8),
-    ("write-qd32", 1136.8),
-    ("read-qd1", 1778.0),
-    ("merged-qd32", 629.2),
-    ("read-qd32-64-regions", 1132.8),
-    ("read-qd32-509-regions", 1133.7),
-    ("read-qd32-64-regions-scattered", 1223.8),
-    ("read-qd32-509-regions-scattered", 1254.7),
-    ("deadline-qd32", 2337.9),
+    ("read-qd32", 1125.7),
+    ("write-qd32", 1133.8),
+    ("read-qd1", 1875.0),
+    ("merged-qd32", 714.0),
+    ("read-qd32-64-regions", 1127.7),
+    ("read-qd32-509-regions", 1128.6),
+    ("read-qd32-64-regions-scattered", 1219.7),
+    ("read-qd32-509-regions-scattered", 1250.6),
+    ("deadline-qd32", 2341.6),
 ];
 
 /// How much more is taken for the same.

@@ -21,6 +21,8 @@ mod load;
 mod migration;
 #[path = "native/other_drivers.rs"]
 mod other_drivers;
+#[path = "native/placement.rs"]
+mod placement;
 #[path = "native/ranges.rs"]
 mod ranges;
 #[path = "native/rings.rs"]

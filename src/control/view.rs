@@ -68,6 +68,8 @@ pub(super) struct DiskView {
     direct: bool,
     cache: &'static str,
     write_through: bool,
+    /// Why flushes fail from now on, if they do.
+    sync_error: Option<String>,
     /// The most queues a front end can use, and what a queue's size is expected to be.
     num_queues: u16,
     queue_size: u16,
@@ -125,6 +127,7 @@ fn view(disk: &Disk, summary: DiskSummary) -> DiskView {
             CacheMode::Unsafe => "unsafe",
         },
         write_through: disk.is_write_through(),
+        sync_error: disk.sync_error().map(|errno| errno.to_string()),
         num_queues: config.num_queues,
         queue_size: config.queue_size,
         features: feature_names(disk.features()),

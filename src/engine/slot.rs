@@ -5,11 +5,13 @@
 mod copying;
 mod segments;
 mod sqe;
+mod ways;
 
 use std::ptr::{self, NonNull};
 
 use libc::iovec;
 
+use self::ways::is_refusal;
 use super::mapping::Since;
 use super::memory::Bounce;
 use super::target::{Abilities, Disk, Target};
@@ -396,35 +398,6 @@ impl Slot {
             first = 0;
         }
         self.finish()
-    }
-}
-
-/// Whether an errno says "not in this way" rather than "this went wrong".
-fn is_refusal(errno: i32) -> bool {
-    matches!(
-        errno,
-        libc::EOPNOTSUPP | libc::ENOSYS | libc::ENOTTY | libc::ENODEV | libc::EINVAL
-    )
-}
-
-impl Abilities {
-    fn allows(self, method: Method) -> bool {
-        match method {
-            Method::Discard => self.discard,
-            Method::Punch => self.punch,
-            Method::ZeroRange => self.zero_range,
-            Method::Zero => self.zero,
-            Method::Write => true,
-        }
-    }
-
-    fn strike_out(&mut self, method: Method) {
-        match method {
-            Method::Discard => self.discard = false,
-            Method::Punch => self.punch = false,
-            Method::ZeroRange => self.zero_range = false,
-            Method::Zero | Method::Write => {}
-        }
     }
 }
 

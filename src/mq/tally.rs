@@ -101,7 +101,7 @@ impl<P> Hctx<P> {
     }
 
     /// Adds the requests of a plug to the statistics; they are in flight for the disk from here on.
-    #[inline]
+    #[inline(never)]
     pub(super) fn fold_arrived(&mut self, now_ns: u64, account: &mut Account) {
         let run = &mut self.tally.arrived;
         if run.count == 0 {
@@ -128,6 +128,7 @@ impl<P> Hctx<P> {
         self.tally.sent.count += 1;
     }
 
+    #[inline(never)]
     fn fold_sent(&mut self) {
         let run = &mut self.tally.sent;
         if run.count == 0 {
@@ -166,6 +167,7 @@ impl<P> Hctx<P> {
         run.bytes += request.bytes;
     }
 
+    #[inline(never)]
     fn fold_ended(&mut self, now_ns: u64, account: &mut Account) {
         let run = &mut self.tally.ended;
         if run.count == 0 {

@@ -140,6 +140,11 @@ impl Disk {
         synced
     }
 
+    /// The error of the sync after which none is believed, if there was one.
+    pub fn sync_error(&self) -> Option<Errno> {
+        self.sync_fault.errno()
+    }
+
     /// Whether writes are durable when they complete, as things are now.
     pub fn is_write_through(&self) -> bool {
         self.write_through.load(Ordering::Relaxed)

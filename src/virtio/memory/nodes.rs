@@ -8,7 +8,7 @@ use super::MemoryTable;
 /// Pages that are looked at in each region, evenly spread.
 const SAMPLES: u64 = 64;
 
-const PAGE_BYTES: u64 = 4096;
+const PAGE_BYTES: usize = 4096;
 
 /// `MPOL_F_NODE | MPOL_F_ADDR`: the node of the page at an address (uapi/linux/mempolicy.h).
 const NODE_OF_PAGE: libc::c_ulong = 1 | 2;
@@ -28,11 +28,11 @@ impl MemoryTable {
         let mut shares = BTreeMap::new();
         for region in self.regions() {
             let step = (region.len / SAMPLES)
-                .max(PAGE_BYTES)
-                .next_multiple_of(PAGE_BYTES);
+                .max(PAGE_BYTES as u64)
+                .next_multiple_of(PAGE_BYTES as u64);
             let offsets = (0..region.len).step_by(usize::try_from(step).expect("64 bits"));
             let pages = offsets.filter_map(|offset| region.host(region.gpa + offset, 1));
-            let found: Vec<u16> = pages.filter_map(|page| page_of(page)).collect();
+            let found: Vec<u16> = pages.filter_map(page_of).collect();
             let found = match found.is_empty() {
                 true => bound_to(region.host).into_iter().collect(),
                 false => found,
@@ -47,13 +47,11 @@ impl MemoryTable {
 
 /// The node of the page an address is in, if the page is there.
 fn page_of(address: NonNull<u8>) -> Option<u16> {
-    let page = address
-        .as_ptr()
-        .map_addr(|at| at & !(PAGE_BYTES as usize - 1));
+    let page = address.as_ptr().map_addr(|at| at & !(PAGE_BYTES - 1));
     let mut there = 0u8;
     // SAFETY: mincore writes one byte for the one page, and only looks at the mapping. Unsafe because it
     // takes pointers.
-    let looked = unsafe { libc::mincore(page.cast(), PAGE_BYTES as usize, &raw mut there) };
+    let looked = unsafe { libc::mincore(page.cast(), PAGE_BYTES, &raw mut there) };
     if looked != 0 || there & 1 == 0 {
         return None;
     }
