@@ -17,6 +17,8 @@ mod in_memory;
 mod io;
 #[path = "native/load.rs"]
 mod load;
+#[path = "native/migration.rs"]
+mod migration;
 #[path = "native/other_drivers.rs"]
 mod other_drivers;
 #[path = "native/placement.rs"]

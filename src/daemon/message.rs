@@ -20,6 +20,7 @@ use crate::virtio::memory::MemoryTable;
 use crate::virtio::ring::{RingError, RingSetup};
 use crate::virtio::shape::DiskShape;
 
+use super::dirty::DiskLog;
 use super::faults::Hold;
 use super::placement::Seat;
 use super::report::{TraceReport, WorkerReport};
@@ -98,6 +99,8 @@ pub enum Message {
     /// Freeze the disk's rings, use the new memory, thaw. Rings that do not lie in the new memory
     /// are stopped as broken.
     SetMemory(DiskId, Arc<MemoryTable>, Reply<()>),
+    /// From now on mark what is written to the guest's memory, or mark nothing any more.
+    SetLog(DiskId, Option<Arc<DiskLog>>, Reply<()>),
     /// Freeze the disk's rings, thaw when nothing is in flight.
     Drain(DiskId, Reply<()>),
     /// The disk has this many bytes from now on, more than before; its rings go on meanwhile.

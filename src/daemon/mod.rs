@@ -2,6 +2,8 @@
 
 pub mod backend;
 pub mod clock;
+pub mod device_state;
+pub mod dirty;
 pub mod disk;
 pub mod faults;
 pub mod files;

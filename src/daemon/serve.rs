@@ -18,9 +18,10 @@ use crate::config::SocketSource;
 use crate::mq::limits::MAX_RING_SIZE;
 
 use super::backend::DeviceBackend;
+use super::dirty::Unlogged;
 use super::disk::Disk;
 use super::session::{
-    CarriedSession, ConfigNotifier, Guard, PrimeError, Served, SessionEnd, SessionLimits,
+    CarriedSession, ConfigNotifier, Guard, LogKeeper, PrimeError, Served, SessionEnd, SessionLimits,
 };
 use super::socket::{Door, Junction, SocketFile, Stop};
 use super::takeover::Beginning;
@@ -220,7 +221,7 @@ impl Session {
     ) -> io::Result<Session> {
         let disk = Arc::clone(&server.disk);
         let backend = Arc::new(DeviceBackend::new(Arc::clone(state)));
-        let memory = GuestMemoryAtomic::new(GuestMemoryMmap::<()>::new());
+        let memory = GuestMemoryAtomic::new(GuestMemoryMmap::<Unlogged>::new());
         let name = format!("session-{}", disk.id);
         let mut daemon = bind(state, || {
             VhostUserDaemon::new(name, backend, memory.clone())
@@ -236,7 +237,8 @@ impl Session {
         let guard = Guard::new(stream, device, limits, server.stop.watch()?)?
             .heed(server.rest.wish()?)
             .watch_memory(state.watch_memory()?)
-            .with_inflight(Arc::clone(state.inflight()));
+            .with_inflight(Arc::clone(state.inflight()))
+            .with_log(Arc::clone(state) as Arc<dyn LogKeeper>);
         Ok(Session {
             disk,
             state: Arc::clone(state),
@@ -267,12 +269,9 @@ impl Session {
 
     /// What another process needs to go on with it, but for the rings.
     fn at_rest(&self) -> io::Result<RestingSession> {
-        let negotiated = self.guard.negotiated();
-        if negotiated.features & LOG_ALL != 0 {
-            // What was written since the last page was marked would not be known to the next process.
-            return Err(io::Error::other(
-                "the guest is being migrated; try again when that is over",
-            ));
+        if self.state.is_logging() {
+            // Its log would have to travel too, for a guest that is about to leave anyway.
+            return Err(io::Error::other("its guest is being migrated"));
         }
         let (front_end, channel) = self.guard.connections()?;
         let memory = self.memory.memory();
@@ -285,7 +284,7 @@ impl Session {
         Ok(RestingSession {
             front_end,
             channel,
-            negotiated,
+            negotiated: self.guard.negotiated(),
             regions: self.guard.regions(file_of)?,
             inflight: self.state.inflight().carry()?,
             state: Arc::clone(&self.state),

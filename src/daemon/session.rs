@@ -28,8 +28,10 @@
 //! bounded and which can still be stopped.
 
 mod carry;
+mod contents;
 mod fds;
 mod inflight;
+mod log;
 mod memory;
 mod notifier;
 mod refusal;
@@ -49,6 +51,7 @@ use rustix::io::Errno;
 pub use carry::{CarriedRegion, CarriedRing, CarriedSession, Negotiated, PrimeError};
 pub use fds::open_fd_table;
 pub use inflight::{CarriedInflight, InflightStore};
+pub use log::LogKeeper;
 pub use notifier::ConfigNotifier;
 pub use refusal::{Reason, Refusal, RequestName};
 
@@ -171,6 +174,12 @@ impl Guard {
             channel,
             rest: Rest::default(),
         })
+    }
+
+    /// What the front end says of its dirty log goes to `keeper`. Without one a log is refused.
+    pub fn with_log(mut self, keeper: Arc<dyn LogKeeper>) -> Guard {
+        self.rules.keep_log(keeper);
+        self
     }
 
     /// Ends the session when `memory_lost` is readable.

@@ -23,12 +23,13 @@ use crate::mq::ids::{QueueId, RingId};
 use crate::mq::limits::MAX_RING_SIZE;
 use crate::virtio::ring::RingSetup;
 
+use super::dirty::Unlogged;
 use super::message::{FdRole, Message, Reply, StartRing};
 
 pub use state::SessionState;
 
 /// Guest memory as the crate hands it out. The data path does not go through it.
-pub type GuestMemory = GuestMemoryAtomic<GuestMemoryMmap>;
+pub type GuestMemory = GuestMemoryAtomic<GuestMemoryMmap<Unlogged>>;
 
 thread_local! {
     /// The session whose rings are being made on this thread: `VringT::new` is told nothing.

@@ -14,6 +14,7 @@ mod driver;
 mod faults;
 mod hold;
 mod intake;
+mod logged;
 mod lost;
 mod port;
 mod resize;
@@ -49,6 +50,7 @@ use self::spin::Spin;
 use self::traced::Named;
 use self::watchdog::Watchdog;
 use super::clock::Clock;
+use super::dirty::DiskLog;
 use super::message::{Message, WorkerHandle};
 use super::placement::Seat;
 use super::report::QueueReport;
@@ -65,6 +67,8 @@ const LOOK_FOR_LOSSES: u64 = 0;
 struct WorkerDisk {
     shape: DiskShape,
     write_through: Arc<AtomicBool>,
+    /// While the guest migrates.
+    log: Option<Arc<DiskLog>>,
     care: Care,
     /// Room for its long requests. Each disk has its own, so that none can keep others waiting; made
     /// with the first ring.
@@ -341,7 +345,7 @@ fn finish(
         let port = open_port(ports, hctx);
         let read = u32::try_from(read).expect("the parser bounds a request's bytes");
         let pool = open_disk(disks, port.id.disk).pool();
-        port.ring.put_used(io.finish(status, read, pool));
+        port.ring.finish(io, status, read, pool);
         touch(touched, port, hctx);
     });
 }

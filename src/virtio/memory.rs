@@ -261,6 +261,14 @@ impl MemoryTable {
         true
     }
 
+    /// The guest-physical address of what is mapped at `host`.
+    pub(super) fn gpa(&self, host: NonNull<u8>) -> Option<u64> {
+        self.regions.iter().find_map(|region| {
+            let offset = host.addr().get().checked_sub(region.host.addr().get())? as u64;
+            (offset < region.len).then(|| region.gpa + offset)
+        })
+    }
+
     /// Copies guest memory out, each byte read once. False, with `into` partly filled, if not all
     /// of it is guest memory.
     pub(super) fn read(&self, gpa: u64, into: &mut [u8]) -> bool {

@@ -134,13 +134,18 @@ impl Daemon {
     /// With the daemon's own words, when it ends or has not said that it listens within 90 seconds: one that
     /// follows a killed one waits for its last write.
     pub fn start(disk: &Disk, args: &[&str]) -> Self {
+        Self::start_at(disk, &disk.socket(), args)
+    }
+
+    /// The same at another socket, in the same way: two daemons can serve one disk.
+    pub fn start_at(disk: &Disk, socket: &Path, args: &[&str]) -> Self {
         // Several daemons may serve a disk, one after another.
         static DAEMONS: AtomicU32 = AtomicU32::new(0);
         let name = format!("daemon.{}.log", DAEMONS.fetch_add(1, Ordering::Relaxed));
         let log = disk.dir.path().join(name);
         let child = Command::new(env!("CARGO_BIN_EXE_vhost-user-blkmq"))
             .arg("--socket-path")
-            .arg(disk.socket())
+            .arg(socket)
             .arg("--blk-file")
             .arg(disk.image())
             .args(["--serial", "guest-test", "--summary", "json"])
@@ -326,9 +331,20 @@ impl Guest {
         Self { command, dir }
     }
 
+    /// QEMU that listens for its machine protocol at `path`.
+    pub fn qmp(mut self, path: &Path) -> Self {
+        self.command.arg("--qmp").arg(path);
+        self
+    }
+
     /// One more disk: /dev/vda is the first, /dev/vdb the second.
-    pub fn disk(mut self, disk: &Disk) -> Self {
-        self.command.arg("--socket").arg(disk.socket());
+    pub fn disk(self, disk: &Disk) -> Self {
+        self.socket(&disk.socket())
+    }
+
+    /// The same, by the socket where the disk is served.
+    pub fn socket(mut self, socket: &Path) -> Self {
+        self.command.arg("--socket").arg(socket);
         self
     }
 

@@ -78,6 +78,7 @@ impl Worker {
                     self.disks[disk.index()] = Some(WorkerDisk {
                         shape: *shape,
                         write_through,
+                        log: None,
                         care: Care::new(on_error, hold),
                         pool: None,
                     });
@@ -116,6 +117,7 @@ impl Worker {
             Message::SetMemory(disk, memory, done) => {
                 self.freeze(Pending::Memory(disk, memory, done));
             }
+            Message::SetLog(disk, log, done) => self.set_log(disk, log.as_ref(), done),
             Message::SetScheduler(disk, params, done) => {
                 self.freeze(Pending::Scheduler(disk, params, done));
             }

@@ -72,6 +72,7 @@ impl Worker {
             stats: RingStats::default(),
         });
         self.join_hold(hctx);
+        self.log_ring(hctx);
         self.losses = LOOK_FOR_LOSSES;
         self.set_fd(hctx, FdRole::Kick, kick);
         self.set_fd(hctx, FdRole::Call, call);
