@@ -29,7 +29,6 @@ use super::takeover::rest::{AtRest, CarriedListener, RestPlace, RestingSession, 
 use super::vring::{GuestMemory, SessionState, bind};
 
 /// VHOST_F_LOG_ALL: what is written to the guest's memory is marked in a log (vhost-user, "Migration").
-const LOG_ALL: u64 = 1 << 26;
 
 /// What one disk's thread needs.
 #[derive(Debug)]
