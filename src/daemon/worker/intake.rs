@@ -97,6 +97,7 @@ impl Worker {
         let mut driver = EngineDriver {
             engine: &mut self.engine,
             slots: &self.slots,
+            polled: &self.polled,
         };
         let pool = disk.pool.as_mut().expect("made with the first ring");
         let mut left = if port.inline { SLICE } else { u16::MAX };
