@@ -127,6 +127,7 @@ impl Driver<GuestIo> for Null<'_> {
     fn queue_rq(
         &mut self,
         _disk: DiskId,
+        _hctx: HctxId,
         tag: DriverTag,
         request: &Request,
         parts: Parts<'_, GuestIo>,
@@ -153,6 +154,7 @@ impl Driver<GuestIo> for Null<'_> {
             bytes: request.bytes,
             fua: request.fua,
             unmap: request.unmap,
+            polled: false,
             payload,
         };
         // SAFETY: the null disk touches no buffer, and the guest's memory lives as long as the ring.

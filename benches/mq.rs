@@ -30,6 +30,7 @@ impl Driver<Payload> for Tags {
     fn queue_rq(
         &mut self,
         _disk: DiskId,
+        _hctx: HctxId,
         tag: DriverTag,
         request: &Request,
         parts: Parts<'_, Payload>,

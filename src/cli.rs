@@ -16,7 +16,8 @@ use crate::mq::map::MapKind;
 use crate::mq::qos::Limits;
 
 pub use self::choices::{
-    CacheMode, Discard, EngineKind, LockWhen, LogLevel, OnError, OnTimeout, SummaryFormat, Switch,
+    CacheMode, Discard, EngineKind, LockWhen, LogLevel, OnError, OnTimeout, PollDevice,
+    SummaryFormat, Switch,
 };
 use self::cpus::CpuList;
 pub use self::safety::DiskSafety;

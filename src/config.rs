@@ -17,7 +17,9 @@ use crate::mq::qos::Limits;
 
 use self::whole::{check_control_path, check_groups, check_on_error, no_socket_twice};
 pub use crate::cli::tuning::{Group, Scheduler};
-pub use crate::cli::{CacheMode, EngineKind, LockWhen, OnError, OnTimeout, SummaryFormat};
+pub use crate::cli::{
+    CacheMode, EngineKind, LockWhen, OnError, OnTimeout, PollDevice, SummaryFormat,
+};
 
 mod whole;
 
@@ -78,6 +80,8 @@ pub struct DiskConfig {
     pub force_share: bool,
     /// What becomes of requests that fail.
     pub on_error: OnError,
+    /// Whether its device is polled for completions.
+    pub io_poll: PollDevice,
     /// How the host caches the image.
     pub cache: CacheMode,
     /// Whether discards are offered and free space.
@@ -237,6 +241,7 @@ impl DiskConfig {
             lock: disk.safety.lock.unwrap_or_default(),
             force_share: disk.safety.force_share == Some(Switch::On),
             on_error: disk.safety.on_error.unwrap_or_default(),
+            io_poll: disk.safety.io_poll.unwrap_or_default(),
             cache: disk.cache.unwrap_or_default(),
             discard: disk.discard != Some(Discard::Off),
             serial: disk.serial.unwrap_or_else(|| default_serial(&image)),

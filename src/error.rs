@@ -121,6 +121,18 @@ pub enum StartError {
         advice: &'static str,
     },
 
+    /// The device below the image cannot be polled, though that was asked for.
+    #[error(
+        "the image {path:?} cannot be polled for completions: {why}; give the device such queues (for NVMe the \
+         kernel's parameter nvme.poll_queues=2), or leave --io-poll out"
+    )]
+    NotPolled {
+        /// The image as the user named it.
+        path: PathBuf,
+        /// What stands in the way.
+        why: &'static str,
+    },
+
     /// Somebody is listening on the socket already.
     #[error(
         "the socket {path:?} is in use: another process is listening on it; \

@@ -75,6 +75,18 @@ pub enum EngineKind {
     Null,
 }
 
+/// Whether the image's device is polled for completions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub enum PollDevice {
+    /// For the guest's poll queues, if it can be.
+    #[default]
+    Auto,
+    /// For all queues.
+    On,
+    /// Never.
+    Off,
+}
+
 /// How much the log tells.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 #[expect(missing_docs, reason = "the log crate's levels, by their names")]

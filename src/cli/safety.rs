@@ -2,7 +2,7 @@
 
 use clap::Args;
 
-use super::choices::{LockWhen, OnError, Switch};
+use super::choices::{LockWhen, OnError, PollDevice, Switch};
 use super::{DISK, IO};
 
 /// The flags of one disk.
@@ -23,6 +23,14 @@ pub struct DiskSafety {
         num_args = 0..=1, require_equals = true, default_missing_value = "on", help_heading = DISK
     )]
     pub force_share: Option<Switch>,
+
+    /// Poll the device for completions instead of waiting for its interrupt: auto (for the
+    /// guest's poll queues, if the device can), on (for all queues) or off [default: auto]
+    #[arg(
+        verbatim_doc_comment, long, value_name = "WHEN", value_enum, hide_possible_values = true,
+        help_heading = IO
+    )]
+    pub io_poll: Option<PollDevice>,
 
     /// What becomes of a request that fails: report (the guest is told), stop (the disk is
     /// held until `blkmqctl resume`, and the guest waits), or enospc (stop if no space is

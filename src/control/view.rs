@@ -9,6 +9,7 @@ use crate::config::{CacheMode, ImageSource};
 use crate::daemon::disk::Disk;
 use crate::daemon::report::{DiskSummary, Summary, WorkerSummary};
 use crate::daemon::roster::Roster;
+use crate::engine::IoPoll;
 use crate::mq::qos::Limits;
 use crate::virtio::features;
 
@@ -66,6 +67,8 @@ pub(super) struct DiskView {
     medium: Option<&'static str>,
     /// Whether it is open with O_DIRECT.
     direct: bool,
+    /// Which transfers the device is polled for: `never`, `poll-queues` or `always`.
+    io_poll: &'static str,
     cache: &'static str,
     write_through: bool,
     /// Why flushes fail from now on, if they do.
@@ -119,6 +122,11 @@ fn view(disk: &Disk, summary: DiskSummary) -> DiskView {
         engine: disk.image().engine(),
         medium: (disk.image().mapping.as_ref()).map(|mapping| mapping.medium().name()),
         direct: disk.image().direct,
+        io_poll: match disk.image().io_poll {
+            IoPoll::Never => "never",
+            IoPoll::PollQueues => "poll-queues",
+            IoPoll::Always => "always",
+        },
         cache: match config.cache {
             CacheMode::Writeback => "writeback",
             CacheMode::None => "none",

@@ -92,6 +92,8 @@ struct Worker {
     slots: Vec<Option<DiskSlot>>,
     /// By hctx.
     ports: Vec<Option<Port>>,
+    /// By hctx: the guest polls for its completions.
+    polled: Vec<bool>,
     /// Ports that are looked at each turn.
     hot: Vec<HctxId>,
     /// Ports of which something is taken in this turn; empty between turns.
@@ -194,6 +196,7 @@ impl Worker {
             disks: Vec::new(),
             slots: Vec::new(),
             ports: Vec::new(),
+            polled: Vec::new(),
             hot: Vec::new(),
             busy: Vec::new(),
             touched: Vec::new(),
@@ -317,6 +320,7 @@ impl Worker {
             self.mq.run(&mut EngineDriver {
                 engine: &mut self.engine,
                 slots: &self.slots,
+                polled: &self.polled,
             });
         }
     }

@@ -21,8 +21,9 @@ use rustix::fs::{AtFlags, FallocateFlags, OFlags, StatxFlags, fallocate, fcntl_s
 use rustix::io::Errno;
 
 use self::align::open_direct;
-use self::backing::{map, not_in_memory};
+use self::backing::{io_poll, map, not_in_memory};
 use self::limits::QueueLimits;
+use super::IoPoll;
 use super::mapping::{Mapping, Medium};
 use crate::config::{DiskConfig, EngineKind, ImageSource, LockWhen};
 use crate::error::StartError;
@@ -101,6 +102,8 @@ pub struct Image {
     pub rotational: bool,
     /// Whether it is open for reading only.
     pub read_only: bool,
+    /// Which transfers the device is polled for.
+    pub io_poll: IoPoll,
     /// The image, mapped, if it lies in memory and was not to be used otherwise.
     pub mapping: Option<Arc<Mapping>>,
 }
@@ -223,6 +226,7 @@ impl Image {
             write_zeroes: WriteZeroesLimits::default(),
             rotational: queue.rotational,
             read_only: config.read_only,
+            io_poll: io_poll(path, &queue, alignment.is_some(), config)?,
             mapping,
             file,
         };

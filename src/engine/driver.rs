@@ -2,6 +2,7 @@
 
 mod copying;
 mod fds;
+mod polled;
 mod sending;
 
 use std::collections::VecDeque;
@@ -13,6 +14,7 @@ use std::time::Duration;
 use io_uring::cqueue;
 
 use self::copying::Small;
+use self::polled::Polled;
 use super::memory::Memory;
 use super::slot::{Next, Slot, Stage};
 use super::start::start;
@@ -40,6 +42,7 @@ fn user_data(kind: u64, generation: u32, index: u16) -> u64 {
 #[derive(Debug)]
 pub struct Engine {
     ring: Ring,
+    polled: Option<Polled>,
     slots: Box<[Slot]>,
     memory: Memory,
     pub(super) disks: Table<Disk>,
@@ -82,6 +85,7 @@ impl Engine {
         let memory = Memory::new(depth)?;
         Ok(Engine {
             ring,
+            polled: None,
             slots: (0..depth)
                 .map(|slot| Slot::new(memory.segments(slot)))
                 .collect(),
@@ -122,6 +126,7 @@ impl Engine {
         if disk.fd >= 0 && self.ring.fixed_files {
             disk.registered = self.ring.update_file(index, disk.fd).is_ok();
         }
+        self.begin_polling(&mut disk);
         self.disks.put(index, disk);
         Ok(DiskSlot(index))
     }
@@ -142,6 +147,7 @@ impl Engine {
         if disk.registered {
             // Its place is overwritten by the next disk at the latest.
             let _ = self.ring.update_file(slot.0, -1);
+            self.end_polling(slot.0);
         }
         disk.target
     }
@@ -209,6 +215,7 @@ impl Engine {
     /// itself is broken.
     pub fn commit_rqs(&mut self) -> io::Result<()> {
         self.resend();
+        self.submit_polled()?;
         self.ring.submit(&mut self.counters)
     }
 
@@ -218,7 +225,8 @@ impl Engine {
     pub fn reap(&mut self, on: &mut impl FnMut(Event)) -> io::Result<usize> {
         self.ring.run_task_work(&mut self.counters)?;
         self.copy_on();
-        let mut reaped = self.ready.len();
+        let polled = self.reap_polled(on)?;
+        let mut reaped = polled + self.ready.len();
         self.reap_inline(on);
         let mut batch = [const { MaybeUninit::<cqueue::Entry>::uninit() }; REAP_BATCH];
         loop {
@@ -254,7 +262,7 @@ impl Engine {
     /// Whether [`Self::reap`] has something to report without a system call.
     pub fn has_events(&mut self) -> bool {
         let can_copy = !self.small.is_empty() || !self.copying.is_empty();
-        can_copy || !self.ready.is_empty() || self.ring.has_completions()
+        can_copy || self.is_polling() || !self.ready.is_empty() || self.ring.has_completions()
     }
 
     /// Submits what is queued and sleeps until there is something to reap, a signal comes, or
@@ -263,6 +271,7 @@ impl Engine {
         self.resend();
         let short = !self.unsent.is_empty() || self.unsent_fds;
         if self.has_events() || timeout == Some(Duration::ZERO) {
+            self.submit_polled()?;
             return self.ring.submit(&mut self.counters);
         }
         // The kernel had no room: look again soon.

@@ -44,7 +44,7 @@ use crate::mq::request::Op;
 
 pub use driver::Engine;
 pub use sync_fault::SyncFault;
-pub use target::{FileTarget, Target};
+pub use target::{FileTarget, IoPoll, Target};
 pub use watch::{CallSlot, Waker};
 
 /// Disks one engine serves at most: the size of the ring's registered file table.
@@ -149,6 +149,8 @@ pub struct Command<'a> {
     pub fua: bool,
     /// Write-zeroes may free the blocks.
     pub unmap: bool,
+    /// Whoever asks polls for the answer (`REQ_POLLED`).
+    pub polled: bool,
     /// Its buffers or ranges.
     pub payload: Payload<'a>,
 }
@@ -200,6 +202,8 @@ pub struct EngineCounters {
     pub copy_calls: u64,
     /// Commands that went through an aligned buffer.
     pub bounced: u64,
+    /// Transfers whose completion the device was polled for.
+    pub polled: u64,
     /// Partial transfers that were continued.
     pub continued: u64,
     /// Operations tried again after `EAGAIN` or `EINTR`.

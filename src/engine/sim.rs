@@ -16,9 +16,9 @@ use self::sqe::Sqe;
 use super::memory::Memory;
 use super::slot::{Next, Slot, Stage};
 use super::start::start;
-use super::target::{Disk, FileTarget, Target};
+use super::target::{Disk, FileTarget, IoPoll, Target};
 use super::{Busy, Command, EngineCounters, Errno, Extent, Payload};
-use crate::mq::ids::{DiskId, DriverTag};
+use crate::mq::ids::{DiskId, DriverTag, HctxId};
 use crate::mq::limits::SECTOR_SIZE;
 use crate::mq::request::{Op, Request};
 use crate::mq::{self, Parts};
@@ -119,6 +119,7 @@ impl SimEngine {
             offset_align: 512,
             block_device,
             ignore_flush: false,
+            io_poll: IoPoll::Never,
             mapping: None,
         });
         let index = u16::try_from(self.disks.len()).expect("few disks");
@@ -333,6 +334,7 @@ impl mq::Driver<Io> for SimEngine {
     fn queue_rq(
         &mut self,
         disk: DiskId,
+        _hctx: HctxId,
         tag: DriverTag,
         request: &Request,
         parts: Parts<'_, Io>,
@@ -367,6 +369,7 @@ impl mq::Driver<Io> for SimEngine {
             bytes: request.bytes,
             fua: request.fua,
             unmap: request.unmap,
+            polled: false,
             payload,
         };
         // SAFETY: the buffers and their arrays are a request's, and whoever makes requests keeps

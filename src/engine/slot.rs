@@ -81,6 +81,12 @@ pub(super) struct Slot {
     discarding: bool,
     /// What the kernel was asked for then.
     since: Since,
+    /// The device is polled for the transfer.
+    pub(super) polled: bool,
+    /// The buffers need a bounce buffer before the next step.
+    pub(super) wants_bounce: bool,
+    /// The alignment that a refused transfer had: of addresses, and of lengths.
+    too_fine: Option<(usize, usize)>,
     /// Let a kernel thread do it, because trying without blocking did not work.
     punt: bool,
     attempts: u8,
@@ -114,6 +120,9 @@ impl Slot {
             delayed: false,
             discarding: false,
             since: Since::default(),
+            polled: false,
+            wants_bounce: false,
+            too_fine: None,
             punt: false,
             attempts: 0,
             range: 0,
@@ -138,6 +147,9 @@ impl Slot {
         self.fua = false;
         self.unsynced = false;
         self.delayed = false;
+        self.polled = false;
+        self.wants_bounce = false;
+        self.too_fine = None;
         self.punt = false;
         self.attempts = 0;
         self.total = bytes;
@@ -255,7 +267,8 @@ impl Slot {
         self.punt = false;
     }
 
-    fn transferred(&mut self, moved: u32, disk: &Disk, counters: &mut EngineCounters) -> Next {
+    fn transferred(&mut self, moved: u32, disk: &mut Disk, counters: &mut EngineCounters) -> Next {
+        self.learn_alignment(disk);
         let Target::File(file) = &disk.target else {
             unreachable!("a null disk has no transfers")
         };
@@ -305,6 +318,9 @@ impl Slot {
         extents: &[Extent],
         counters: &mut EngineCounters,
     ) -> Next {
+        if self.stage == Stage::Transfer && self.is_refused_in_this_way(errno, disk) {
+            return Next::Issue;
+        }
         if errno == libc::EAGAIN || errno == libc::EINTR {
             if self.attempts == RETRIES {
                 return Next::Done(Err(Errno(errno)));

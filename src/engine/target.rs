@@ -24,8 +24,24 @@ pub struct FileTarget {
     pub block_device: bool,
     /// Flush and FUA do nothing (cache mode "unsafe", or a medium that forgets everything anyway).
     pub ignore_flush: bool,
+    /// Which transfers the device is polled for. Only if it has queues for that
+    /// (`queue/io_poll` of sysfs): on others such a transfer may never come back.
+    pub io_poll: IoPoll,
     /// The file, mapped, if it lies in memory. Not with `direct`.
     pub mapping: Option<Arc<Mapping>>,
+}
+
+/// Which transfers of a disk are completed by polling the device (IORING_SETUP_IOPOLL) rather than by
+/// its interrupt.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum IoPoll {
+    /// None.
+    #[default]
+    Never,
+    /// Those whose guest polls too.
+    PollQueues,
+    /// All.
+    Always,
 }
 
 /// What is behind a disk.
@@ -63,6 +79,8 @@ pub(super) struct Disk {
     pub(super) in_flight: u32,
     /// What remains of the ways to do things: each is struck out when the disk refuses it.
     pub(super) can: Abilities,
+    /// What `O_DIRECT` turned out to demand of buffers: of their addresses and of their lengths, in bytes.
+    pub(super) align: (usize, usize),
     /// The SQE's fd is an index of the registered file table.
     pub(super) registered: bool,
     /// Whether its syncs can be believed.
@@ -82,6 +100,8 @@ pub(super) struct Abilities {
     pub(super) discard: bool,
     /// Zeroing memory.
     pub(super) zero: bool,
+    /// Polling the device.
+    pub(super) poll: bool,
 }
 
 impl Disk {
@@ -101,6 +121,10 @@ impl Disk {
             }
             Target::Null { .. } => (-1, false),
         };
+        let align = match &target {
+            Target::File(file) => (file.memory_align as usize, file.offset_align as usize),
+            Target::Null { .. } => (1, 1),
+        };
         Ok(Disk {
             target,
             index,
@@ -112,7 +136,9 @@ impl Disk {
                 zero_range: allocates,
                 discard: block_device,
                 zero: is_mapped,
+                poll: true,
             },
+            align,
             registered: false,
             sync_fault: Arc::default(),
         })

@@ -19,6 +19,8 @@ pub(super) struct Ask {
     pub(super) skipped_modes: usize,
     pub(super) fixed_files: bool,
     pub(super) silent_writes: bool,
+    /// Completions are to be had by polling the device.
+    pub(super) polled: bool,
 }
 
 impl Ask {
@@ -26,6 +28,7 @@ impl Ask {
         skipped_modes: 0,
         fixed_files: true,
         silent_writes: true,
+        polled: false,
     };
 }
 
@@ -50,6 +53,9 @@ impl Ring {
     pub(super) fn new(sqes: u32, cqes: u32, ask: Ask) -> io::Result<Self> {
         let mut builder = IoUring::builder();
         builder.dontfork().setup_cqsize(cqes).setup_clamp();
+        if ask.polled {
+            builder.setup_iopoll();
+        }
         let mut best = builder.clone();
         best.setup_single_issuer()
             .setup_defer_taskrun()

@@ -29,10 +29,11 @@ pub enum Busy {
 pub trait Driver<P> {
     /// Prepares one request; the engine is told to begin when the turn's batch is committed.
     ///
-    /// `parts` are the payloads it consists of, in the order of their sectors.
+    /// `hctx` is whose request it is. `parts` are the payloads it consists of, in the order of their sectors.
     fn queue_rq(
         &mut self,
         disk: DiskId,
+        hctx: HctxId,
         tag: DriverTag,
         request: &Request,
         parts: Parts<'_, P>,

@@ -50,7 +50,7 @@ impl<P> Hctx<P> {
         let parts = self.table.parts(tag);
         match below
             .driver
-            .queue_rq(self.config.disk, driver_tag, &request, parts)
+            .queue_rq(self.config.disk, self.id, driver_tag, &request, parts)
         {
             Ok(()) => {
                 if !below.tags.is_reserved(driver_tag) {

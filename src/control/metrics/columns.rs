@@ -239,6 +239,9 @@ pub(super) const WORKER_COUNTERS: &[Counter] = &[
         "System calls for the holes of images in memory.",
         |c| c.copy_calls,
     ),
+    ("polled", "Transfers the device was polled for.", |c| {
+        c.polled
+    }),
     (
         "bounced",
         "Commands that went through an aligned buffer.",

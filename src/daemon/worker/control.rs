@@ -233,6 +233,10 @@ impl Worker {
                 heat(&mut self.hot, port, hctx);
             }
             FdRole::Call => {
+                if self.polled.len() <= hctx.index() {
+                    self.polled.resize(hctx.index() + 1, false);
+                }
+                self.polled[hctx.index()] = fd.is_none();
                 replace_call(&mut self.engine, &mut port.call, port.id, fd, token);
                 // Whoever waits on the new fd has not been told of what was used before.
                 port.ring.request_call();

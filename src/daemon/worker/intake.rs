@@ -102,6 +102,7 @@ impl Worker {
         let mut driver = EngineDriver {
             engine: &mut self.engine,
             slots: &self.slots,
+            polled: &self.polled,
         };
         let pool = disk.pool.as_mut().expect("made with the first ring");
         let (mut left, mut bytes_left) = match port.inline {

@@ -9,8 +9,10 @@ use log::warn;
 use rustix::fs::Statx;
 use rustix::io::Errno;
 
+use super::limits::QueueLimits;
 use super::{DiscardLimits, FILE_RANGE_MAX_BYTES, Image, ImageKind, WriteZeroesLimits, open_error};
-use crate::config::{DiskConfig, EngineKind};
+use crate::config::{DiskConfig, EngineKind, PollDevice};
+use crate::engine::IoPoll;
 use crate::engine::mapping::{Mapping, Medium, medium_of};
 use crate::error::{StartError, reason};
 
@@ -34,8 +36,14 @@ impl Image {
             Some(mapping) => format!("engine {engine}, in memory ({})", mapping.medium().name()),
             None if self.kind == ImageKind::Null => format!("engine {engine}"),
             None if self.direct => format!(
-                "engine {engine}, O_DIRECT (buffers aligned to {} bytes, offsets to {})",
-                self.dio_mem_align, self.dio_offset_align
+                "engine {engine}, O_DIRECT (buffers aligned to {} bytes, offsets to {}){}",
+                self.dio_mem_align,
+                self.dio_offset_align,
+                match self.io_poll {
+                    IoPoll::Never => "",
+                    IoPoll::PollQueues => ", polled for the guest's poll queues",
+                    IoPoll::Always => ", polled",
+                }
             ),
             None => format!("engine {engine}, through the host's page cache"),
         }
@@ -76,6 +84,7 @@ impl Image {
             },
             rotational: false,
             read_only: config.read_only,
+            io_poll: IoPoll::Never,
             mapping: None,
         })
     }
@@ -110,6 +119,30 @@ pub(super) fn map(
             warn!("{path:?} cannot be mapped, and is served by io_uring: {error}");
             Ok(None)
         }
+    }
+}
+
+/// Whether the device below the image is polled. Asked of sysfs and never tried: on a device without
+/// queues for it the first transfer may never come back.
+pub(super) fn io_poll(
+    path: &Path,
+    queue: &QueueLimits,
+    direct: bool,
+    config: &DiskConfig,
+) -> Result<IoPoll, StartError> {
+    let can = direct && queue.io_poll;
+    match config.io_poll {
+        PollDevice::Off => Ok(IoPoll::Never),
+        PollDevice::Auto if can => Ok(IoPoll::PollQueues),
+        PollDevice::Auto => Ok(IoPoll::Never),
+        PollDevice::On if can => Ok(IoPoll::Always),
+        PollDevice::On => Err(StartError::NotPolled {
+            path: path.to_owned(),
+            why: match direct {
+                false => "it is not open with O_DIRECT",
+                true => "its device has no queues for that (queue/io_poll in sysfs is 0)",
+            },
+        }),
     }
 }
 

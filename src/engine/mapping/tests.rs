@@ -8,7 +8,7 @@ use rustix::fs::{FallocateFlags, MemfdFlags, fallocate, memfd_create};
 
 use super::*;
 use crate::engine::{
-    COPY_TURN_BYTES, Command, DiskSlot, Engine, Event, Extent, FileTarget, Payload, Target,
+    COPY_TURN_BYTES, Command, DiskSlot, Engine, Event, Extent, FileTarget, IoPoll, Payload, Target,
 };
 use crate::mq::ids::DriverTag;
 use crate::mq::request::Op;
@@ -41,6 +41,7 @@ fn engine_on(file: &File, mapping: &Arc<Mapping>) -> (Engine, DiskSlot) {
         offset_align: 1,
         block_device: false,
         ignore_flush: !mapping.medium().needs_sync(),
+        io_poll: IoPoll::Never,
         mapping: Some(Arc::clone(mapping)),
     });
     let disk = engine.add_disk(target).unwrap();
@@ -75,6 +76,7 @@ fn queue(
         bytes: buffer[0].iov_len as u64,
         fua: false,
         unmap: false,
+        polled: false,
         payload: Payload::Buffers(buffer),
     };
     // SAFETY: the tests keep buffers and segments until the command is done. Unsafe because
@@ -126,6 +128,7 @@ fn ranges(
         bytes: len,
         fua: false,
         unmap,
+        polled: false,
         payload: Payload::Extents(&mut extents),
     };
     // SAFETY: a range has no buffers. Unsafe because `queue_rq` is.
@@ -191,6 +194,7 @@ fn what_others_wrote_is_learned_by_reading_it() {
         bytes: 16 * P,
         fua: false,
         unmap: false,
+        polled: false,
         payload: Payload::Buffers(&both),
     };
     // SAFETY: the buffers live until the end. Unsafe because `queue_rq` is.

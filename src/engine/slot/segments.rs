@@ -38,6 +38,23 @@ impl Slot {
         }
     }
 
+    /// What the addresses and the lengths of the segments left are multiples of, in bytes.
+    pub(super) fn alignment(&self) -> (usize, usize) {
+        let (mut addresses, mut lengths) = (0, 0);
+        for at in 0..self.segment_count as usize {
+            // SAFETY: `segments` has so many (`start_transfer`'s contract). Unsafe as in `advance`.
+            let segment = unsafe { *self.segments.add(at) };
+            addresses |= segment.iov_base.addr();
+            lengths |= segment.iov_len;
+        }
+        let unit = |bits: usize| {
+            1_usize
+                .checked_shl(bits.trailing_zeros())
+                .unwrap_or(usize::MAX)
+        };
+        (unit(addresses), unit(lengths))
+    }
+
     /// The bytes of the next bounced piece.
     pub(super) fn piece(&self) -> u32 {
         u32::try_from(self.total - self.done).map_or(BOUNCE_BYTES, |left| left.min(BOUNCE_BYTES))

@@ -10,6 +10,7 @@ impl Driver<()> for Taken {
     fn queue_rq(
         &mut self,
         _disk: DiskId,
+        _hctx: HctxId,
         tag: DriverTag,
         _request: &Request,
         _parts: Parts<'_, ()>,

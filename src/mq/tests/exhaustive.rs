@@ -94,6 +94,7 @@ impl Driver<u32> for Engine {
     fn queue_rq(
         &mut self,
         _disk: DiskId,
+        _hctx: HctxId,
         tag: DriverTag,
         request: &Request,
         parts: Parts<'_, u32>,
