@@ -16,8 +16,9 @@
 //! Beside it, `control` answers whoever asks on the control socket: it reads copies of what workers
 //! counted, and changes things by messages.
 //!
-//! Arrows of knowledge point one way: `control, daemon → {virtio, engine} → mq`. `docs/ARCHITECTURE.md` says
-//! why each part is as it is.
+//! Arrows of knowledge point one way: `control, daemon → {virtio, engine} → mq`. `sigbus` makes memory that a
+//! front end can take away harmless, for whoever maps some, and knows nobody. `docs/ARCHITECTURE.md` says why
+//! each part is as it is.
 
 #![cfg_attr(test, allow(clippy::cast_possible_truncation))]
 
@@ -28,4 +29,5 @@ pub mod daemon;
 pub mod engine;
 pub mod error;
 pub mod mq;
+pub mod sigbus;
 pub mod virtio;
