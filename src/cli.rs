@@ -16,17 +16,19 @@ use crate::mq::map::MapKind;
 use crate::mq::qos::Limits;
 
 pub use self::choices::{
-    CacheMode, Discard, EngineKind, LogLevel, OnTimeout, SummaryFormat, Switch,
+    CacheMode, Discard, EngineKind, LockWhen, LogLevel, OnTimeout, SummaryFormat, Switch,
 };
+pub use self::safety::DiskSafety;
 use self::tuning::{
     Group, Scheduler, parse_group, parse_group_name, parse_limits, parse_scheduler,
 };
-pub use self::values::SERIAL_MAX_BYTES;
+pub use self::values::{SERIAL_MAX_BYTES, parse_size};
 use self::values::{
-    parse_block_size, parse_queue_map, parse_queue_size, parse_serial, parse_size, split_pairs,
+    parse_block_size, parse_queue_map, parse_queue_size, parse_serial, split_pairs,
 };
 
 mod choices;
+mod safety;
 pub mod tuning;
 mod values;
 
@@ -170,6 +172,10 @@ pub struct DiskArguments {
         num_args = 0..=1, require_equals = true, default_missing_value = "on", help_heading = DISK
     )]
     pub read_only: Option<Switch>,
+
+    /// What keeps the image, the host and the guest from harm.
+    #[command(flatten)]
+    pub safety: DiskSafety,
 
     /// Serial number of the disk, at most 20 ASCII characters [default: from the
     /// image's file name]
@@ -365,7 +371,7 @@ fn parse_disk(text: &str) -> Result<DiskArguments, String> {
                 known.join(", ")
             ));
         }
-        if key == pair && key != "read-only" {
+        if key == pair && key != "read-only" && key != "force-share" {
             return Err(format!("the key '{key}' has no value; write {key}=VALUE"));
         }
         argv.push(format!("--{pair}"));

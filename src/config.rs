@@ -16,7 +16,7 @@ use crate::mq::qos::Limits;
 
 use self::whole::{check_control_path, check_groups, no_socket_twice};
 pub use crate::cli::tuning::{Group, Scheduler};
-pub use crate::cli::{CacheMode, EngineKind, OnTimeout, SummaryFormat};
+pub use crate::cli::{CacheMode, EngineKind, LockWhen, OnTimeout, SummaryFormat};
 
 mod whole;
 
@@ -62,6 +62,10 @@ pub struct DiskConfig {
     pub image: ImageSource,
     /// Whether the guest may only read (VIRTIO_BLK_F_RO).
     pub read_only: bool,
+    /// When the image is locked.
+    pub lock: LockWhen,
+    /// Whether others may write to the image, and locks of theirs be overlooked.
+    pub force_share: bool,
     /// How the host caches the image.
     pub cache: CacheMode,
     /// Whether discards are offered and free space.
@@ -209,6 +213,8 @@ impl DiskConfig {
         Ok(DiskConfig {
             socket,
             read_only: disk.read_only == Some(Switch::On),
+            lock: disk.safety.lock.unwrap_or_default(),
+            force_share: disk.safety.force_share == Some(Switch::On),
             cache: disk.cache.unwrap_or_default(),
             discard: disk.discard != Some(Discard::Off),
             serial: disk.serial.unwrap_or_else(|| default_serial(&image)),

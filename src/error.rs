@@ -9,6 +9,8 @@ use std::process::ExitCode;
 
 use thiserror::Error;
 
+use crate::engine::disk::lock::Held;
+
 /// Why the daemon does not start.
 ///
 /// The text is one line: paths are printed quoted and escaped, so that a newline in a file name
@@ -29,6 +31,18 @@ pub enum StartError {
         source: io::Error,
         /// What the user can do.
         advice: &'static str,
+    },
+
+    /// Somebody else uses the image in a way that excludes us.
+    #[error(
+        "the image {path:?} is in use: {by}; stop that process (fuser -v {path:?} names it), or give \
+         --force-share if both know of each other"
+    )]
+    ImageInUse {
+        /// The image as the user named it.
+        path: PathBuf,
+        /// What the other does with it.
+        by: Held,
     },
 
     /// The image is something that cannot be a disk: a directory, a terminal, a pipe.

@@ -1,6 +1,8 @@
 //! Real Linux guests under QEMU's emulated processor, on disks that the daemon serves.
 
 mod guest_support;
+#[path = "guest_tcg/resize.rs"]
+mod resize;
 
 use std::time::Duration;
 

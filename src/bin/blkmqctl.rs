@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use clap::{Parser, Subcommand};
 use serde_json::{Map, Value, json};
 
+use vhost_user_blkmq::cli::parse_size;
 use vhost_user_blkmq::cli::tuning::{parse_limit, parse_param};
 use vhost_user_blkmq::control::client::{ClientError, ask, encode};
 use vhost_user_blkmq::control::show;
@@ -23,6 +24,7 @@ Examples:
   blkmqctl limit vm1 iops=0                  (no such limit any more)
   blkmqctl group set tenant7 iops=2000
   blkmqctl group join tenant7 vm1
+  blkmqctl resize vm1 40G
   blkmqctl trace --seconds 5 --actions QDC
 
 A disk is its serial, or its index as `status` shows it: @0, @1 and so on.
@@ -65,6 +67,14 @@ enum Command {
         /// A rate of 0 takes a limit away
         #[arg(value_name = "KEY=RATE[/BURST]", required = true, value_parser = limit_word)]
         limits: Vec<(String, String)>,
+    },
+    /// Have a disk grow: to the size its image has by now, or to the size given
+    Resize {
+        /// The disk
+        disk: String,
+        /// In bytes, or with K, M, G or T behind it; a regular file is extended to that
+        #[arg(value_parser = parse_size)]
+        size: Option<u64>,
     },
     /// Look at groups of disks that share limits, and change them
     Group {
@@ -163,6 +173,12 @@ impl Daemon {
             }
             Command::Limit { disk, limits } => {
                 self.change(&disk, &json!({ "limits": object(limits) }))
+            }
+            Command::Resize { disk, size } => {
+                let path = format!("/v1/disks/{}/resize", encode(&disk));
+                let body = size.map(|size_bytes| json!({ "size_bytes": size_bytes }));
+                let disk = self.json("POST", &path, body.as_ref())?;
+                print(&show::status(&json!({ "disks": [disk] })))
             }
             Command::Group { command } => self.group(command),
             Command::Trace {

@@ -38,6 +38,16 @@ pub enum CacheMode {
     Unsafe,
 }
 
+/// When an image is locked against other writers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub enum LockWhen {
+    /// From the start to the end of the process.
+    #[default]
+    Always,
+    /// While a queue runs.
+    InUse,
+}
+
 /// Who does the I/O.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
 pub enum EngineKind {

@@ -119,6 +119,7 @@ fn every_flag_is_read() {
         fd: None,
         blk_file: Some("a.img".into()),
         read_only: Some(Switch::On),
+        safety: DiskSafety::default(),
         serial: Some("A B".to_owned()),
         logical_block_size: Some(4096),
         discard: Some(Discard::Off),

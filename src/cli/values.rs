@@ -70,7 +70,11 @@ pub(super) fn parse_queue_map(text: &str) -> Result<MapKind, String> {
 }
 
 /// A size in bytes, in powers of 1024.
-pub(super) fn parse_size(text: &str) -> Result<u64, String> {
+///
+/// # Errors
+///
+/// It is no number, or more than a file can have.
+pub fn parse_size(text: &str) -> Result<u64, String> {
     let usage = || "use a number of bytes, or a number with K, M, G or T behind it".to_owned();
     let (digits, shift) = match text.chars().last().map(|unit| unit.to_ascii_uppercase()) {
         Some('K') => (&text[..text.len() - 1], 10),

@@ -62,6 +62,15 @@ impl Api {
                 Ok(Response::json(&view::disk(roster, disk)))
             }
             (["v1", "disks", _], _) => Err(Response::method_not_allowed("GET, PATCH")),
+            (["v1", "disks", name, "resize"], "POST") => {
+                let disk = self.find(name)?;
+                let size = change::new_size(&request.body).map_err(bad)?;
+                // Beside another change: none holds up a disk's growing, nor the other way round.
+                size.map_or_else(|| disk.follow_image(), |size| disk.grow_to(size))
+                    .map_err(|error| Response::error(409, error.to_string()))?;
+                Ok(Response::json(&view::disk(roster, disk)))
+            }
+            (["v1", "disks", _, "resize"], _) => Err(Response::method_not_allowed("POST")),
             (["v1", "groups"], "GET") => {
                 let names = roster.group_names();
                 let groups: Vec<_> = names

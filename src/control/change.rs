@@ -41,6 +41,13 @@ struct GroupBody {
     limits: BTreeMap<String, Value>,
 }
 
+/// The body of a POST to a disk's size.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct SizeBody {
+    size_bytes: Option<u64>,
+}
+
 /// The body of a POST of a trace.
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -198,6 +205,12 @@ fn rate(key: &str, value: &Value) -> Result<Rate, String> {
 pub(super) fn group_limits(bytes: &[u8]) -> Result<Limits, String> {
     let GroupBody { limits } = body(bytes)?;
     changed_limits(Limits::default(), &limits)
+}
+
+/// The size a disk is to have; `None` is what its image has by now.
+pub(super) fn new_size(bytes: &[u8]) -> Result<Option<u64>, String> {
+    let SizeBody { size_bytes } = body(bytes)?;
+    Ok(size_bytes)
 }
 
 /// How many events to trace on each worker, and which.

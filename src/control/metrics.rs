@@ -123,7 +123,7 @@ fn disks(page: &mut Page, roster: &Roster, reports: &[WorkerReport]) {
     page.family("blkmq_disk_size_bytes", "gauge", "Size of the disk.");
     for ((disk, index), _) in disks() {
         let labels = [("disk", disk.config.serial.as_str()), ("index", index)];
-        page.sample("blkmq_disk_size_bytes", &labels, disk.image().size_bytes);
+        page.sample("blkmq_disk_size_bytes", &labels, disk.size_bytes());
     }
     page.family(
         "blkmq_disk_connected",

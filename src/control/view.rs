@@ -105,7 +105,7 @@ fn view(disk: &Disk, summary: DiskSummary) -> DiskView {
             ImageSource::File { path } => Some(path.to_string_lossy().into_owned()),
             ImageSource::Null { .. } => None,
         },
-        size_bytes: disk.image().size_bytes,
+        size_bytes: disk.size_bytes(),
         logical_block_size: config.logical_block_size,
         read_only: config.read_only,
         cache: match config.cache {

@@ -72,10 +72,12 @@ impl VhostUserBackend for DeviceBackend {
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
             | VhostUserProtocolFeatures::RESET_DEVICE
             | VhostUserProtocolFeatures::BACKEND_REQ
+            // The guard answers its messages.
+            | VhostUserProtocolFeatures::INFLIGHT_SHMFD
     }
 
     fn reset_device(&self) {
-        self.session.stop_all();
+        self.session.reset();
     }
 
     fn set_event_idx(&self, _enabled: bool) {
@@ -96,7 +98,8 @@ impl VhostUserBackend for DeviceBackend {
     }
 
     fn update_memory(&self, memory: GuestMemory) -> io::Result<()> {
-        let table = MemoryTable::from_guest_memory(memory.memory().into_inner())
+        let before = self.session.memory();
+        let table = MemoryTable::from_guest_memory(memory.memory().into_inner(), before.as_deref())
             .map_err(io::Error::other)?;
         self.session.set_memory(Arc::new(table));
         Ok(())

@@ -1,7 +1,9 @@
 //! A disk of the process, from its configuration to the workers that serve its queues.
 
 mod describe;
+mod resize;
 mod tuning;
+mod usage;
 
 use std::collections::BTreeSet;
 use std::io;
@@ -12,6 +14,7 @@ use crate::config::DiskConfig;
 use crate::engine::disk::{Image, ImageKind};
 use crate::mq::elevator::Params;
 use crate::mq::ids::{DiskId, QueueId, RingId, WorkerId};
+use crate::mq::limits::SECTOR_SIZE;
 use crate::mq::map::{MapKind, Topology};
 use crate::mq::qos::Throttle;
 use crate::mq::types::{Counts, QueueMaps};
@@ -20,7 +23,10 @@ use crate::virtio::features;
 use crate::virtio::shape::DiskShape;
 
 use self::describe::{shape, space, target};
+pub use self::resize::ResizeError;
+use self::resize::Size;
 pub use self::tuning::Membership;
+use self::usage::Usage;
 use super::message::{Message, Reply, WorkerGone, WorkerHandle, ask_all};
 
 /// A disk that is being served.
@@ -33,6 +39,7 @@ pub struct Disk {
     image: Image,
     shape: DiskShape,
     space: ConfigSpace,
+    size: Size,
     /// Writes are durable when they complete: what follows from the two below. The workers look here.
     write_through: Arc<AtomicBool>,
     cache: Mutex<CacheState>,
@@ -44,6 +51,7 @@ pub struct Disk {
     /// Its own limits, shared by the workers.
     throttle: Arc<Throttle>,
     group: Mutex<Option<Membership>>,
+    usage: Usage,
     /// A front end is being served.
     connected: AtomicBool,
 }
@@ -92,7 +100,9 @@ impl Disk {
             }),
             throttle: Arc::new(Throttle::new(config.limits)),
             group: Mutex::new(None),
+            usage: Usage::default(),
             connected: AtomicBool::new(false),
+            size: Size::new(image.size_bytes),
             config,
             image,
             shape,
@@ -137,6 +147,7 @@ impl Disk {
     /// `size` bytes of the configuration space from `offset`.
     pub fn read_config(&self, offset: u32, size: u32) -> Vec<u8> {
         let space = ConfigSpace {
+            capacity: self.size_bytes() / SECTOR_SIZE,
             writeback: !self.lock_cache().chosen,
             ..self.space
         };

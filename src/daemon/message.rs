@@ -14,11 +14,13 @@ use crate::mq::elevator::{ParamError, Params};
 use crate::mq::ids::{DiskId, RingId, WorkerId};
 use crate::mq::qos::Throttle;
 use crate::mq::trace::Action;
+use crate::virtio::inflight::InflightQueue;
 use crate::virtio::memory::MemoryTable;
 use crate::virtio::ring::{RingError, RingSetup};
 use crate::virtio::shape::DiskShape;
 
 use super::report::{TraceReport, WorkerReport};
+use super::socket::Stop;
 
 /// A ring the front end has finished describing.
 #[derive(Debug)]
@@ -29,6 +31,8 @@ pub struct StartRing {
     pub setup: RingSetup,
     /// The guest memory it lies in.
     pub memory: Arc<MemoryTable>,
+    /// Said when some of that memory was taken away: the session is to end.
+    pub memory_lost: Arc<Stop>,
     /// Written to by the front end when there are requests. `None`: look without being told.
     pub kick: Option<OwnedFd>,
     /// Written to by us when requests are done. `None`: the guest polls.
@@ -37,6 +41,8 @@ pub struct StartRing {
     pub err: Option<OwnedFd>,
     /// Whether requests may be taken already (SET_VRING_ENABLE).
     pub enabled: bool,
+    /// Where account is kept of what is in flight, and what the daemon before has left there.
+    pub inflight: Option<InflightQueue>,
     /// How many vCPUs the queue map sends here.
     pub ctxs: u16,
 }
@@ -82,6 +88,8 @@ pub enum Message {
     /// Freeze the disk's rings, use the new memory, thaw. Rings that do not lie in the new memory
     /// are stopped as broken.
     SetMemory(DiskId, Arc<MemoryTable>, Reply<()>),
+    /// The disk has this many bytes from now on, more than before; its rings go on meanwhile.
+    Resize(DiskId, u64, Reply<std::io::Result<()>>),
     /// The queue map changed: this many vCPUs use the ring.
     SetCtxs(RingId, u16, Reply<()>),
     /// Freeze the disk's rings, use another elevator, thaw.

@@ -3,6 +3,7 @@
 pub mod backend;
 pub mod clock;
 pub mod disk;
+pub mod growth;
 pub mod message;
 pub mod report;
 pub mod roster;

@@ -18,10 +18,12 @@ use crate::engine::disk::Image;
 use crate::error::StartError;
 use crate::mq::ids::DiskId;
 use crate::mq::limits::{MAX_HCTXS, MAX_RING_SIZE};
+use crate::sigbus;
 
 use super::backend::DeviceBackend;
 use super::clock::Clock;
 use super::disk::{Disk, worker_id};
+use super::growth::GrowthWatch;
 use super::message::WorkerHandle;
 use super::report::Summary;
 use super::roster::{Groups, Roster};
@@ -64,6 +66,7 @@ pub fn run(config: Config) -> Result<(), StartError> {
         .as_deref()
         .map(|path| listen_privately(path, "--control-path"))
         .transpose()?;
+    sigbus::install().map_err(|source| system("handle SIGBUS", source))?;
     open_fd_table().map_err(|source| system("look into /proc/self/fd", source))?;
     let junction =
         Arc::new(Junction::new().map_err(|source| system("create an internal socket", source))?);
@@ -87,6 +90,9 @@ pub fn run(config: Config) -> Result<(), StartError> {
         disks.push(disk);
     }
     let roster = Arc::new(Roster::new(disks, workers, groups, clock));
+    let growth_thread = GrowthWatch::new(roster.disks(), Arc::clone(&stop))
+        .and_then(GrowthWatch::spawn)
+        .map_err(|source| system("watch the images' sizes", source))?;
     let control_thread = control_door
         .map(|(listener, file)| {
             control::serve(listener, Arc::clone(&roster), Arc::clone(&stop))
@@ -122,6 +128,9 @@ pub fn run(config: Config) -> Result<(), StartError> {
     // Sessions end first, and with them their rings; then the workers have nothing left.
     stop.signal();
     for thread in disk_threads {
+        let _ = thread.join();
+    }
+    if let Some(thread) = growth_thread {
         let _ = thread.join();
     }
     if let Some((thread, file)) = control_thread {
@@ -267,7 +276,7 @@ impl DiskServer {
     }
 
     fn session(&self, stream: UnixStream) -> io::Result<SessionEnd> {
-        let state = SessionState::new(Arc::clone(&self.disk));
+        let state = SessionState::new(Arc::clone(&self.disk))?;
         // Declared first, so that it comes last, however the session ends.
         let _ending = Ending(&state);
         let backend = Arc::new(DeviceBackend::new(Arc::clone(&state)));
@@ -280,8 +289,14 @@ impl DiskServer {
                 .start(listener)
                 .map_err(|error| io::Error::other(error.to_string()))
         })?;
+        state.can_give_up(&device)?;
         let limits = SessionLimits::new(self.disk.config.num_queues, MAX_RING_SIZE);
-        let end = Guard::new(stream, device, limits, self.stop.watch()?)?.run();
+        let guard = Guard::new(stream, device, limits, self.stop.watch()?)?
+            .watch_memory(state.watch_memory()?)
+            .with_inflight(Arc::clone(state.inflight()));
+        self.disk.set_notifier(Some(guard.notifier()));
+        let end = guard.run();
+        self.disk.set_notifier(None);
         // The guard has closed both connections, so the crate's thread is on its way out.
         daemon.request_shutdown();
         if let Err(error) = daemon.wait() {

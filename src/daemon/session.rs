@@ -9,12 +9,13 @@
 //! may wrap, and believes that a region is as long as it is said to be. So the guard passes on
 //! whole messages only, each in one piece with its file descriptors, and only those that satisfy
 //! the rules in `session/rules.rs`; the first that does not ends the session, and its
-//! [`Refusal`] says in one line what was wrong.
+//! [`Refusal`] says in one line what was wrong. What the crate cannot do, the in-flight region, is
+//! answered here (`session/inflight.rs`).
 //!
 //! The guest is not heard here at all: its rings and requests never cross this socket. That ring
 //! addresses lie in memory and are aligned is checked here only so that a front end's mistake has a
 //! clear message; whoever maps a ring checks the whole of it. A file that is truncated *after* its
-//! region passed is likewise beyond the guard.
+//! region passed is likewise beyond the guard: see [`crate::sigbus`].
 //!
 //! The device's answers are trusted in what they say. They are still received whole and
 //! bounded in size, because the guard learns from them which features were offered.
@@ -27,6 +28,7 @@
 //! bounded and which can still be stopped.
 
 mod fds;
+mod inflight;
 mod memory;
 mod notifier;
 mod refusal;
@@ -44,12 +46,14 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 
 pub use fds::open_fd_table;
+pub use inflight::InflightStore;
 pub use notifier::ConfigNotifier;
 pub use refusal::{Reason, Refusal, RequestName};
 
+use inflight::Turnstile;
 use notifier::Channel;
 use rules::Rules;
-use wire::{Flushed, MAX_FDS, Progress, Receiver, SendQueue};
+use wire::{Flushed, MAX_FDS, Message, Progress, Receiver, SendQueue};
 
 /// Memory regions a session may have: as many as the device answers to GET_MAX_MEM_SLOTS, which is
 /// what x86 offers a guest (KVM's 512 slots less those it keeps).
@@ -96,6 +100,12 @@ pub enum SessionEnd {
     /// The front end sent what may not pass.
     #[error("the front end's message was refused: {0}")]
     Refused(#[from] Refusal),
+    /// A file of the guest's memory was truncated while it was used, or a page of it failed.
+    #[error(
+        "the guest's memory is gone: a file the front end gave for it was truncated, or a page of it \
+         failed"
+    )]
+    MemoryLost,
     /// The stop event was signalled.
     #[error("the session was stopped")]
     Stopped,
@@ -110,6 +120,7 @@ pub struct Guard {
     front_end: UnixStream,
     device: UnixStream,
     stop: OwnedFd,
+    memory_lost: Option<OwnedFd>,
     from_front_end: Receiver,
     from_device: Receiver,
     to_front_end: SendQueue,
@@ -117,6 +128,8 @@ pub struct Guard {
     /// The device has hung up, which is noticed once what it sent before is read.
     device_hung_up: bool,
     rules: Rules,
+    turnstile: Turnstile,
+    inflight: Arc<InflightStore>,
     channel: Arc<Channel>,
 }
 
@@ -141,14 +154,31 @@ impl Guard {
             front_end: vmm,
             device: backend,
             stop,
+            memory_lost: None,
             from_front_end: Receiver::new(),
             from_device: Receiver::new(),
             to_front_end: SendQueue::default(),
             to_device: SendQueue::default(),
             device_hung_up: false,
             rules: Rules::new(limits, Arc::clone(&channel)),
+            turnstile: Turnstile::default(),
+            inflight: Arc::default(),
             channel,
         })
+    }
+
+    /// Ends the session when `memory_lost` is readable.
+    pub fn watch_memory(self, memory_lost: OwnedFd) -> Guard {
+        Guard {
+            memory_lost: Some(memory_lost),
+            ..self
+        }
+    }
+
+    /// The same guard, with the in-flight region the front end may give put where the device looks for it.
+    pub fn with_inflight(mut self, store: Arc<InflightStore>) -> Guard {
+        self.inflight = store;
+        self
     }
 
     /// A handle with which other threads tell this session's front end that the config changed.
@@ -177,9 +207,12 @@ impl Guard {
         if ready.stop {
             return Err(SessionEnd::Stopped);
         }
+        if ready.memory_lost {
+            return Err(SessionEnd::MemoryLost);
+        }
         self.flush()?;
         if ready.front_end.intersects(PollFlags::IN | HUNG_UP) {
-            if !self.to_device.has_room() && ready.front_end.intersects(HUNG_UP) {
+            if !self.takes_requests() && ready.front_end.intersects(HUNG_UP) {
                 return Err(SessionEnd::FrontEndLeft);
             }
             self.carry_requests()?;
@@ -204,17 +237,24 @@ impl Guard {
             PollFd::new(&self.stop, PollFlags::IN),
             PollFd::new(
                 &self.front_end,
-                interest(self.to_device.has_room(), !self.to_front_end.is_empty()),
+                interest(self.takes_requests(), !self.to_front_end.is_empty()),
             ),
         ];
         // A hang-up is reported whether or not it is asked for. One that cannot be acted on yet,
         // because the last answers have nowhere to go, is not polled for: it would not let us sleep.
-        if from_device || !self.device_hung_up {
+        let with_device = from_device || !self.device_hung_up;
+        if with_device {
             fds.push(PollFd::new(
                 &self.device,
                 interest(from_device, !self.to_device.is_empty()),
             ));
         }
+        let others = fds.len();
+        fds.extend(
+            self.memory_lost
+                .iter()
+                .map(|fd| PollFd::new(fd, PollFlags::IN)),
+        );
         loop {
             match poll(&mut fds, None) {
                 Ok(_) => break,
@@ -225,7 +265,11 @@ impl Guard {
         Ok(Ready {
             stop: !fds[0].revents().is_empty(),
             front_end: fds[1].revents(),
-            device: fds.get(2).map_or(PollFlags::empty(), PollFd::revents),
+            device: match with_device {
+                true => fds[2].revents(),
+                false => PollFlags::empty(),
+            },
+            memory_lost: fds.get(others).is_some_and(|fd| !fd.revents().is_empty()),
         })
     }
 
@@ -243,10 +287,15 @@ impl Guard {
         Ok(())
     }
 
+    /// Whether a request of the front end can be dealt with now.
+    fn takes_requests(&self) -> bool {
+        self.to_device.has_room() && !self.turnstile.is_closed()
+    }
+
     /// Carries the front end's requests to the device, each after it was judged.
     fn carry_requests(&mut self) -> Result<(), SessionEnd> {
         for _ in 0..MESSAGES_PER_TURN {
-            if !self.to_device.has_room() {
+            if !self.takes_requests() {
                 break;
             }
             let request = self.from_front_end.request();
@@ -266,7 +315,7 @@ impl Guard {
                 }
                 Progress::Message(message) => {
                     let message = self.rules.admit(message).map_err(refused)?;
-                    self.to_device.push(message);
+                    self.to_device.push(self.turnstile.pass(message));
                     self.flush()?;
                 }
                 Progress::TooManyFds => return Err(refused(Reason::TooManyFds(MAX_FDS))),
@@ -276,6 +325,16 @@ impl Guard {
             }
         }
         Ok(())
+    }
+
+    /// Answers a request in the device's stead.
+    fn answer(&self, request: &Message) -> Result<Option<Message>, Refusal> {
+        self.rules
+            .carry_out(request, &self.inflight)
+            .map_err(|reason| Refusal {
+                request: Some(RequestName(request.header.request)),
+                reason,
+            })
     }
 
     /// Carries the device's answers to the front end.
@@ -290,7 +349,14 @@ impl Guard {
                 }
                 Progress::Message(message) => {
                     self.rules.observe_answer(&message);
-                    self.to_front_end.push(message);
+                    let answer = match self.turnstile.answered(&message) {
+                        None => message,
+                        Some(ours) => match self.answer(&ours)? {
+                            Some(answer) => answer,
+                            None => continue,
+                        },
+                    };
+                    self.to_front_end.push(answer);
                     if self.to_front_end.flush(&self.front_end)? == Flushed::Closed {
                         return Err(SessionEnd::FrontEndLeft);
                     }
@@ -315,6 +381,7 @@ const HUNG_UP: PollFlags = PollFlags::HUP.union(PollFlags::ERR);
 /// What a turn found ready.
 struct Ready {
     stop: bool,
+    memory_lost: bool,
     front_end: PollFlags,
     device: PollFlags,
 }

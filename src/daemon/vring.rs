@@ -5,85 +5,28 @@
 //! each change that matters on to the worker that owns the ring, waiting until the worker has
 //! adopted it.
 
+mod end;
+mod state;
+
 use std::cell::RefCell;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vhost_user_backend::{VringMutex, VringState, VringStateGuard, VringStateMutGuard, VringT};
 use virtio_queue::{Error as QueueError, QueueT};
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
 use crate::mq::ids::{QueueId, RingId};
-use crate::virtio::memory::MemoryTable;
 use crate::virtio::ring::RingSetup;
 
-use super::disk::Disk;
 use super::message::{FdRole, Message, Reply, StartRing};
+
+pub use state::SessionState;
 
 /// Guest memory as the crate hands it out. The data path does not go through it.
 pub type GuestMemory = GuestMemoryAtomic<GuestMemoryMmap>;
-
-/// What all rings of one session share.
-#[derive(Debug)]
-pub struct SessionState {
-    disk: Arc<Disk>,
-    /// The memory the front end has shared, as the workers use it.
-    memory: RwLock<Option<Arc<MemoryTable>>>,
-    rings: Mutex<Vec<Vring>>,
-}
-
-impl SessionState {
-    /// A session of `disk` that has not begun.
-    pub fn new(disk: Arc<Disk>) -> Arc<SessionState> {
-        Arc::new(SessionState {
-            disk,
-            memory: RwLock::new(None),
-            rings: Mutex::new(Vec::new()),
-        })
-    }
-
-    /// The disk.
-    pub fn disk(&self) -> &Arc<Disk> {
-        &self.disk
-    }
-
-    /// Uses `memory` for rings that start from now on, and for those that run.
-    pub fn set_memory(&self, memory: Arc<MemoryTable>) {
-        *self.memory.write().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&memory));
-        let disk = &self.disk;
-        disk.tell_workers(|done| Message::SetMemory(disk.id, Arc::clone(&memory), done));
-    }
-
-    fn memory(&self) -> Option<Arc<MemoryTable>> {
-        self.memory
-            .read()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
-    }
-
-    /// Stops all rings; each finishes what it has in flight first.
-    pub fn stop_all(&self) {
-        let rings = self
-            .rings
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone();
-        for ring in rings {
-            ring.reset();
-        }
-    }
-
-    /// Forgets the rings, which refer to the session in turn.
-    pub fn end(&self) {
-        self.stop_all();
-        self.rings
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clear();
-    }
-}
 
 thread_local! {
     /// The session whose rings are being made on this thread: `VringT::new` is told nothing.
@@ -178,14 +121,21 @@ impl Vring {
             log::debug!("{}: no addresses yet, not started", link.ring);
             return;
         }
+        if let Err(error) = disk.use_image() {
+            log::error!("{}: not started: {error}", link.ring);
+            link.session.give_up();
+            return;
+        }
         let start = Box::new(StartRing {
             ring: link.ring,
             setup,
             memory,
+            memory_lost: Arc::clone(&link.session.memory_lost),
             kick: duplicate(own.kick.as_ref()),
             call: duplicate(own.call.as_ref()),
             err: duplicate(own.err.as_ref()),
             enabled,
+            inflight: link.session.inflight.queue(link.ring.queue.0, setup.size),
             ctxs: disk.queue_starts(link.ring.queue, own.call.is_none()),
         });
         match link.ask(|done| Message::Start(start, done)) {
@@ -193,6 +143,7 @@ impl Vring {
             Some(Err(error)) => {
                 log::warn!("{}: not started: {error}", link.ring);
                 disk.queue_stopped(link.ring.queue);
+                disk.leave_image();
             }
             None => {}
         }
@@ -210,6 +161,7 @@ impl Vring {
             self.inner.set_queue_next_avail(next_avail);
         }
         link.session.disk.queue_stopped(link.ring.queue);
+        link.session.disk.leave_image();
     }
 
     /// Back to how it was made.

@@ -12,7 +12,9 @@
 mod control;
 mod driver;
 mod intake;
+mod lost;
 mod port;
+mod resize;
 mod rest;
 mod spin;
 mod traced;
@@ -30,6 +32,7 @@ use crate::mq::Mq;
 use crate::mq::ids::{HctxId, WorkerId};
 use crate::mq::limits::{DRIVER_TAGS, RESERVED_TAGS};
 use crate::mq::request::Status;
+use crate::sigbus;
 use crate::virtio::pool::SegmentPool;
 use crate::virtio::receipt::GuestIo;
 use crate::virtio::shape::DiskShape;
@@ -50,6 +53,10 @@ const CLOCK_TURNS: u32 = 16;
 
 /// At most one line about failed I/O in this time.
 const ERROR_LOG_INTERVAL_NS: u64 = 1_000_000_000;
+
+/// As a count of losses that was seen: rings have come since. Until there has been a loss it is the
+/// right count anyway.
+const LOOK_FOR_LOSSES: u64 = 0;
 
 /// A disk, as far as a worker needs to know it.
 struct WorkerDisk {
@@ -85,6 +92,8 @@ struct Worker {
     clock: Clock,
     now_ns: u64,
     errors_logged_ns: Option<u64>,
+    /// How much memory the process had lost when we last looked whether it was ours.
+    losses: u64,
     leaving: bool,
 }
 
@@ -170,6 +179,7 @@ impl Worker {
             clock: options.clock,
             now_ns: 0,
             errors_logged_ns: None,
+            losses: LOOK_FOR_LOSSES,
             leaving: false,
         }
     }
@@ -187,6 +197,9 @@ impl Worker {
         let completed = self.reap();
         self.publish();
         let arrived = self.drain();
+        if sigbus::losses() != self.losses {
+            self.find_lost_memory();
+        }
         self.run_hctxs();
         self.watchdog.look(self.now_ns, &self.mq, &mut self.engine);
         self.settle();

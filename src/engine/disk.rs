@@ -21,11 +21,12 @@ use rustix::io::Errno;
 
 use self::align::open_direct;
 use self::limits::QueueLimits;
-use crate::config::{DiskConfig, ImageSource};
+use crate::config::{DiskConfig, ImageSource, LockWhen};
 use crate::error::StartError;
 
 mod align;
 mod limits;
+pub mod lock;
 
 /// Longest range, in bytes, that one discard or write-zeroes of a regular file may have: as much as
 /// virtio's 32-bit number of sectors can say, in whole mebibytes.
@@ -129,6 +130,9 @@ impl Image {
             .map_err(fail)?;
         let kind = kind_of(path, &file.metadata().map_err(fail)?)?;
         fcntl_setfl(&file, OFlags::empty()).map_err(|errno| fail(errno.into()))?;
+        if config.lock == LockWhen::Always {
+            lock::lock_image(&file, path, config)?;
+        }
 
         let facts = statx(
             &file,
@@ -197,6 +201,20 @@ impl Image {
             _ => image.take_file_limits(facts.stx_blksize, config),
         }
         Ok(image)
+    }
+
+    /// How many bytes it has by now; [`Image::size_bytes`] is how many it had when it was opened.
+    ///
+    /// # Errors
+    ///
+    /// The file or device does not say.
+    pub fn current_size_bytes(&self) -> io::Result<u64> {
+        match self.kind {
+            ImageKind::Null => Ok(self.size_bytes),
+            ImageKind::File => Ok(self.file.metadata()?.len()),
+            // The position is nobody's: all I/O says where it goes.
+            ImageKind::BlockDevice => (&self.file).seek(SeekFrom::End(0)),
+        }
     }
 
     /// What the kernel says of a block device's queue.

@@ -37,7 +37,7 @@ pub struct Engine {
     ring: Ring,
     slots: Box<[Slot]>,
     memory: Memory,
-    disks: Table<Disk>,
+    pub(super) disks: Table<Disk>,
     watches: Table<Watch>,
     calls: Table<Call>,
     /// Commands completed without the kernel, to be reaped.

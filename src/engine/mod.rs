@@ -21,6 +21,7 @@
 pub mod disk;
 mod driver;
 mod memory;
+mod resize;
 mod slot;
 mod start;
 mod target;

@@ -243,6 +243,16 @@ impl Ring {
     }
 }
 
+impl Drop for Ring {
+    /// A ring is taken apart some time after it was closed. Until then it would keep the images open,
+    /// and with them their locks, although the process has ended.
+    fn drop(&mut self) {
+        if self.fixed_files {
+            let _ = self.ring.submitter().unregister_files();
+        }
+    }
+}
+
 /// Errors of `io_uring_enter` after which the same call is right again: a signal, no memory for the
 /// moment, completions to be reaped first.
 fn is_passing(error: &io::Error) -> bool {

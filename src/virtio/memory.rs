@@ -2,9 +2,11 @@
 
 use std::any::Any;
 use std::fmt;
+use std::io;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
+use crate::sigbus::Guarded;
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, MemoryRegionAddress};
 
@@ -26,6 +28,17 @@ impl Region {
         len: 0,
         host: NonNull::dangling(),
     };
+
+    /// Guards a region that vm-memory has mapped.
+    fn guard(&self) -> Result<Guarded, MemoryError> {
+        let gpa = self.gpa;
+        let unguarded = |why| MemoryError::Unguarded { gpa, why };
+        let len = usize::try_from(self.len).expect("the table's constructor checked it");
+        // SAFETY: the region is a whole mapping of vm-memory's, which no other has a part of; it
+        // hands out no references, and the table drops its guards before what it keeps. The session
+        // guard lets only whole huge pages pass. Unsafe because the mapping may be replaced.
+        unsafe { Guarded::new(self.host, len) }.map_err(|error| unguarded(error.kind()))
+    }
 
     /// Where `gpa` is mapped, if the `len` bytes from there are all in this region.
     #[inline]
@@ -68,12 +81,22 @@ pub enum MemoryError {
         /// Where the region starts.
         gpa: u64,
     },
+    /// The region cannot be guarded against being truncated.
+    #[error("guest memory region at {gpa:#x} cannot be guarded: {why}")]
+    Unguarded {
+        /// Where the region starts.
+        gpa: u64,
+        /// What [`Guarded::new`] said.
+        why: io::ErrorKind,
+    },
 }
 
 /// All of a guest's memory, at one moment. A change makes a new table.
 pub struct MemoryTable {
     /// Sorted by address, disjoint, none empty.
     regions: Box<[Region]>,
+    /// What contains SIGBUS in each region; before the mappings, so that it goes before them.
+    guards: Box<[Arc<Guarded>]>,
     /// What keeps the mappings alive.
     _keep: Arc<dyn Any + Send + Sync>,
 }
@@ -124,12 +147,18 @@ impl MemoryTable {
         }
         Ok(MemoryTable {
             regions: regions.into_boxed_slice(),
+            guards: Box::default(),
             _keep: keep,
         })
     }
 
-    /// A table of what vm-memory has mapped; it keeps `memory` alive.
-    pub fn from_guest_memory<B>(memory: Arc<GuestMemoryMmap<B>>) -> Result<MemoryTable, MemoryError>
+    /// A table of what vm-memory has mapped; it keeps `memory` alive. Each region is guarded: it is
+    /// the front end's file, which the front end can truncate. Regions that were in `before` stay
+    /// guarded, and lost if they were.
+    pub fn from_guest_memory<B>(
+        memory: Arc<GuestMemoryMmap<B>>,
+        before: Option<&MemoryTable>,
+    ) -> Result<MemoryTable, MemoryError>
     where
         B: Bitmap + Send + Sync + 'static,
     {
@@ -152,7 +181,31 @@ impl MemoryTable {
         // SAFETY: vm-memory maps each region readable and writable, for its own length, until
         // `memory` goes, and hands out volatile slices only. Unsafe because that is its promise,
         // not something the compiler sees.
-        unsafe { MemoryTable::new(regions, memory) }
+        let mut table = unsafe { MemoryTable::new(regions, memory) }?;
+        table.guards = table
+            .regions
+            .iter()
+            .map(
+                |region| match before.and_then(|table| table.guard_of(region)) {
+                    Some(guard) => Ok(Arc::clone(guard)),
+                    None => region.guard().map(Arc::new),
+                },
+            )
+            .collect::<Result<_, _>>()?;
+        Ok(table)
+    }
+
+    /// What guards the mapping of `region`, if it is in this table. An address says which mapping it
+    /// is: as long as this table lives there is no other.
+    fn guard_of(&self, region: &Region) -> Option<&Arc<Guarded>> {
+        let is_same = |own: &Region| (own.host, own.len) == (region.host, region.len);
+        let at = self.regions.iter().position(is_same)?;
+        self.guards.get(at)
+    }
+
+    /// Whether any of it was taken away, so that zeros are in its place; see [`crate::sigbus`].
+    pub fn is_lost(&self) -> bool {
+        self.guards.iter().any(|guard| guard.is_lost())
     }
 
     /// The regions, by ascending address.

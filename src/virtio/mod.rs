@@ -12,6 +12,7 @@ pub mod abi;
 mod chain;
 pub mod config_space;
 pub mod features;
+pub mod inflight;
 pub mod memory;
 pub mod parse;
 pub mod pool;

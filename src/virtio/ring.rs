@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering};
 
 use super::abi::{self, Descriptor};
+use super::inflight::{Tracker, kill_point};
 use super::memory::{MemoryTable, Region};
 use super::pool::RawTable;
 use super::receipt::{Slot, Used};
@@ -19,8 +20,10 @@ use crate::mq::limits::MAX_RING_SIZE;
 
 mod error;
 mod notify;
+mod resume;
 
 pub use error::{RingError, RingPart};
+use resume::Resume;
 
 /// What the front end says about a ring.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -121,6 +124,10 @@ pub struct Ring {
     in_flight_heads: Box<[u64]>,
     /// One for each head; in use while it is in flight.
     slots: RawTable<Slot>,
+    /// Keeps account for the process after this one, if the front end wants that.
+    tracker: Option<Tracker>,
+    /// What the process before had in flight; `None` as soon as all of it has been taken again.
+    resume: Option<Box<Resume>>,
     pub(super) memory: Arc<MemoryTable>,
     /// The region headers, status bytes and indirect tables were last found in.
     pub(super) meta_region: Region,
@@ -171,6 +178,8 @@ impl Ring {
             in_flight: 0,
             in_flight_heads: vec![0; usize::from(size).div_ceil(64)].into_boxed_slice(),
             slots: RawTable::new(usize::from(size)),
+            tracker: None,
+            resume: None,
             memory,
             meta_region: Region::NONE,
             data_region: Region::NONE,
@@ -199,9 +208,17 @@ impl Ring {
         Ok(())
     }
 
+    /// Whether any of its memory was taken away; see [`crate::sigbus`].
+    pub fn is_memory_lost(&self) -> bool {
+        self.memory.is_lost()
+    }
+
     /// Looks how many chains are available: the one load of the guest's index for a batch.
     #[inline]
     pub fn available(&mut self) -> Result<u16, RingError> {
+        if let Some(left) = self.resumable() {
+            return Ok(left);
+        }
         // Acquire pairs with the write barrier the driver puts between its descriptors and its
         // index (section 2.7.13.3): what the index covers can be read.
         let index = u16::from_le(self.avail_field(1).load(Ordering::Acquire));
@@ -219,7 +236,7 @@ impl Ring {
     #[inline]
     pub fn pop_head(&mut self) -> Result<Option<Head>, RingError> {
         if self.next_avail == self.seen_avail {
-            return Ok(None);
+            return Ok(self.pop_resumed());
         }
         let entry = usize::from(self.next_avail & self.mask);
         let head = u16::from_le(self.avail_field(2 + entry).load(Ordering::Relaxed));
@@ -240,26 +257,20 @@ impl Ring {
         Ok(Some(Head(head)))
     }
 
-    /// Gives the chain popped last back, because there is no room for it now.
-    pub fn unpop(&mut self, head: Head) {
-        assert_eq!(
-            head.0, self.last_head,
-            "only the head popped last can be given back"
-        );
-        self.release(head.0);
-        self.next_avail = self.next_avail.wrapping_sub(1);
-    }
-
     /// Writes a used element; [`Ring::publish`] shows it to the guest.
     #[inline]
     pub fn put_used(&mut self, used: Used) {
         self.release(used.head());
+        if let Some(tracker) = &mut self.tracker {
+            tracker.put(used.head());
+        }
         let entry = usize::from(self.next_used & self.mask);
         // SAFETY: the used ring has `size` elements of two 32-bit fields, four bytes after its
         // start, `Parts::find` checked that they are mapped and aligned to four bytes, and `entry`
         // is below the size. Unsafe because the ring is the guest's memory.
         unsafe {
             let element = self.parts.used.add(2).cast::<u32>().add(2 * entry);
+            kill_point();
             element.write_volatile(u32::from(used.head()).to_le());
             element.add(1).write_volatile(used.len().to_le());
         }
@@ -273,9 +284,16 @@ impl Ring {
         if old == new {
             return false;
         }
+        if let Some(tracker) = &self.tracker {
+            tracker.publishes();
+        }
+        kill_point();
         // Release pairs with the driver's read barrier after it has read the index (section
         // 2.7.14): the elements and all data are visible before it.
         self.used_field(1).store(new.to_le(), Ordering::Release);
+        if let Some(tracker) = &self.tracker {
+            tracker.published(new.wrapping_sub(old), new);
+        }
         self.published = new;
         self.used_before = true;
         if new.wrapping_sub(self.decided) < new.wrapping_sub(old) {
@@ -334,6 +352,7 @@ impl Ring {
     #[inline]
     pub(super) fn commit(&mut self, head: Head) -> u16 {
         self.last_head = NO_HEAD;
+        self.track_taken(head.0);
         head.0
     }
 

@@ -41,7 +41,7 @@ impl Guest {
             .map(|&(at, len)| (GuestAddress(at), len))
             .collect();
         let memory = Arc::new(GuestMemoryMmap::from_ranges(&ranges).unwrap());
-        let table = Arc::new(MemoryTable::from_guest_memory(Arc::clone(&memory)).unwrap());
+        let table = Arc::new(MemoryTable::from_guest_memory(Arc::clone(&memory), None).unwrap());
         let setup = RingSetup {
             size,
             desc: DESC,

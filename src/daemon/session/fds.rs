@@ -4,7 +4,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::OnceLock;
 
-use rustix::fs::{FileType, Mode, OFlags, fcntl_getfl, fstat, open, readlinkat};
+use rustix::fs::{FileType, Mode, OFlags, fcntl_getfl, fstat, fstatfs, open, readlinkat};
 use rustix::net::sockopt::{socket_domain, socket_type};
 use rustix::net::{AddressFamily, SocketType};
 
@@ -22,6 +22,9 @@ pub(super) enum FdKind {
     File {
         bytes: u64,
         read_write: bool,
+        /// What can be mapped of it comes in multiples of so many bytes: a page of hugetlbfs, and 1
+        /// where the kernel rounds.
+        granule: u64,
     },
     /// A character device, whose size nobody can tell (device DAX).
     Device {
@@ -52,6 +55,7 @@ impl FdKind {
             FileType::RegularFile => FdKind::File {
                 bytes: u64::try_from(stat.st_size).unwrap_or(0),
                 read_write,
+                granule: granule(fd)?,
             },
             FileType::CharacterDevice => FdKind::Device { read_write },
             FileType::Socket
@@ -80,6 +84,15 @@ impl FdKind {
             FdKind::Other(name) => name.clone(),
         }
     }
+}
+
+fn granule(file: &OwnedFd) -> io::Result<u64> {
+    const HUGETLBFS_MAGIC: libc::c_long = 0x958458f6;
+    let system = fstatfs(file)?;
+    Ok(match system.f_type {
+        HUGETLBFS_MAGIC => u64::try_from(system.f_bsize).unwrap_or(1),
+        _ => 1,
+    })
 }
 
 /// Opens `/proc/self/fd`, which tells an eventfd from other anonymous inodes; `fstat` does not.
@@ -144,7 +157,8 @@ mod tests {
             FdKind::of(&file.into()).unwrap(),
             FdKind::File {
                 bytes: 12345,
-                read_write: true
+                read_write: true,
+                granule: 1
             }
         );
 

@@ -67,10 +67,18 @@ impl Region {
             FdKind::File {
                 bytes,
                 read_write: true,
-            } if needs <= bytes => Ok(()),
+                granule,
+            } if needs <= bytes => match (self.offset | self.size) & (granule - 1) {
+                0 => Ok(()),
+                _ => Err(Reason::RegionHugePages {
+                    guest: self.guest,
+                    page: granule,
+                }),
+            },
             FdKind::File {
                 bytes,
                 read_write: true,
+                ..
             } => Err(Reason::RegionBeyondFile {
                 guest: self.guest,
                 needs,

@@ -117,12 +117,41 @@ pub enum Reason {
     )]
     RegionBeyondFile { guest: u64, needs: u64, has: u64 },
     #[error(
+        "memory region at guest address {guest:#x} is no whole number of its file's huge pages of \
+         {page:#x} bytes"
+    )]
+    RegionHugePages { guest: u64, page: u64 },
+    #[error(
         "memory region at guest address {guest:#x} is backed by {found}, expected a file open for \
          reading and writing; share the guest's memory (QEMU: share=on, Cloud Hypervisor: shared=on)"
     )]
     RegionFile { guest: u64, found: String },
     #[error("memory regions at guest addresses {first:#x} and {second:#x} overlap")]
     RegionOverlap { first: u64, second: u64 },
+    #[error(
+        "an in-flight region for {queues} queues of {queue_size}, expected 1 to {max_queues} queues of 1 to \
+         {max_size}; the front end's num-queues or queue-size is too high"
+    )]
+    InflightQueues {
+        queues: u16,
+        queue_size: u16,
+        max_queues: u16,
+        max_size: u16,
+    },
+    #[error("an in-flight region of {has:#x} bytes for queues that need {needs:#x}")]
+    InflightSize { has: u64, needs: u64 },
+    #[error(
+        "the in-flight region is in {0}, expected a memfd or a file on tmpfs, open for writing"
+    )]
+    InflightFile(String),
+    #[error(
+        "the in-flight region, {size:#x} bytes at {offset:#x}, ends beyond its file of {has:#x}"
+    )]
+    InflightBeyondFile { offset: u64, size: u64, has: u64 },
+    #[error("the in-flight region cannot be mapped: {0}")]
+    InflightMap(String),
+    #[error("no memory for an in-flight region: {0}")]
+    InflightCreate(String),
     #[error("no memory region of {size:#x} bytes at guest address {guest:#x} to remove")]
     RegionUnknown { guest: u64, size: u64 },
 }

@@ -12,6 +12,7 @@ use vhost::vhost_user::message::{
 };
 
 use super::fds::FdKind;
+use super::inflight::{self, InflightStore};
 use super::memory::{REGION_BYTES, Region, RegionTable};
 use super::notifier::Channel;
 use super::refusal::Reason;
@@ -115,6 +116,10 @@ impl Rules {
             R::SET_VRING_KICK | R::SET_VRING_CALL | R::SET_VRING_ERR => {
                 self.vring_fd(request, &message)?;
             }
+            R::GET_INFLIGHT_FD | R::SET_INFLIGHT_FD => {
+                expect_fds(&message, usize::from(request == R::SET_INFLIGHT_FD))?;
+                inflight::check(&message, &self.limits)?;
+            }
             _ => {
                 expect_fds(&message, 0)?;
                 match request {
@@ -151,6 +156,16 @@ impl Rules {
             Ok(FrontendReq::GET_PROTOCOL_FEATURES) => self.protocol_offered = Some(value),
             _ => {}
         }
+    }
+
+    /// Carries out a request that the guard answers itself.
+    pub(super) fn carry_out(
+        &self,
+        message: &Message,
+        store: &InflightStore,
+    ) -> Result<Option<Message>, Reason> {
+        let acked = self.protocol_acked & VhostUserProtocolFeatures::REPLY_ACK.bits() != 0;
+        inflight::carry_out(message, &self.limits, store, acked)
     }
 
     fn set_owner(&mut self) -> Result<(), Reason> {

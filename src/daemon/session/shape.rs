@@ -1,11 +1,12 @@
 //! The requests there are, how long each one's payload is, and which protocol feature brings it.
 //!
-//! The list is what the device offers and no more. A request that is missing here is refused by
+//! The list is what the device and the guard offer and no more. A request that is missing here is refused by
 //! its header alone.
 
 use vhost::vhost_user::message::{FrontendReq, VhostUserProtocolFeatures as Protocol};
 
 use super::CONFIG_SPACE_BYTES;
+use super::inflight::{DESCRIPTION_BYTES, DESCRIPTION_BYTES_PADDED};
 use super::memory::REGION_BYTES;
 use super::wire::MAX_FDS;
 
@@ -62,6 +63,9 @@ impl Shape {
                 CONFIG_HEADER_BYTES + 1,
                 CONFIG_HEADER_BYTES + CONFIG_SPACE_BYTES as usize,
             ),
+            R::GET_INFLIGHT_FD | R::SET_INFLIGHT_FD => {
+                (DESCRIPTION_BYTES, DESCRIPTION_BYTES_PADDED)
+            }
             _ => return None,
         };
         let needs = match request {
@@ -71,6 +75,9 @@ impl Shape {
             R::GET_CONFIG | R::SET_CONFIG => Some((Protocol::CONFIG, "CONFIG")),
             R::GET_MAX_MEM_SLOTS | R::ADD_MEM_REG | R::REM_MEM_REG => {
                 Some((Protocol::CONFIGURE_MEM_SLOTS, "CONFIGURE_MEM_SLOTS"))
+            }
+            R::GET_INFLIGHT_FD | R::SET_INFLIGHT_FD => {
+                Some((Protocol::INFLIGHT_SHMFD, "INFLIGHT_SHMFD"))
             }
             _ => None,
         };

@@ -17,6 +17,7 @@ use vhost::vhost_user::message::FrontendReq as R;
 
 use super::*;
 
+mod inflight;
 mod order;
 mod random;
 mod requests;

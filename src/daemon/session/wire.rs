@@ -69,6 +69,13 @@ impl Header {
     }
 }
 
+/// The `u16` at byte `at` of a payload whose size was checked before.
+pub(super) fn u16_at(bytes: &[u8], at: usize) -> u16 {
+    let mut word = [0; 2];
+    word.copy_from_slice(&bytes[at..at + 2]);
+    u16::from_ne_bytes(word)
+}
+
 /// The `u32` at byte `at` of a payload whose size was checked before.
 pub(super) fn u32_at(bytes: &[u8], at: usize) -> u32 {
     let mut word = [0; 4];

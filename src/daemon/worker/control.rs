@@ -16,7 +16,7 @@ use crate::virtio::ring::{Ring, RingError};
 use super::super::message::{FdRole, Message, Reply, StartRing};
 use super::super::report::{QueueReport, RingStats, WorkerReport};
 use super::port::{Gates, Port};
-use super::{Worker, WorkerDisk, heat, open_port};
+use super::{LOOK_FOR_LOSSES, Worker, WorkerDisk, heat, open_port};
 
 /// What waits for requests in flight to end.
 #[derive(Debug)]
@@ -83,6 +83,7 @@ impl Worker {
                     let port = open_port(&mut self.ports, hctx);
                     port.gates.disabled = !enabled;
                     if enabled {
+                        port.was_enabled = true;
                         heat(&mut self.hot, port, hctx);
                         done.send(());
                     } else {
@@ -106,6 +107,7 @@ impl Worker {
             Message::SetSchedulerParam(disk, name, value, done) => {
                 done.send(self.mq.set_elevator_param(disk, &name, value));
             }
+            Message::Resize(disk, size_bytes, done) => done.send(self.resize(disk, size_bytes)),
             Message::SetCtxs(ring, ctxs, done) => {
                 if let Some(hctx) = self.find(ring) {
                     self.mq.set_ctxs(hctx, ctxs);
@@ -183,14 +185,22 @@ impl Worker {
             ring: id,
             setup,
             memory,
+            memory_lost,
             kick,
             call,
             err,
             enabled,
+            inflight,
             ctxs,
         } = start;
         assert!(self.find(id).is_none(), "{id} is started twice");
-        let ring = Ring::new(&setup, memory)?;
+        let mut ring = Ring::new(&setup, memory)?;
+        if let Some(record) = inflight {
+            ring.track(record)?;
+        }
+        if ring.to_resume() > 0 {
+            log::info!("{id}: {} requests of before go on", ring.to_resume());
+        }
         let hctx = self.mq.add_hctx(HctxConfig {
             disk: id.disk,
             queue: id.queue,
@@ -204,9 +214,11 @@ impl Worker {
             self.touched.reserve(self.ports.len());
         }
         let frozen = self.is_freezing(id.disk);
+        let next_avail = ring.next_avail();
         self.ports[hctx.index()] = Some(Port {
             id,
             ring,
+            memory_lost,
             has_kick: false,
             call: None,
             err: None,
@@ -218,8 +230,10 @@ impl Worker {
             hot: false,
             touched: false,
             no_room: false,
+            was_enabled: enabled,
             stats: RingStats::default(),
         });
+        self.losses = LOOK_FOR_LOSSES;
         self.set_fd(hctx, FdRole::Kick, kick);
         self.set_fd(hctx, FdRole::Call, call);
         self.set_fd(hctx, FdRole::Err, err);
@@ -227,7 +241,7 @@ impl Worker {
             "worker {}: {id} started: {} entries at {}, {ctxs} ctx",
             self.id,
             setup.size,
-            setup.next_avail
+            next_avail
         );
         Ok(())
     }
@@ -269,7 +283,7 @@ impl Worker {
                 Pending::Stop(hctx, _) | Pending::Disable(hctx, _) => self.is_drained(*hctx),
                 Pending::Memory(disk, ..) | Pending::Scheduler(disk, ..) => self
                     .ports()
-                    .all(|(hctx, port)| port.id.disk != *disk || self.is_drained(hctx)),
+                    .all(|(hctx, port)| port.id.disk != *disk || self.mq.in_flight(hctx) == 0),
                 Pending::Shutdown(_) => self.ports().all(|(hctx, _)| self.is_drained(hctx)),
             };
             if ready {
@@ -281,8 +295,10 @@ impl Worker {
         }
     }
 
+    /// Whether nothing is in flight, what the daemon before has left included.
     fn is_drained(&self, hctx: HctxId) -> bool {
-        self.mq.in_flight(hctx) == 0
+        let owes = |port: &Port| port.owes();
+        self.mq.in_flight(hctx) == 0 && !self.ports[hctx.index()].as_ref().is_some_and(owes)
     }
 
     #[cold]
@@ -334,6 +350,7 @@ impl Worker {
     }
 
     fn change_memory(&mut self, disk: DiskId, memory: &Arc<MemoryTable>) {
+        self.losses = LOOK_FOR_LOSSES;
         for index in 0..self.ports.len() {
             let Some(port) = self.ports[index].as_mut().filter(|p| p.id.disk == disk) else {
                 continue;

@@ -16,7 +16,7 @@ impl Worker {
         for at in 0..self.hot.len() {
             let hctx = self.hot[at];
             let port = open_port(&mut self.ports, hctx);
-            if !port.is_open() || port.no_room {
+            if port.no_room || !port.is_open() && !port.must_resume() {
                 continue;
             }
             match self.drain_ring(hctx) {
@@ -89,7 +89,14 @@ impl Worker {
     #[cold]
     pub(super) fn break_ring(&mut self, hctx: HctxId, error: &RingError) {
         let port = open_port(&mut self.ports, hctx);
-        log::warn!("{}: stopped: {error}", port.id);
+        if port.ring.is_memory_lost() {
+            // Where its memory was there are zeros now, and whatever seems wrong comes of that.
+            // It is the session that ends, and says so.
+            log::debug!("{}: stopped: {}", port.id, RingError::MemoryLost);
+            port.memory_lost.signal();
+        } else {
+            log::warn!("{}: stopped: {error}", port.id);
+        }
         port.gates.broken = true;
         if let Some(err) = port.err {
             self.engine.call(err);

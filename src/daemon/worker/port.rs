@@ -1,9 +1,12 @@
 //! One ring of a worker with everything that hangs on it: where the virtqueue and the hctx meet.
 
+use std::sync::Arc;
+
 use crate::engine::CallSlot;
 use crate::virtio::ring::Ring;
 
 use super::super::report::RingStats;
+use super::super::socket::Stop;
 use crate::mq::ids::RingId;
 
 /// What keeps a ring from being drained, beside being empty.
@@ -24,6 +27,8 @@ pub(super) struct Gates {
 pub(super) struct Port {
     pub id: RingId,
     pub ring: Ring,
+    /// Ends the session: its memory was taken away.
+    pub memory_lost: Arc<Stop>,
     /// The engine watches its kick eventfd.
     pub has_kick: bool,
     /// How the guest is told that requests are done; a guest that polls gives none. Written by the
@@ -39,6 +44,8 @@ pub(super) struct Port {
     pub touched: bool,
     /// The segment pool was empty; a completion gives it something back.
     pub no_room: bool,
+    /// The front end has enabled it, at the latest now.
+    pub was_enabled: bool,
     pub stats: RingStats,
 }
 
@@ -47,5 +54,17 @@ impl Port {
     #[inline]
     pub fn is_open(&self) -> bool {
         self.gates == Gates::default()
+    }
+
+    /// Whether it has requests that were in flight when the daemon before ended, and are to be finished before
+    /// the ring is stopped or disabled like any that are in flight.
+    pub fn owes(&self) -> bool {
+        self.ring.to_resume() > 0 && self.was_enabled && !self.gates.broken
+    }
+
+    /// Whether what it [`Port::owes`] is to be taken although the ring is closed for anything new.
+    #[cold]
+    pub fn must_resume(&self) -> bool {
+        self.owes() && !self.gates.frozen
     }
 }

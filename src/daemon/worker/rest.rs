@@ -73,7 +73,7 @@ impl Worker {
         let ports = &mut self.ports;
         self.hot.retain(|hctx| {
             let port = open_port(ports, *hctx);
-            if !port.is_open() {
+            if !port.is_open() && !port.must_resume() {
                 port.hot = false;
                 return false;
             }

@@ -17,6 +17,8 @@ fn config(image: ImageSource) -> DiskConfig {
         socket: SocketSource::Fd(3),
         image,
         read_only: false,
+        lock: LockWhen::Always,
+        force_share: false,
         cache: CacheMode::None,
         discard: true,
         serial: "test".to_owned(),

@@ -118,7 +118,7 @@ fn the_mappings_live_as_long_as_the_table() {
     ];
     let memory = Arc::new(GuestMemoryMmap::<()>::from_ranges(&ranges).unwrap());
     let weak = Arc::downgrade(&memory);
-    let table = MemoryTable::from_guest_memory(memory).unwrap();
+    let table = MemoryTable::from_guest_memory(memory, None).unwrap();
     let found: Vec<_> = table
         .regions()
         .iter()

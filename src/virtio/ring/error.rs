@@ -3,6 +3,7 @@
 use std::fmt;
 
 use crate::mq::limits::MAX_RING_SIZE;
+use crate::virtio::inflight::InflightError;
 
 /// The parts of a split ring (section 2.7).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,8 +26,8 @@ impl fmt::Display for RingPart {
     }
 }
 
-/// Why a ring cannot be set up, or cannot go on. All but the first three come from what the guest
-/// wrote, and mean that the ring is broken: nothing more can be taken from it.
+/// Why a ring cannot be set up, or cannot go on. All but the first four come from what the guest
+/// or its front end did meanwhile, and mean that the ring is broken: nothing more can be taken from it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum RingError {
     /// Not a size a split ring can have here.
@@ -52,6 +53,14 @@ pub enum RingError {
         /// Its bytes.
         len: u64,
     },
+    /// A part of the guest's memory was taken away; see [`crate::sigbus`].
+    #[error(
+        "its memory is gone: a file of the guest's memory was truncated, or a page of it failed"
+    )]
+    MemoryLost,
+    /// The front end's account of what is in flight is none.
+    #[error(transparent)]
+    Inflight(#[from] InflightError),
     /// More was made available than the ring has entries.
     #[error("available index {index} is more than the ring's {size} entries after {next}")]
     AvailJump {

@@ -37,8 +37,6 @@ fn what_the_daemon_does_not_offer_is_refused_by_name() {
         (19, "SEND_RARP"),
         (22, "IOTLB_MSG"),
         (28, "POSTCOPY_ADVISE"),
-        (31, "GET_INFLIGHT_FD"),
-        (32, "SET_INFLIGHT_FD"),
         (33, "GPU_SET_SOCKET"),
         (35, "VRING_KICK"),
         (40, "GET_STATUS"),

@@ -1,0 +1,222 @@
+//! Notices that an image has grown, at no cost while none does.
+//!
+//! A regular file is watched for being closed by somebody who could write to it (inotify,
+//! IN_CLOSE_WRITE): that is the last thing whoever extends it does, and the only event that our own
+//! writes do not cause. A block device's size is announced by the kernel to all who listen for its
+//! events (a uevent "change", from set_capacity_and_notify in block/genhd.c and from the device
+//! mapper). Both are only a reason to look.
+
+use std::io;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::fs::inotify;
+use rustix::io::Errno;
+use rustix::net::netlink::{self, SocketAddrNetlink};
+use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType, recv};
+
+use crate::engine::disk::ImageKind;
+
+use super::disk::{Disk, ResizeError};
+use super::socket::Stop;
+
+/// Enough for a few calls and a line of the log.
+const STACK_BYTES: usize = 128 * 1024;
+
+/// The kernel's own uevents, not udev's (NETLINK_KOBJECT_UEVENT).
+const KERNEL_EVENTS: u32 = 1;
+
+/// A uevent is 2 KiB at most (UEVENT_BUFFER_SIZE) and its path behind it.
+const EVENT_BYTES: usize = 8192;
+
+/// Watches the images of all disks.
+#[derive(Debug)]
+pub struct GrowthWatch {
+    files: OwnedFd,
+    /// A disk for each inotify watch.
+    watched: Vec<(i32, Arc<Disk>)>,
+    /// Only there if there are devices.
+    events: Option<OwnedFd>,
+    devices: Vec<(u64, Arc<Disk>)>,
+    stop: Arc<Stop>,
+}
+
+impl GrowthWatch {
+    /// Begins to watch. An image that cannot be watched is followed when somebody says so.
+    ///
+    /// # Errors
+    ///
+    /// No descriptor to be had.
+    pub fn new(disks: &[Arc<Disk>], stop: Arc<Stop>) -> io::Result<GrowthWatch> {
+        let files = inotify::init(inotify::CreateFlags::CLOEXEC | inotify::CreateFlags::NONBLOCK)?;
+        let mut watch = GrowthWatch {
+            files,
+            watched: Vec::new(),
+            events: None,
+            devices: Vec::new(),
+            stop,
+        };
+        for disk in disks {
+            let image = disk.image();
+            let watching = match image.kind {
+                ImageKind::File => watch.add_file(disk),
+                ImageKind::BlockDevice => watch.add_device(disk),
+                ImageKind::Null => continue,
+            };
+            if let Err(error) = watching {
+                log::warn!(
+                    "disk {}: the size of its image cannot be watched: {error}; use blkmqctl resize",
+                    disk.config.serial
+                );
+            }
+        }
+        Ok(watch)
+    }
+
+    fn add_file(&mut self, disk: &Arc<Disk>) -> io::Result<()> {
+        // By descriptor, so that it is this file and not the one that has its name by now.
+        let path = format!("/proc/self/fd/{}", disk.image().file.as_raw_fd());
+        let id = inotify::add_watch(&self.files, path, inotify::WatchFlags::CLOSE_WRITE)?;
+        self.watched.push((id, Arc::clone(disk)));
+        Ok(())
+    }
+
+    fn add_device(&mut self, disk: &Arc<Disk>) -> io::Result<()> {
+        if self.events.is_none() {
+            let socket = rustix::net::socket_with(
+                AddressFamily::NETLINK,
+                SocketType::DGRAM,
+                SocketFlags::CLOEXEC | SocketFlags::NONBLOCK,
+                Some(netlink::KOBJECT_UEVENT),
+            )?;
+            rustix::net::bind(&socket, &SocketAddrNetlink::new(0, KERNEL_EVENTS))?;
+            self.events = Some(socket);
+        }
+        let number = disk.image().file.metadata()?.rdev();
+        self.devices.push((number, Arc::clone(disk)));
+        Ok(())
+    }
+
+    /// Watches on a thread of its own, which sleeps until an image may have grown.
+    ///
+    /// # Errors
+    ///
+    /// The thread cannot be started.
+    pub fn spawn(self) -> io::Result<Option<JoinHandle<()>>> {
+        if self.watched.is_empty() && self.devices.is_empty() {
+            return Ok(None);
+        }
+        thread::Builder::new()
+            .name("growth".to_owned())
+            .stack_size(STACK_BYTES)
+            .spawn(move || self.run())
+            .map(Some)
+    }
+
+    fn run(self) {
+        let Ok(stop) = self.stop.watch() else {
+            log::error!("no descriptor left to watch the sizes of the images");
+            return;
+        };
+        loop {
+            let mut fds = vec![
+                PollFd::new(&stop, PollFlags::IN),
+                PollFd::new(&self.files, PollFlags::IN),
+            ];
+            if let Some(events) = &self.events {
+                fds.push(PollFd::new(events, PollFlags::IN));
+            }
+            match poll(&mut fds, None) {
+                Err(Errno::INTR) => continue,
+                Err(_) => return,
+                Ok(_) if !fds[0].revents().is_empty() => return,
+                Ok(_) => {}
+            }
+            for disk in self.changed() {
+                match disk.follow_image() {
+                    // Said in the log when it is noticed.
+                    Ok(_) | Err(ResizeError::Shrinks { .. }) => {}
+                    Err(error) => log::warn!("disk {}: {error}", disk.config.serial),
+                }
+            }
+        }
+    }
+
+    /// The disks whose images may have changed since the last time, each once.
+    fn changed(&self) -> Vec<&Arc<Disk>> {
+        let mut changed: Vec<&Arc<Disk>> = Vec::new();
+        let mut add = |disk| {
+            if !changed.iter().any(|known| Arc::ptr_eq(known, disk)) {
+                changed.push(disk);
+            }
+        };
+        let mut space = [MaybeUninit::uninit(); 4096];
+        let mut reader = inotify::Reader::new(&self.files, &mut space);
+        while let Ok(event) = reader.next() {
+            let lost = event.events().contains(inotify::ReadFlags::QUEUE_OVERFLOW);
+            let of_event = |id: i32| lost || id == event.wd();
+            for (_, disk) in self.watched.iter().filter(|(id, _)| of_event(*id)) {
+                add(disk);
+            }
+        }
+        let Some(events) = &self.events else {
+            return changed;
+        };
+        let mut bytes = [0; EVENT_BYTES];
+        loop {
+            match recv(events, &mut bytes, RecvFlags::DONTWAIT) {
+                Ok((length, _)) => {
+                    let number = changed_device(&bytes[..length]);
+                    for (_, disk) in self.devices.iter().filter(|(n, _)| Some(*n) == number) {
+                        add(disk);
+                    }
+                }
+                Err(Errno::INTR) => {}
+                // Some were lost: it may have been any.
+                Err(Errno::NOBUFS) => self.devices.iter().for_each(|(_, disk)| add(disk)),
+                Err(_) => return changed,
+            }
+        }
+    }
+}
+
+/// The device number in a uevent that says that a block device changed: `change@/devices/...`, then
+/// `KEY=VALUE` parts, each with a zero byte behind it.
+fn changed_device(event: &[u8]) -> Option<u64> {
+    let text = std::str::from_utf8(event).ok()?;
+    let mut parts = text.split('\0');
+    if !parts.next()?.starts_with("change@") {
+        return None;
+    }
+    let (mut block, mut major, mut minor) = (false, None, None);
+    for part in parts {
+        match part.split_once('=') {
+            Some(("SUBSYSTEM", subsystem)) => block = subsystem == "block",
+            Some(("MAJOR", number)) => major = number.parse().ok(),
+            Some(("MINOR", number)) => minor = number.parse().ok(),
+            _ => {}
+        }
+    }
+    block.then_some(rustix::fs::makedev(major?, minor?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_block_devices_change_is_told_from_other_events() {
+        let event = |text: &str| changed_device(text.replace(' ', "\0").as_bytes());
+        let change = "change@/devices/virtual/block/loop3 ACTION=change SUBSYSTEM=block MAJOR=7 MINOR=3 RESIZE=1 ";
+        assert_eq!(event(change), Some(rustix::fs::makedev(7, 3)));
+        assert_eq!(event(&change.replace("change@", "add@")), None);
+        assert_eq!(event(&change.replace("=block", "=tty")), None);
+        assert_eq!(event(&change.replace("MINOR=3 ", "")), None);
+        assert_eq!(event(&change.replace("MINOR=3", "MINOR=x")), None);
+        assert_eq!(changed_device(&[0xff, 0, 1]), None);
+    }
+}

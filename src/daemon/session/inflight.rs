@@ -1,0 +1,240 @@
+//! GET_INFLIGHT_FD and SET_INFLIGHT_FD, which are answered here: the device behind knows neither
+//! (vhost-user, "Inflight description").
+//!
+//! Answers leave in the order of the requests, and a region counts for what comes after it and not for what
+//! came before. So such a message waits until the device has handled all that was passed on before: a
+//! question without effect is sent to the device in its place, its answer is the moment, and until then
+//! nothing more is read from the front end.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::{Mutex, PoisonError};
+
+use vhost::vhost_user::message::FrontendReq;
+
+use super::SessionLimits;
+use super::fds::FdKind;
+use super::refusal::Reason;
+use super::wire::{FLAG_NEED_REPLY, FLAG_REPLY, Header, Message, VERSION, u16_at, u64_at};
+use crate::virtio::inflight::{InflightQueue, InflightRegion, create, is_memory, region_bytes};
+
+/// Bytes of an in-flight description: mapping size and offset, number and size of the queues.
+pub(super) const DESCRIPTION_BYTES: usize = 20;
+/// The same as a C structure, which is how QEMU and the `vhost` crate send it.
+pub(super) const DESCRIPTION_BYTES_PADDED: usize = 24;
+
+/// The in-flight region a session has, if its front end wants one: set by the guard, used where rings
+/// start.
+#[derive(Debug, Default)]
+pub struct InflightStore(Mutex<Option<InflightRegion>>);
+
+impl InflightStore {
+    /// Uses this region for rings that start from now on.
+    fn set(&self, region: InflightRegion) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(region);
+    }
+
+    fn get(&self) -> Option<InflightRegion> {
+        self.0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    /// The record for a ring of `size` entries that starts now; `None` without a region, or if the region has
+    /// no room for it.
+    pub fn queue(&self, index: u16, size: u16) -> Option<InflightQueue> {
+        let region = self.get()?;
+        let queue = region.queue(index, size);
+        if queue.is_none() {
+            log::warn!(
+                "queue {index} of {size} entries is not in the front end's in-flight region of {} queues \
+                 of {}: after a crash of the daemon its requests would be lost",
+                region.queues(),
+                region.queue_size()
+            );
+        }
+        queue
+    }
+
+    /// Forgets what was in flight: the device was reset, and no ring runs.
+    pub fn clear(&self) {
+        if let Some(region) = self.get() {
+            region.clear();
+        }
+    }
+}
+
+/// What a front end says of a region. Sizes in bytes.
+struct Description {
+    size: u64,
+    offset: u64,
+    queues: u16,
+    queue_size: u16,
+}
+
+impl Description {
+    /// Decodes the payload, whose length was checked, and checks what it says of queues.
+    fn decode(payload: &[u8], limits: &SessionLimits) -> Result<Description, Reason> {
+        let description = Description {
+            size: u64_at(payload, 0),
+            offset: u64_at(payload, 8),
+            queues: u16_at(payload, 16),
+            queue_size: u16_at(payload, 18),
+        };
+        let (queues, queue_size) = (description.queues, description.queue_size);
+        let (max_queues, max_size) = (limits.max_queues, limits.max_queue_size);
+        if !(1..=max_queues).contains(&queues) || !(1..=max_size).contains(&queue_size) {
+            return Err(Reason::InflightQueues {
+                queues,
+                queue_size,
+                max_queues,
+                max_size,
+            });
+        }
+        Ok(description)
+    }
+
+    /// The payload of `bytes` bytes that describes a new region for these queues.
+    fn encode_new(&self, bytes: usize) -> Vec<u8> {
+        let size = region_bytes(self.queues, self.queue_size) as u64;
+        let mut payload = Vec::with_capacity(bytes);
+        payload.extend_from_slice(&size.to_ne_bytes());
+        payload.extend_from_slice(&0_u64.to_ne_bytes());
+        payload.extend_from_slice(&self.queues.to_ne_bytes());
+        payload.extend_from_slice(&self.queue_size.to_ne_bytes());
+        payload.resize(bytes, 0);
+        payload
+    }
+
+    /// Maps the region that `file` holds.
+    fn adopt(&self, file: &OwnedFd) -> Result<InflightRegion, Reason> {
+        let examine = |error: io::Error| Reason::Examine(error.to_string());
+        let needs = region_bytes(self.queues, self.queue_size) as u64;
+        if self.size < needs {
+            return Err(Reason::InflightSize {
+                has: self.size,
+                needs,
+            });
+        }
+        let kind = FdKind::of(file).map_err(examine)?;
+        let FdKind::File {
+            read_write: true, ..
+        } = kind
+        else {
+            return Err(Reason::InflightFile(kind.describe()));
+        };
+        if !is_memory(file) {
+            return Err(Reason::InflightFile("a file that is not in memory".into()));
+        }
+        // Its length only now that it cannot shrink any more, if that can be had.
+        let FdKind::File { bytes: has, .. } = FdKind::of(file).map_err(examine)? else {
+            return Err(Reason::InflightFile(kind.describe()));
+        };
+        if self
+            .offset
+            .checked_add(self.size)
+            .is_none_or(|end| end > has)
+        {
+            return Err(Reason::InflightBeyondFile {
+                offset: self.offset,
+                size: self.size,
+                has,
+            });
+        }
+        InflightRegion::map(file, self.offset, self.queues, self.queue_size)
+            .map_err(|error| Reason::InflightMap(error.to_string()))
+    }
+}
+
+/// Whether the guard answers this request itself.
+pub(super) fn is_ours(request: u32) -> bool {
+    [FrontendReq::GET_INFLIGHT_FD, FrontendReq::SET_INFLIGHT_FD]
+        .into_iter()
+        .any(|ours| u32::from(ours) == request)
+}
+
+/// Judges a message that [`is_ours`] when it comes.
+pub(super) fn check(message: &Message, limits: &SessionLimits) -> Result<(), Reason> {
+    Description::decode(&message.payload, limits).map(drop)
+}
+
+/// Carries a message out, with `acked` saying whether the front end gets the acknowledgements it asks for.
+/// Returns the answer, if it has one.
+pub(super) fn carry_out(
+    message: &Message,
+    limits: &SessionLimits,
+    store: &InflightStore,
+    acked: bool,
+) -> Result<Option<Message>, Reason> {
+    let description = Description::decode(&message.payload, limits)?;
+    let (payload, fds) = if message.header.request == u32::from(FrontendReq::GET_INFLIGHT_FD) {
+        let file = create(description.queues, description.queue_size)
+            .map_err(|error| Reason::InflightCreate(error.to_string()))?;
+        (description.encode_new(message.payload.len()), vec![file])
+    } else {
+        store.set(description.adopt(&message.fds[0])?);
+        if !acked || message.header.flags & FLAG_NEED_REPLY == 0 {
+            return Ok(None);
+        }
+        (0_u64.to_ne_bytes().to_vec(), Vec::new())
+    };
+    let header = Header {
+        request: message.header.request,
+        flags: VERSION | FLAG_REPLY,
+        size: u32::try_from(payload.len()).expect("a few bytes"),
+    };
+    Ok(Some(Message {
+        header,
+        payload,
+        fds,
+    }))
+}
+
+/// Lets a message wait for the device.
+#[derive(Debug, Default)]
+pub(super) struct Turnstile {
+    waiting: Option<Message>,
+    /// GET_FEATURES of the front end that the device has not answered.
+    asked: usize,
+}
+
+impl Turnstile {
+    /// What goes to the device: the message, or the question in place of one that is ours.
+    pub(super) fn pass(&mut self, message: Message) -> Message {
+        let question = u32::from(FrontendReq::GET_FEATURES);
+        if is_ours(message.header.request) {
+            assert!(self.waiting.is_none(), "nothing is read while one waits");
+            self.waiting = Some(message);
+            return Message {
+                header: Header {
+                    request: question,
+                    flags: VERSION,
+                    size: 0,
+                },
+                payload: Vec::new(),
+                fds: Vec::new(),
+            };
+        }
+        self.asked += usize::from(message.header.request == question);
+        message
+    }
+
+    /// Whether a message waits, so that none may overtake it.
+    pub(super) fn is_closed(&self) -> bool {
+        self.waiting.is_some()
+    }
+
+    /// An answer of the device. Returns the message whose turn has come, in which case the answer is not for the
+    /// front end.
+    pub(super) fn answered(&mut self, answer: &Message) -> Option<Message> {
+        if answer.header.request != u32::from(FrontendReq::GET_FEATURES) {
+            return None;
+        }
+        if self.asked > 0 {
+            self.asked -= 1;
+            return None;
+        }
+        self.waiting.take()
+    }
+}

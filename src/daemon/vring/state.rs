@@ -1,0 +1,106 @@
+//! What all rings of one session share.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+
+use crate::virtio::memory::MemoryTable;
+
+use super::super::disk::Disk;
+use super::super::message::Message;
+use super::super::session::InflightStore;
+use super::super::socket::Stop;
+use super::Vring;
+use super::end::EndFromWithin;
+
+/// What all rings of one session share.
+#[derive(Debug)]
+pub struct SessionState {
+    pub(super) disk: Arc<Disk>,
+    /// The memory the front end has shared, as the workers use it.
+    pub(super) memory: RwLock<Option<Arc<MemoryTable>>>,
+    /// Said when some of it was taken away.
+    pub(super) memory_lost: Arc<Stop>,
+    pub(super) inflight: Arc<InflightStore>,
+    pub(super) rings: Mutex<Vec<Vring>>,
+    pub(super) end: EndFromWithin,
+}
+
+impl SessionState {
+    /// A session of `disk` that has not begun.
+    ///
+    /// # Errors
+    ///
+    /// No descriptor to be had.
+    pub fn new(disk: Arc<Disk>) -> io::Result<Arc<SessionState>> {
+        Ok(Arc::new(SessionState {
+            disk,
+            memory: RwLock::new(None),
+            memory_lost: Arc::new(Stop::new()?),
+            inflight: Arc::default(),
+            rings: Mutex::new(Vec::new()),
+            end: EndFromWithin::default(),
+        }))
+    }
+
+    /// A descriptor that becomes readable when some of the guest's memory was taken away.
+    ///
+    /// # Errors
+    ///
+    /// No descriptor to be had.
+    pub fn watch_memory(&self) -> io::Result<OwnedFd> {
+        self.memory_lost.watch()
+    }
+
+    /// The disk.
+    pub fn disk(&self) -> &Arc<Disk> {
+        &self.disk
+    }
+
+    /// Uses `memory` for rings that start from now on, and for those that run.
+    pub fn set_memory(&self, memory: Arc<MemoryTable>) {
+        *self.memory.write().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&memory));
+        let disk = &self.disk;
+        disk.tell_workers(|done| Message::SetMemory(disk.id, Arc::clone(&memory), done));
+    }
+
+    /// The memory in use, if there is any yet.
+    pub fn memory(&self) -> Option<Arc<MemoryTable>> {
+        self.memory
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    /// Where the session's in-flight region is, if its front end gives one.
+    pub fn inflight(&self) -> &Arc<InflightStore> {
+        &self.inflight
+    }
+
+    /// Stops all rings, and forgets what was in flight.
+    pub fn reset(&self) {
+        self.stop_all();
+        self.inflight.clear();
+    }
+
+    /// Stops all rings; each finishes what it has in flight first.
+    pub fn stop_all(&self) {
+        let rings = self
+            .rings
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone();
+        for ring in rings {
+            ring.reset();
+        }
+    }
+
+    /// Forgets the rings, which refer to the session in turn.
+    pub fn end(&self) {
+        self.stop_all();
+        self.rings
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clear();
+    }
+}
