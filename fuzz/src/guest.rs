@@ -31,7 +31,7 @@ impl Guest {
     pub fn new() -> Guest {
         let ranges = REGIONS.map(|(at, len)| (GuestAddress(at), len));
         let memory = Arc::new(GuestMemoryMmap::from_ranges(&ranges).expect("memory"));
-        let table = MemoryTable::from_guest_memory(Arc::clone(&memory)).expect("a table");
+        let table = MemoryTable::from_guest_memory(Arc::clone(&memory), None).expect("a table");
         Guest {
             memory,
             table: Arc::new(table),
