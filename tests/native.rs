@@ -11,6 +11,8 @@ mod support;
 mod bad_requests;
 #[path = "native/config_space.rs"]
 mod config_space;
+#[path = "native/in_memory.rs"]
+mod in_memory;
 #[path = "native/io.rs"]
 mod io;
 #[path = "native/load.rs"]
@@ -23,3 +25,5 @@ mod ranges;
 mod rings;
 #[path = "native/sessions.rs"]
 mod sessions;
+#[path = "native/syscalls.rs"]
+mod syscalls;

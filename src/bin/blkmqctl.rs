@@ -25,6 +25,7 @@ Examples:
   blkmqctl group set tenant7 iops=2000
   blkmqctl group join tenant7 vm1
   blkmqctl resize vm1 40G
+  blkmqctl resume vm1
   blkmqctl trace --seconds 5 --actions QDC
 
 A disk is its serial, or its index as `status` shows it: @0, @1 and so on.
@@ -75,6 +76,11 @@ enum Command {
         /// In bytes, or with K, M, G or T behind it; a regular file is extended to that
         #[arg(value_parser = parse_size)]
         size: Option<u64>,
+    },
+    /// Go on with a disk that is held after an error: what failed is tried again
+    Resume {
+        /// The disk
+        disk: String,
     },
     /// Look at groups of disks that share limits, and change them
     Group {
@@ -178,6 +184,11 @@ impl Daemon {
                 let path = format!("/v1/disks/{}/resize", encode(&disk));
                 let body = size.map(|size_bytes| json!({ "size_bytes": size_bytes }));
                 let disk = self.json("POST", &path, body.as_ref())?;
+                print(&show::status(&json!({ "disks": [disk] })))
+            }
+            Command::Resume { disk } => {
+                let path = format!("/v1/disks/{}/resume", encode(&disk));
+                let disk = self.json("POST", &path, None)?;
                 print(&show::status(&json!({ "disks": [disk] })))
             }
             Command::Group { command } => self.group(command),

@@ -48,6 +48,18 @@ pub enum LockWhen {
     InUse,
 }
 
+/// What becomes of a request that fails.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub enum OnError {
+    /// The guest is told.
+    #[default]
+    Report,
+    /// The disk is held, and the request tried again when somebody resumes it.
+    Stop,
+    /// The same, but only where there is no space left; other errors are reported.
+    Enospc,
+}
+
 /// Who does the I/O.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
 pub enum EngineKind {
@@ -57,6 +69,8 @@ pub enum EngineKind {
     /// io_uring.
     #[value(name = "io_uring", alias = "io-uring")]
     IoUring,
+    /// The image lies in memory: it is mapped, and copied.
+    Mmap,
     /// No image: writes are forgotten, reads leave the guest's memory as it is.
     Null,
 }

@@ -2,8 +2,8 @@
 
 use clap::Args;
 
-use super::DISK;
-use super::choices::{LockWhen, Switch};
+use super::choices::{LockWhen, OnError, Switch};
+use super::{DISK, IO};
 
 /// The flags of one disk.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Args)]
@@ -23,4 +23,13 @@ pub struct DiskSafety {
         num_args = 0..=1, require_equals = true, default_missing_value = "on", help_heading = DISK
     )]
     pub force_share: Option<Switch>,
+
+    /// What becomes of a request that fails: report (the guest is told), stop (the disk is
+    /// held until `blkmqctl resume`, and the guest waits), or enospc (stop if no space is
+    /// left, else report) [default: report]
+    #[arg(
+        verbatim_doc_comment, long, value_name = "POLICY", value_enum, hide_possible_values = true,
+        help_heading = IO
+    )]
+    pub on_error: Option<OnError>,
 }

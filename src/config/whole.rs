@@ -5,7 +5,7 @@ use std::path::Path;
 use crate::cli::tuning::Group;
 use crate::error::StartError;
 
-use super::{DiskConfig, SocketSource, usage};
+use super::{DiskConfig, OnError, SocketSource, usage};
 
 /// Two disks on one socket would take each other's front end.
 pub(super) fn no_socket_twice(disks: &[DiskConfig]) -> Result<(), StartError> {
@@ -65,6 +65,22 @@ pub(super) fn check_control_path(
         return usage(format!(
             "{path:?} is given for a disk and for --control-path; each needs a socket of its own"
         ));
+    }
+    Ok(())
+}
+
+/// Nobody could resume a disk that is held.
+pub(super) fn check_on_error(
+    control: Option<&Path>,
+    disks: &[DiskConfig],
+) -> Result<(), StartError> {
+    let stops = |disk: &DiskConfig| disk.on_error != OnError::Report;
+    if control.is_none() && disks.iter().any(stops) {
+        return usage(
+            "a disk that stops at an error (--on-error) has to be resumed: give --control-path PATH \
+             for blkmqctl"
+                .to_owned(),
+        );
     }
     Ok(())
 }

@@ -105,6 +105,11 @@ impl DiskChange {
         })
     }
 
+    /// Whether the disk is emptied for it: all that it has taken has to end first.
+    pub fn empties(&self) -> bool {
+        self.scheduler.is_some()
+    }
+
     /// Does it.
     pub fn apply(self, disk: &Disk, roster: &Roster) {
         if let Some(limits) = self.limits {

@@ -138,6 +138,30 @@ fn disks(page: &mut Page, roster: &Roster, reports: &[WorkerReport]) {
             u8::from(disk.is_connected()),
         );
     }
+    page.family(
+        "blkmq_disk_held",
+        "gauge",
+        "1 while the disk waits, after an error, to be resumed.",
+    );
+    for ((disk, index), summary) in disks() {
+        let labels = [("disk", disk.config.serial.as_str()), ("index", index)];
+        page.sample("blkmq_disk_held", &labels, u8::from(summary.held));
+    }
+    page.family(
+        "blkmq_disk_io_errors_total",
+        "counter",
+        "Operations that failed, by the reason.",
+    );
+    for ((disk, index), summary) in disks() {
+        for (reason, count) in summary.io_errors.list() {
+            let labels = [
+                ("disk", disk.config.serial.as_str()),
+                ("index", index),
+                ("reason", reason),
+            ];
+            page.sample("blkmq_disk_io_errors_total", &labels, count);
+        }
+    }
     for (name, kind, help, value) in DISK_COLUMNS {
         let name = format!("blkmq_disk_{name}");
         page.family(&name, kind, help);

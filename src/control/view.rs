@@ -60,6 +60,12 @@ pub(super) struct DiskView {
     size_bytes: u64,
     logical_block_size: u32,
     read_only: bool,
+    /// `mmap`, `io_uring` or `null`.
+    engine: &'static str,
+    /// What a mapped image stands on: `tmpfs`, `hugetlbfs` or `dax`.
+    medium: Option<&'static str>,
+    /// Whether it is open with O_DIRECT.
+    direct: bool,
     cache: &'static str,
     write_through: bool,
     /// The most queues a front end can use, and what a queue's size is expected to be.
@@ -108,6 +114,9 @@ fn view(disk: &Disk, summary: DiskSummary) -> DiskView {
         size_bytes: disk.size_bytes(),
         logical_block_size: config.logical_block_size,
         read_only: config.read_only,
+        engine: disk.image().engine(),
+        medium: (disk.image().mapping.as_ref()).map(|mapping| mapping.medium().name()),
+        direct: disk.image().direct,
         cache: match config.cache {
             CacheMode::Writeback => "writeback",
             CacheMode::None => "none",

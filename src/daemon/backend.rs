@@ -15,6 +15,7 @@ use crate::mq::limits::MAX_RING_SIZE;
 use crate::virtio::features;
 use crate::virtio::memory::MemoryTable;
 
+use super::disk::CacheError;
 use super::vring::{GuestMemory, SessionState, Vring};
 
 /// One session's device.
@@ -89,12 +90,22 @@ impl VhostUserBackend for DeviceBackend {
     }
 
     fn set_config(&self, offset: u32, bytes: &[u8]) -> io::Result<()> {
-        // An error would close the session for something a guest's driver wrote. The write is
-        // ignored, as real hardware does.
-        if let Err(error) = self.session.disk().write_config(offset, bytes) {
-            log::warn!("disk {}: {error}", self.session.disk().config.serial);
+        let disk = self.session.disk();
+        match disk.write_config(offset, bytes) {
+            Ok(()) => Ok(()),
+            // An error would close the session for something a guest's driver wrote. The write is
+            // ignored, as real hardware does.
+            Err(error @ CacheError::Write(_)) => {
+                log::warn!("disk {}: {error}", disk.config.serial);
+                Ok(())
+            }
+            // The guest must not believe in a promise that cannot be kept, and this is the only way
+            // to tell: a front end that is refused, or has to connect again, shows the old mode.
+            Err(error @ CacheError::Sync(_)) => {
+                log::error!("disk {}: {error}", disk.config.serial);
+                Err(io::Error::other(error))
+            }
         }
-        Ok(())
     }
 
     fn update_memory(&self, memory: GuestMemory) -> io::Result<()> {

@@ -1,6 +1,9 @@
 //! A disk of the process, from its configuration to the workers that serve its queues.
 
+mod cache;
+mod dealing;
 mod describe;
+mod hold;
 mod resize;
 mod tuning;
 mod usage;
@@ -10,23 +13,28 @@ use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use crate::config::DiskConfig;
-use crate::engine::disk::{Image, ImageKind};
+use crate::config::{DiskConfig, OnError};
+use crate::engine::SyncFault;
+use crate::engine::disk::Image;
 use crate::mq::elevator::Params;
 use crate::mq::ids::{DiskId, QueueId, RingId, WorkerId};
 use crate::mq::limits::SECTOR_SIZE;
 use crate::mq::map::{MapKind, Topology};
 use crate::mq::qos::Throttle;
 use crate::mq::types::{Counts, QueueMaps};
-use crate::virtio::config_space::{ConfigError, ConfigSpace, WriteCache};
+use crate::virtio::config_space::ConfigSpace;
 use crate::virtio::features;
 use crate::virtio::shape::DiskShape;
 
+pub use self::cache::CacheError;
+use self::cache::CacheState;
 use self::describe::{shape, space, target};
+pub use self::hold::{Changes, Holding};
 pub use self::resize::ResizeError;
 use self::resize::Size;
 pub use self::tuning::Membership;
 use self::usage::Usage;
+use super::faults::Hold;
 use super::message::{Message, Reply, WorkerGone, WorkerHandle, ask_all};
 
 /// A disk that is being served.
@@ -43,7 +51,11 @@ pub struct Disk {
     /// Writes are durable when they complete: what follows from the two below. The workers look here.
     write_through: Arc<AtomicBool>,
     cache: Mutex<CacheState>,
+    /// Whether syncs of the image can be believed.
+    sync_fault: Arc<SyncFault>,
     workers: Vec<WorkerHandle>,
+    /// The worker of each queue, by its place in the list.
+    dealt: Mutex<Vec<usize>>,
     queues: Mutex<QueuesInUse>,
     scheduler: Mutex<Params>,
     /// Held while the workers change the scheduler.
@@ -54,16 +66,6 @@ pub struct Disk {
     usage: Usage,
     /// A front end is being served.
     connected: AtomicBool,
-}
-
-/// Why writes may have to be durable when they complete.
-#[derive(Debug)]
-struct CacheState {
-    /// The guest chose it, or the user did before. It belongs to the disk, not to a session: a guest
-    /// that chose write-through still believes in it after its front end has reconnected.
-    chosen: bool,
-    /// The driver that is active now can neither flush nor choose (firmware, for instance).
-    flushless: bool,
 }
 
 /// Which queues are started, and the map that follows from their number.
@@ -89,8 +91,10 @@ impl Disk {
         workers: Vec<WorkerHandle>,
         group: Option<Membership>,
     ) -> io::Result<Arc<Disk>> {
+        log::info!("disk {}: {}", config.serial, image.describe());
         let shape = shape(&config, &image);
         let space = space(&config, &image, &shape);
+        let dealt = Mutex::new(dealing::at_first(id.index(), config.num_queues, &workers));
         let disk = Disk {
             id,
             write_through: Arc::new(AtomicBool::new(config.cache.is_write_through())),
@@ -98,6 +102,7 @@ impl Disk {
                 chosen: config.cache.is_write_through(),
                 flushless: false,
             }),
+            sync_fault: Arc::default(),
             throttle: Arc::new(Throttle::new(config.limits)),
             group: Mutex::new(None),
             usage: Usage::default(),
@@ -107,6 +112,7 @@ impl Disk {
             image,
             shape,
             space,
+            dealt,
             workers,
             scheduler: Mutex::new(Params::None),
             switching: Mutex::new(()),
@@ -116,6 +122,7 @@ impl Disk {
                 map: None,
             }),
         };
+        let hold = Arc::new(Hold::new(disk.workers.clone()));
         for worker in &disk.workers {
             let target = Box::new(target(&disk.config, &disk.image)?);
             worker
@@ -124,7 +131,10 @@ impl Disk {
                     target,
                     shape: Box::new(disk.shape.clone()),
                     write_through: Arc::clone(&disk.write_through),
+                    sync_fault: Arc::clone(&disk.sync_fault),
                     throttle: Arc::clone(&disk.throttle),
+                    on_error: disk.config.on_error,
+                    hold: Arc::clone(&hold),
                     done,
                 })
                 .map_err(io::Error::other)??;
@@ -154,64 +164,6 @@ impl Disk {
         space.read(offset, size)
     }
 
-    /// A write of the driver to the configuration space.
-    ///
-    /// # Errors
-    ///
-    /// Anything but a valid cache mode; the disk does not change.
-    pub fn write_config(&self, offset: u32, bytes: &[u8]) -> Result<(), ConfigError> {
-        let mode = self.space.write(offset, bytes)?;
-        let chosen = mode == WriteCache::WriteThrough;
-        log::info!(
-            "disk {}: the guest chose {}",
-            self.config.serial,
-            if chosen {
-                "write-through"
-            } else {
-                "write-back"
-            }
-        );
-        self.change_cache(|cache| cache.chosen = chosen);
-        Ok(())
-    }
-
-    /// A driver acknowledged these features. One that can neither flush nor choose the cache mode
-    /// relies on write-through (virtio 1.3, section 5.2.6.2).
-    pub fn driver_acknowledged(&self, acked: u64) {
-        self.change_cache(|cache| cache.flushless = !features::allows_write_back(acked));
-    }
-
-    /// Changes the cache mode, and returns when it holds for all that the guest sends from now on.
-    fn change_cache(&self, change: impl FnOnce(&mut CacheState)) {
-        let mut cache = self.lock_cache();
-        change(&mut cache);
-        let now = cache.chosen || cache.flushless;
-        let before = self.write_through.swap(now, Ordering::Relaxed);
-        if now && !before {
-            // What completed in write-back mode was not promised to be durable, but a guest that
-            // changes the mode counts on it from here on.
-            self.sync();
-        }
-    }
-
-    fn lock_cache(&self) -> MutexGuard<'_, CacheState> {
-        self.cache.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Makes all completed writes durable.
-    fn sync(&self) {
-        let is_null = self.image.kind == ImageKind::Null;
-        if is_null || self.image.read_only || self.config.cache.ignores_flush() {
-            return;
-        }
-        if let Err(error) = self.image.file.sync_data() {
-            log::error!(
-                "disk {}: cannot sync the image: {error}",
-                self.config.serial
-            );
-        }
-    }
-
     /// Tells all workers something at once, and returns when the last one has adopted it.
     pub fn tell_workers(&self, message: impl Fn(Reply<()>) -> Message) {
         ask_all(&self.workers, message);
@@ -222,11 +174,6 @@ impl Disk {
         &self.image
     }
 
-    /// Whether writes are durable when they complete, as things are now.
-    pub fn is_write_through(&self) -> bool {
-        self.write_through.load(Ordering::Relaxed)
-    }
-
     /// Whether a front end is being served.
     pub fn is_connected(&self) -> bool {
         self.connected.load(Ordering::Relaxed)
@@ -235,16 +182,6 @@ impl Disk {
     /// A front end came, or left.
     pub fn set_connected(&self, connected: bool) {
         self.connected.store(connected, Ordering::Relaxed);
-    }
-
-    /// The worker a queue belongs to, always the same.
-    ///
-    /// Queues are dealt to workers one by one, beginning with a different worker for each disk. A
-    /// grouping as the guest's queue map makes would be better for caches, but a disk offers many
-    /// more queues than a guest uses, and grouping them all would put the few that are used onto
-    /// the first worker.
-    pub fn worker_of(&self, queue: QueueId) -> &WorkerHandle {
-        &self.workers[(self.id.index() + queue.index()) % self.workers.len()]
     }
 
     /// All workers.
@@ -300,6 +237,10 @@ impl Disk {
         let mut queues = self.lock_queues();
         queues.started.remove(&queue.0);
         queues.polled.remove(&queue.0);
+        // With its last queue ends what was held.
+        if queues.started.is_empty() && self.config.on_error != OnError::Report {
+            self.tell_workers(|done| Message::Resume(self.id, done));
+        }
     }
 
     /// The vCPUs the map sends to a queue, for the summary.

@@ -9,7 +9,8 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::{self, Receiver, Sender, SyncSender};
 
-use crate::engine::{Target, Waker};
+use crate::config::OnError;
+use crate::engine::{SyncFault, Target, Waker};
 use crate::mq::elevator::{ParamError, Params};
 use crate::mq::ids::{DiskId, RingId, WorkerId};
 use crate::mq::qos::Throttle;
@@ -19,8 +20,11 @@ use crate::virtio::memory::MemoryTable;
 use crate::virtio::ring::{RingError, RingSetup};
 use crate::virtio::shape::DiskShape;
 
+use super::faults::Hold;
+use super::placement::Seat;
 use super::report::{TraceReport, WorkerReport};
 use super::socket::Stop;
+use super::worker::HeldRings;
 
 /// A ring the front end has finished describing.
 #[derive(Debug)]
@@ -71,8 +75,14 @@ pub enum Message {
         shape: Box<DiskShape>,
         /// Whether writes have to be durable when they complete; the guest can change it.
         write_through: Arc<AtomicBool>,
+        /// Whether syncs of the image can be believed; the same for all workers.
+        sync_fault: Arc<SyncFault>,
         /// What it may do in a second; the same for all workers.
         throttle: Arc<Throttle>,
+        /// What becomes of requests that fail.
+        on_error: OnError,
+        /// Shared with the other workers that serve the disk.
+        hold: Arc<Hold>,
         /// Answered when it is known to the engine.
         done: Reply<std::io::Result<()>>,
     },
@@ -88,8 +98,15 @@ pub enum Message {
     /// Freeze the disk's rings, use the new memory, thaw. Rings that do not lie in the new memory
     /// are stopped as broken.
     SetMemory(DiskId, Arc<MemoryTable>, Reply<()>),
+    /// Freeze the disk's rings, thaw when nothing is in flight.
+    Drain(DiskId, Reply<()>),
     /// The disk has this many bytes from now on, more than before; its rings go on meanwhile.
     Resize(DiskId, u64, Reply<std::io::Result<()>>),
+    /// Take nothing more of the disk, and answer when nothing is in flight; where its rings are then.
+    /// The disk stays so until it is released.
+    Hold(DiskId, Reply<HeldRings>),
+    /// Go on with a disk that was held, under its own limits and its group's.
+    Release(DiskId, Arc<Throttle>, Option<Arc<Throttle>>, Reply<()>),
     /// The queue map changed: this many vCPUs use the ring.
     SetCtxs(RingId, u16, Reply<()>),
     /// Freeze the disk's rings, use another elevator, thaw.
@@ -100,6 +117,8 @@ pub enum Message {
     SetGroup(DiskId, Option<Arc<Throttle>>, Reply<()>),
     /// Limits have changed: who was told to wait asks again.
     LimitsChanged(Reply<()>),
+    /// Go on with a disk that is held after an error.
+    Resume(DiskId, Reply<()>),
     /// Forget what was traced before, and record these actions, this many events at most.
     StartTrace(usize, Arc<[Action]>, Reply<()>),
     /// Record no more; what was recorded can still be taken.
@@ -147,17 +166,19 @@ pub struct WorkerHandle {
     id: WorkerId,
     messages: Sender<Message>,
     waker: Waker,
+    seat: Arc<Seat>,
 }
 
 impl WorkerHandle {
     /// A handle, and the receiver for the worker it belongs to.
-    pub fn new(id: WorkerId, waker: Waker) -> (WorkerHandle, Receiver<Message>) {
+    pub fn new(id: WorkerId, waker: Waker, seat: Seat) -> (WorkerHandle, Receiver<Message>) {
         let (messages, inbox) = mpsc::channel();
         (
             WorkerHandle {
                 id,
                 messages,
                 waker,
+                seat: Arc::new(seat),
             },
             inbox,
         )
@@ -166,6 +187,16 @@ impl WorkerHandle {
     /// Which worker it is.
     pub fn id(&self) -> WorkerId {
         self.id
+    }
+
+    /// Has the worker look around without a message.
+    pub fn nudge(&self) {
+        self.waker.wake();
+    }
+
+    /// Where it lives.
+    pub fn seat(&self) -> &Seat {
+        &self.seat
     }
 
     /// Sends a message and waits for the answer.

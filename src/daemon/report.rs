@@ -9,6 +9,7 @@ use crate::mq::diskstats::DiskStats;
 use crate::mq::hist::Histogram;
 use crate::mq::stats::{CtxStats, HctxStats, HctxTimes};
 
+use super::faults::{DiskFaults, IoErrors};
 use crate::mq::ids::{DiskId, RingId, WorkerId};
 use crate::mq::trace::Event;
 
@@ -30,6 +31,8 @@ pub struct WorkerReport {
     pub queues: Vec<QueueReport>,
     /// For each disk.
     pub disks: Vec<(DiskId, DiskStats)>,
+    /// For each disk.
+    pub faults: Vec<(DiskId, DiskFaults)>,
     /// Its engine's work.
     pub engine: EngineCounters,
 }
@@ -111,6 +114,10 @@ pub struct DiskSummary {
     pub serial: String,
     /// Its elevator.
     pub scheduler: String,
+    /// Whether it waits, after an error, for somebody to resume it.
+    pub held: bool,
+    /// Operations that failed, over all workers.
+    pub io_errors: IoErrors,
     /// The fields of /proc/diskstats, over all workers.
     pub stats: DiskStats,
     /// Those that were ever started, by number.
@@ -200,6 +207,10 @@ impl From<&HctxTimes> for TimesSummary {
 pub struct WorkerSummary {
     /// Its number.
     pub worker: u16,
+    /// The CPUs it may run on, as taskset(1) writes them; `null` if nobody chose.
+    pub cpus: Option<String>,
+    /// The NUMA node they are on; `null` on a machine with one.
+    pub node: Option<u16>,
     /// The queues it served, over all disks.
     pub queues: usize,
     /// System calls (`io_uring_enter`).

@@ -2,34 +2,35 @@
 //! disk's socket, and takes everything down in order.
 
 use std::io::{self, Write};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::{self, Sender};
 use std::thread::{self, JoinHandle};
 
 use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
 use signal_hook::iterator::Signals;
-use vhost_user_backend::VhostUserDaemon;
-use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
-use crate::config::{Config, SocketSource, SummaryFormat};
+use crate::config::{Config, DiskConfig, SocketSource, SummaryFormat};
 use crate::control;
 use crate::engine::disk::Image;
 use crate::error::StartError;
 use crate::mq::ids::DiskId;
-use crate::mq::limits::{MAX_HCTXS, MAX_RING_SIZE};
+use crate::mq::limits::MAX_HCTXS;
 use crate::sigbus;
 
-use super::backend::DeviceBackend;
 use super::clock::Clock;
 use super::disk::{Disk, worker_id};
+use super::files;
 use super::growth::GrowthWatch;
 use super::message::WorkerHandle;
+use super::placement::{self, Nodes, Seat};
 use super::report::Summary;
 use super::roster::{Groups, Roster};
-use super::session::{Guard, SessionEnd, SessionLimits, open_fd_table};
+use super::serve::DiskServer;
+use super::session::open_fd_table;
 use super::socket::{Door, Junction, Stop, listen_privately};
-use super::vring::{SessionState, bind};
+use super::takeover::rest::RestPlace;
+use super::takeover::{Beginning, ControlSocket, Giver, Predecessor};
 use super::worker::{self, WorkerOptions};
 
 /// What the main thread waits for.
@@ -37,6 +38,8 @@ enum Happened {
     Signal(i32),
     /// A disk has no front end any more and will have none: its socket was handed over connected.
     DiskDone,
+    /// Another process has the disks, and their sockets.
+    TakenOver,
 }
 
 /// Serves until SIGTERM or SIGINT, or until the last handed-over connection ends. Then what is in
@@ -47,23 +50,39 @@ enum Happened {
 /// Something is missing or wrong before the first front end could be served. Nothing is left
 /// behind.
 pub fn run(config: Config) -> Result<(), StartError> {
+    files::allow(&config.disks);
     // Images and sockets first: they are what a user gets wrong.
+    let predecessor = match &config.take_over {
+        Some(path) => Predecessor::find(path, &config)?,
+        None => None,
+    };
+    let inherits = |disk: &DiskConfig| predecessor.as_ref().is_some_and(|p| p.serves(disk));
     let images = config
         .disks
         .iter()
-        .map(Image::open)
+        .map(|disk| match inherits(disk) {
+            true => Image::open_beside(disk),
+            false => Image::open(disk),
+        })
         .collect::<Result<Vec<_>, _>>()?;
+    if let Some(predecessor) = &predecessor {
+        predecessor.check(&config.disks, &images)?;
+    }
     let doors = config
         .disks
         .iter()
         .map(|disk| match &disk.socket {
-            SocketSource::Path(path) => Door::bind(path),
-            SocketSource::Fd(fd) => Door::inherit(*fd),
+            _ if inherits(disk) => Ok(None),
+            SocketSource::Path(path) => Door::bind(path).map(Some),
+            SocketSource::Fd(fd) => Door::inherit(*fd).map(Some),
         })
         .collect::<Result<Vec<_>, _>>()?;
-    let control_door = config
-        .control_path
-        .as_deref()
+    let inherits_control = predecessor
+        .as_ref()
+        .is_some_and(Predecessor::has_our_control_socket);
+    let control_path = config.control_path.as_deref();
+    let mut control_door = control_path
+        .filter(|_| !inherits_control)
         .map(|path| listen_privately(path, "--control-path"))
         .transpose()?;
     sigbus::install().map_err(|source| system("handle SIGBUS", source))?;
@@ -90,24 +109,65 @@ pub fn run(config: Config) -> Result<(), StartError> {
         disks.push(disk);
     }
     let roster = Arc::new(Roster::new(disks, workers, groups, clock));
-    let growth_thread = GrowthWatch::new(roster.disks(), Arc::clone(&stop))
-        .and_then(GrowthWatch::spawn)
-        .map_err(|source| system("watch the images' sizes", source))?;
-    let control_thread = control_door
-        .map(|(listener, file)| {
-            control::serve(listener, Arc::clone(&roster), Arc::clone(&stop))
-                .map(|thread| (thread, file))
-        })
-        .transpose()
-        .map_err(|source| system("start the control socket's thread", source))?;
-    let mut disk_threads = Vec::new();
-    for (disk, door) in roster.disks().iter().zip(doors) {
-        let server = DiskServer {
+    let rest = RestPlace::new(roster.disks().len())
+        .map_err(|source| system("create an eventfd", source))?;
+    let rest = Arc::new(rest);
+    let servers: Vec<DiskServer> = roster
+        .disks()
+        .iter()
+        .map(|disk| DiskServer {
             disk: Arc::clone(disk),
             junction: Arc::clone(&junction),
             stop: Arc::clone(&stop),
-        };
-        disk_threads.push(server.spawn(door, events.clone())?);
+            rest: Arc::clone(&rest),
+        })
+        .collect();
+    let growth = GrowthWatch::new(roster.disks(), Arc::clone(&stop))
+        .map_err(|source| system("watch the images' sizes", source))?;
+    let mut inherited = Vec::new();
+    if let Some(predecessor) = predecessor {
+        let mut inheritance = predecessor.inherit(&roster, &servers, clock)?;
+        if let Some(path) = control_path
+            && let Some(control) = inheritance.control(path)
+        {
+            control_door = Some(control);
+        }
+        inherited = inheritance.take(roster.disks())?;
+    }
+
+    let growth_thread = growth
+        .spawn()
+        .map_err(|source| system("watch the images' sizes", source))?;
+    let control = match (control_path, control_door) {
+        (Some(path), Some((listener, file))) => {
+            let control = ControlSocket::new(path, &listener, file);
+            let control =
+                Arc::new(control.map_err(|source| system("keep the control socket", source))?);
+            let left = events.clone();
+            let giver = Giver::new(
+                Arc::clone(&roster),
+                Arc::clone(&rest),
+                Arc::clone(&control),
+                move || drop(left.send(Happened::TakenOver)),
+            );
+            let thread = control::serve(listener, Arc::clone(&roster), Arc::clone(&stop), giver)
+                .map_err(|source| system("start the control socket's thread", source))?;
+            Some((thread, control))
+        }
+        _ => None,
+    };
+    let mut disk_threads = Vec::new();
+    inherited.resize_with(servers.len(), || None);
+    for ((server, door), inherited) in servers.into_iter().zip(doors).zip(inherited) {
+        let events = events.clone();
+        let beginning = inherited.unwrap_or(Beginning {
+            door,
+            session: None,
+        });
+        let thread = server
+            .spawn(beginning, move || drop(events.send(Happened::DiskDone)))
+            .map_err(|source| system("start a disk's thread", source))?;
+        disk_threads.push(thread);
     }
 
     let mut serving = roster.disks().len();
@@ -121,6 +181,10 @@ pub fn run(config: Config) -> Result<(), StartError> {
                 break;
             }
             Ok(Happened::DiskDone) => serving -= 1,
+            Ok(Happened::TakenOver) => {
+                log::info!("another daemon has the disks");
+                break;
+            }
             Err(mpsc::RecvError) => break,
         }
     }
@@ -133,9 +197,9 @@ pub fn run(config: Config) -> Result<(), StartError> {
     if let Some(thread) = growth_thread {
         let _ = thread.join();
     }
-    if let Some((thread, file)) = control_thread {
+    if let Some((thread, control)) = control {
         let _ = thread.join();
-        drop(file);
+        drop(control);
     }
     let reports = roster.shut_down();
     for thread in worker_threads {
@@ -181,8 +245,12 @@ fn start_workers(
     let mut handles = Vec::new();
     let mut threads = Vec::new();
     let count = config.workers.min(queues);
+    let seats = seats(config, count)?;
+    let several = seats.iter().any(|seat| seat.node != seats[0].node);
     // Each disk begins with another worker, so one may get a queue of each disk more than its share.
-    let rings = u16::try_from(queues / count + config.disks.len())
+    // On several nodes the memory of the guests may bring all queues to the workers of one.
+    let share = if several { queues } else { queues / count };
+    let rings = u16::try_from(share + config.disks.len())
         .unwrap_or(MAX_HCTXS)
         .min(MAX_HCTXS);
     let options = WorkerOptions {
@@ -192,18 +260,39 @@ fn start_workers(
         on_timeout: config.on_timeout,
         clock,
     };
-    for index in 0..count {
-        let (handle, thread) =
-            worker::spawn(worker_id(index), options).map_err(|source| StartError::System {
-                what: format!("start worker {index}"),
-                source,
-                advice: "check that io_uring is allowed (sysctl kernel.io_uring_disabled) \
-                         and that the limit of locked memory is not tiny (ulimit -l)",
-            })?;
+    for (index, seat) in seats.into_iter().enumerate() {
+        if let Some(cpus) = &seat.cpus {
+            let node = seat.node.map(|node| format!(", node {node}"));
+            log::info!("worker {index}: CPU {cpus}{}", node.unwrap_or_default());
+        }
+        let spawned = worker::spawn(worker_id(index), options, seat);
+        let (handle, thread) = spawned.map_err(|source| StartError::System {
+            what: format!("start worker {index}"),
+            source,
+            advice: "check that io_uring is allowed (sysctl kernel.io_uring_disabled) \
+                     and that the limit of locked memory is not tiny (ulimit -l)",
+        })?;
         handles.push(handle);
         threads.push(thread);
     }
     Ok((handles, threads))
+}
+
+/// Where the workers are to live.
+fn seats(config: &Config, count: usize) -> Result<Vec<Seat>, StartError> {
+    let allowed =
+        placement::allowed_cpus().map_err(|source| system("ask which CPUs may be used", source))?;
+    if let Some(list) = &config.worker_cpus {
+        placement::check(list, &placement::online_cpus(&allowed), &allowed)
+            .map_err(StartError::Usage)?;
+    }
+    let nodes = Nodes::discover(Path::new(placement::NODES));
+    Ok(placement::seats(
+        count,
+        config.worker_cpus.as_ref(),
+        &allowed,
+        &nodes,
+    ))
 }
 
 fn print(config: &Config, summary: &Summary) {
@@ -214,103 +303,4 @@ fn print(config: &Config, summary: &Summary) {
     };
     // Whoever was to read it may have gone.
     let _ = io::stdout().write_all(text.as_bytes());
-}
-
-/// What one disk's thread needs.
-struct DiskServer {
-    disk: Arc<Disk>,
-    junction: Arc<Junction>,
-    stop: Arc<Stop>,
-}
-
-impl DiskServer {
-    fn spawn(self, door: Door, events: Sender<Happened>) -> Result<JoinHandle<()>, StartError> {
-        let name = format!("disk-{}", self.disk.id);
-        thread::Builder::new()
-            .name(name)
-            .spawn(move || {
-                match door {
-                    Door::Listening(listener, file) => {
-                        self.listen(&listener);
-                        drop(file);
-                    }
-                    Door::Connected(stream) => self.serve(stream),
-                }
-                let _ = events.send(Happened::DiskDone);
-            })
-            .map_err(|source| system("start a disk's thread", source))
-    }
-
-    /// One session at a time: a front end that connects meanwhile waits until it is its turn.
-    fn listen(&self, listener: &UnixListener) {
-        match &self.disk.config.socket {
-            SocketSource::Path(path) => log::info!("listening on {}", path.display()),
-            SocketSource::Fd(fd) => log::info!("listening on file descriptor {fd}"),
-        }
-        while self.stop.or_readable(listener) {
-            match listener.accept() {
-                Ok((stream, _)) => self.serve(stream),
-                Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
-                Err(error) => {
-                    log::error!("disk {}: cannot accept: {error}", self.disk.config.serial);
-                    // Out of descriptors or memory: that passes, but not by trying at once.
-                    thread::sleep(std::time::Duration::from_millis(100));
-                }
-            }
-        }
-    }
-
-    fn serve(&self, stream: UnixStream) {
-        let serial = &self.disk.config.serial;
-        log::info!("disk {serial}: a front end connected");
-        self.disk.set_connected(true);
-        let outcome = self.session(stream);
-        self.disk.set_connected(false);
-        match outcome {
-            Ok(SessionEnd::FrontEndLeft | SessionEnd::Stopped) => {
-                log::info!("disk {serial}: the session ended");
-            }
-            Ok(end) => log::warn!("disk {serial}: the session was closed: {end}"),
-            Err(error) => log::error!("disk {serial}: the session could not begin: {error}"),
-        }
-    }
-
-    fn session(&self, stream: UnixStream) -> io::Result<SessionEnd> {
-        let state = SessionState::new(Arc::clone(&self.disk))?;
-        // Declared first, so that it comes last, however the session ends.
-        let _ending = Ending(&state);
-        let backend = Arc::new(DeviceBackend::new(Arc::clone(&state)));
-        let memory = GuestMemoryAtomic::new(GuestMemoryMmap::<()>::new());
-        let name = format!("session-{}", self.disk.id);
-        let mut daemon = bind(&state, || VhostUserDaemon::new(name, backend, memory))
-            .map_err(|error| io::Error::other(error.to_string()))?;
-        let device = self.junction.join(|listener| {
-            daemon
-                .start(listener)
-                .map_err(|error| io::Error::other(error.to_string()))
-        })?;
-        state.can_give_up(&device)?;
-        let limits = SessionLimits::new(self.disk.config.num_queues, MAX_RING_SIZE);
-        let guard = Guard::new(stream, device, limits, self.stop.watch()?)?
-            .watch_memory(state.watch_memory()?)
-            .with_inflight(Arc::clone(state.inflight()));
-        self.disk.set_notifier(Some(guard.notifier()));
-        let end = guard.run();
-        self.disk.set_notifier(None);
-        // The guard has closed both connections, so the crate's thread is on its way out.
-        daemon.request_shutdown();
-        if let Err(error) = daemon.wait() {
-            log::debug!("disk {}: {error}", self.disk.config.serial);
-        }
-        Ok(end)
-    }
-}
-
-/// Stops a session's rings however the session ends.
-struct Ending<'a>(&'a Arc<SessionState>);
-
-impl Drop for Ending<'_> {
-    fn drop(&mut self) {
-        self.0.end();
-    }
 }

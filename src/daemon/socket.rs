@@ -3,7 +3,7 @@
 use std::fmt;
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -17,6 +17,10 @@ use vhost::vhost_user::Listener;
 use vmm_sys_util::tempdir::TempDir;
 
 use crate::error::StartError;
+
+/// Front ends that may wait to be accepted: as many as the system allows (net.core.somaxconn), which is
+/// what the standard library takes for its listeners.
+const BACKLOG: i32 = i32::MAX;
 
 /// Where one disk's front ends come from.
 #[derive(Debug)]
@@ -40,6 +44,26 @@ impl Drop for SocketFile {
         {
             let _ = fs::remove_file(&self.path);
         }
+    }
+}
+
+impl SocketFile {
+    /// The file at `path` that somebody else made, known by its device and inode.
+    pub fn inherited(path: &Path, identity: (u64, u64)) -> SocketFile {
+        SocketFile {
+            path: path.to_owned(),
+            identity,
+        }
+    }
+
+    /// Its device and inode.
+    pub fn identity(&self) -> (u64, u64) {
+        self.identity
+    }
+
+    /// Leaves the file where it is: it is another process's from now on.
+    pub fn leave(self) {
+        std::mem::forget(self);
     }
 }
 
@@ -79,6 +103,12 @@ impl Door {
         match outcome {
             Ok(listening) => {
                 let _ = rustix::io::fcntl_setfd(&socket, rustix::io::FdFlags::CLOEXEC);
+                if listening {
+                    // Once more, so that the kernel names us as the ones who listen: that is how a
+                    // session knows a connection to this process.
+                    rustix::net::listen(&socket, BACKLOG)
+                        .map_err(|_| bad("cannot be listened on"))?;
+                }
                 Ok(if listening {
                     Door::Listening(socket.into(), None)
                 } else {
@@ -227,6 +257,12 @@ impl Stop {
                 Err(_) => return false,
             }
         }
+    }
+}
+
+impl AsFd for Stop {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
     }
 }
 

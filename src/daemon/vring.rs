@@ -5,6 +5,7 @@
 //! each change that matters on to the worker that owns the ring, waiting until the worker has
 //! adopted it.
 
+mod carry;
 mod end;
 mod state;
 
@@ -19,6 +20,7 @@ use virtio_queue::{Error as QueueError, QueueT};
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
 use crate::mq::ids::{QueueId, RingId};
+use crate::mq::limits::MAX_RING_SIZE;
 use crate::virtio::ring::RingSetup;
 
 use super::message::{FdRole, Message, Reply, StartRing};
@@ -105,7 +107,7 @@ impl Vring {
                 used: queue.used_ring(),
                 next_avail: queue.next_avail(),
                 event_idx: queue.event_idx_enabled(),
-                chain_limit: disk.config.queue_size,
+                chain_limit: MAX_RING_SIZE,
             };
             (setup, state.is_enabled())
         };

@@ -11,12 +11,16 @@
 
 mod control;
 mod driver;
+mod faults;
+mod hold;
 mod intake;
 mod lost;
 mod port;
 mod resize;
 mod rest;
 mod spin;
+mod start;
+mod tally;
 mod traced;
 mod watchdog;
 
@@ -29,9 +33,8 @@ use std::thread::{self, JoinHandle};
 use crate::config::OnTimeout;
 use crate::engine::{DiskSlot, Engine, Errno, Event, Waker};
 use crate::mq::Mq;
-use crate::mq::ids::{HctxId, WorkerId};
+use crate::mq::ids::{DiskId, DriverTag, HctxId, WorkerId};
 use crate::mq::limits::{DRIVER_TAGS, RESERVED_TAGS};
-use crate::mq::request::Status;
 use crate::sigbus;
 use crate::virtio::pool::SegmentPool;
 use crate::virtio::receipt::GuestIo;
@@ -39,20 +42,20 @@ use crate::virtio::shape::DiskShape;
 
 use self::control::Pending;
 use self::driver::EngineDriver;
+use self::faults::{Care, failed};
+pub use self::hold::HeldRings;
 use self::port::Port;
 use self::spin::Spin;
 use self::traced::Named;
 use self::watchdog::Watchdog;
 use super::clock::Clock;
 use super::message::{Message, WorkerHandle};
+use super::placement::Seat;
 use super::report::QueueReport;
 
 /// A worker that finds nothing reads the clock once in this many turns: the reading would be most of
 /// what such a turn costs.
 const CLOCK_TURNS: u32 = 16;
-
-/// At most one line about failed I/O in this time.
-const ERROR_LOG_INTERVAL_NS: u64 = 1_000_000_000;
 
 /// As a count of losses that was seen: rings have come since. Until there has been a loss it is the
 /// right count anyway.
@@ -62,13 +65,23 @@ const LOOK_FOR_LOSSES: u64 = 0;
 struct WorkerDisk {
     shape: DiskShape,
     write_through: Arc<AtomicBool>,
+    care: Care,
+    /// Room for its long requests. Each disk has its own, so that none can keep others waiting; made
+    /// with the first ring.
+    pool: Option<SegmentPool>,
+}
+
+impl WorkerDisk {
+    #[inline]
+    fn pool(&mut self) -> &mut SegmentPool {
+        self.pool.as_mut().expect("made with the first ring")
+    }
 }
 
 struct Worker {
     id: WorkerId,
     engine: Engine,
     mq: Mq<GuestIo>,
-    pool: SegmentPool,
     /// By disk.
     disks: Vec<Option<WorkerDisk>>,
     /// By disk: the engine's number for it.
@@ -77,11 +90,19 @@ struct Worker {
     ports: Vec<Option<Port>>,
     /// Ports that are looked at each turn.
     hot: Vec<HctxId>,
+    /// Ports of which something is taken in this turn; empty between turns.
+    busy: Vec<HctxId>,
     /// Ports with used elements nobody was told about.
     touched: Vec<HctxId>,
+    /// There are ports that wait for room in the pool.
+    starving: bool,
+    /// Some has been made for them since the last look.
+    room: bool,
     inbox: Receiver<Message>,
     has_mail: bool,
     pending: Vec<Pending>,
+    /// Disks that take nothing until they are released.
+    held: Vec<DiskId>,
     /// Counts of rings that were stopped.
     reports: Vec<QueueReport>,
     named: Named,
@@ -91,7 +112,6 @@ struct Worker {
     watchdog: Watchdog,
     clock: Clock,
     now_ns: u64,
-    errors_logged_ns: Option<u64>,
     /// How much memory the process had lost when we last looked whether it was ours.
     losses: u64,
     leaving: bool,
@@ -113,21 +133,26 @@ pub struct WorkerOptions {
     pub clock: Clock,
 }
 
-/// Starts worker `id` on a thread of its own.
+/// Starts worker `id` on a thread of its own, on the CPUs of its seat.
 ///
 /// # Errors
 ///
 /// The thread or its io_uring could not be created.
-pub fn spawn(id: WorkerId, options: WorkerOptions) -> io::Result<(WorkerHandle, JoinHandle<()>)> {
+pub fn spawn(
+    id: WorkerId,
+    options: WorkerOptions,
+    seat: Seat,
+) -> io::Result<(WorkerHandle, JoinHandle<()>)> {
     let (ready, outcome) = mpsc::sync_channel(1);
     let thread = thread::Builder::new()
         .name(format!("worker-{id}"))
         .spawn(move || {
             // The ring belongs to the thread that makes it (IORING_SETUP_SINGLE_ISSUER).
-            match make_engine(options.rings) {
+            // Seated first: memory goes to the node of whoever touches it first.
+            match seat.take().and_then(|()| make_engine(options.rings)) {
                 Ok((engine, waker)) => {
                     log::debug!("worker {id}: {}", engine.describe());
-                    let (handle, inbox) = WorkerHandle::new(id, waker);
+                    let (handle, inbox) = WorkerHandle::new(id, waker, seat);
                     let _ = ready.send(Ok(handle));
                     Worker::new(id, engine, inbox, options).run();
                 }
@@ -162,15 +187,18 @@ impl Worker {
             id,
             engine,
             mq: Mq::new(DRIVER_TAGS, RESERVED_TAGS),
-            pool: SegmentPool::new(),
             disks: Vec::new(),
             slots: Vec::new(),
             ports: Vec::new(),
             hot: Vec::new(),
+            busy: Vec::new(),
             touched: Vec::new(),
+            starving: false,
+            room: false,
             inbox,
             has_mail: true,
             pending: Vec::new(),
+            held: Vec::new(),
             reports: Vec::new(),
             named: Named::default(),
             spin: Spin::new(options.poll_us),
@@ -178,7 +206,6 @@ impl Worker {
             watchdog: Watchdog::new(options.timeout_s, options.on_timeout, DRIVER_TAGS),
             clock: options.clock,
             now_ns: 0,
-            errors_logged_ns: None,
             losses: LOOK_FOR_LOSSES,
             leaving: false,
         }
@@ -224,29 +251,20 @@ impl Worker {
             engine,
             mq,
             ports,
-            pool,
+            disks,
             touched,
             hot,
             has_mail,
+            now_ns,
             ..
         } = self;
         let mut found = false;
         let mut room = false;
-        let mut failure = None;
         let reaped = engine.reap(&mut |event| match event {
             Event::Done { tag, result } => {
                 found = true;
                 room = true;
-                let result = result.map(drop).map_err(|errno| {
-                    failure = Some(errno);
-                    status_of(errno)
-                });
-                mq.complete(tag, result, |hctx, io, status, read| {
-                    let port = open_port(ports, hctx);
-                    let read = u32::try_from(read).expect("the parser bounds a request's bytes");
-                    port.ring.put_used(io.finish(status, read, pool));
-                    touch(touched, port, hctx);
-                });
+                finish(mq, ports, disks, touched, *now_ns, tag, result);
             }
             Event::Kick(token) => {
                 found = true;
@@ -270,30 +288,17 @@ impl Worker {
         if let Err(error) = reaped {
             self.engine_broken(&error);
         }
-        if room {
+        if self.starving && (room || self.room) {
+            (self.starving, self.room) = (false, false);
             for hctx in &self.hot {
                 open_port(&mut self.ports, *hctx).no_room = false;
             }
-        }
-        if let Some(errno) = failure {
-            self.log_failure(errno);
         }
         if self.has_mail {
             self.has_mail = false;
             self.read_mail();
         }
         found
-    }
-
-    #[cold]
-    fn log_failure(&mut self, errno: Errno) {
-        let due = self
-            .errors_logged_ns
-            .is_none_or(|at| self.now_ns - at >= ERROR_LOG_INTERVAL_NS);
-        if due {
-            self.errors_logged_ns = Some(self.now_ns);
-            log::warn!("worker {}: I/O failed: {errno}", self.id);
-        }
     }
 
     /// Makes used elements visible, once for each ring that has new ones.
@@ -313,12 +318,32 @@ impl Worker {
     }
 }
 
-/// What the guest is told of an error of the host.
-fn status_of(errno: Errno) -> Status {
-    match errno.0 {
-        libc::EOPNOTSUPP => Status::Unsupp,
-        _ => Status::IoErr,
-    }
+/// A command came back: its requests go through blk-mq to their rings, unless the disk is to stop at its
+/// failure.
+#[inline]
+fn finish(
+    mq: &mut Mq<GuestIo>,
+    ports: &mut [Option<Port>],
+    disks: &mut [Option<WorkerDisk>],
+    touched: &mut Vec<HctxId>,
+    now_ns: u64,
+    tag: DriverTag,
+    result: Result<u64, Errno>,
+) {
+    let result = match result {
+        Ok(_) => Ok(()),
+        Err(errno) => match failed(mq, ports, disks, now_ns, tag, errno) {
+            Some(status) => Err(status),
+            None => return,
+        },
+    };
+    mq.complete(tag, result, |hctx, io, status, read| {
+        let port = open_port(ports, hctx);
+        let read = u32::try_from(read).expect("the parser bounds a request's bytes");
+        let pool = open_disk(disks, port.id.disk).pool();
+        port.ring.put_used(io.finish(status, read, pool));
+        touch(touched, port, hctx);
+    });
 }
 
 /// Ports are watched under their hctx's number.
@@ -331,6 +356,13 @@ fn open_port(ports: &mut [Option<Port>], hctx: HctxId) -> &mut Port {
     ports[hctx.index()]
         .as_mut()
         .expect("events come for ports that exist")
+}
+
+#[inline]
+fn open_disk(disks: &mut [Option<WorkerDisk>], disk: DiskId) -> &mut WorkerDisk {
+    disks[disk.index()]
+        .as_mut()
+        .expect("rings belong to disks that were added")
 }
 
 #[inline]

@@ -1,20 +1,24 @@
 //! The engine: slots, ring, watches and calls put together.
 
+mod copying;
 mod fds;
 
+use std::collections::VecDeque;
 use std::io;
 use std::mem::MaybeUninit;
+use std::sync::Arc;
 use std::time::Duration;
 
 use io_uring::cqueue;
 
+use self::copying::Small;
 use super::memory::Memory;
 use super::slot::{Next, Slot, Stage};
 use super::start::start;
 use super::target::{Disk, Target};
 use super::uring::{Ask, REAP_BATCH, Ring};
 use super::watch::{Call, Table, Watch};
-use super::{Busy, Command, DiskSlot, EngineCounters, Errno, Event, MAX_DISKS};
+use super::{Busy, Command, DiskSlot, EngineCounters, Errno, Event, MAX_DISKS, SyncFault};
 use crate::mq::ids::DriverTag;
 
 /// Whom a completion is for: the upper byte of the user data. Below it 32 bits of generation and 16
@@ -42,6 +46,10 @@ pub struct Engine {
     calls: Table<Call>,
     /// Commands completed without the kernel, to be reaped.
     ready: Vec<(DriverTag, Result<u64, Errno>)>,
+    /// Small copies to be done.
+    small: VecDeque<Small>,
+    /// Slots of larger ones that are not done, in the order in which they have their turns.
+    copying: VecDeque<u16>,
     /// Slots whose next step the ring had no room for.
     unsent: Vec<u16>,
     /// Calls and watches the ring had no room for.
@@ -81,6 +89,8 @@ impl Engine {
             watches: Table::new(watches.saturating_add(1)),
             calls: Table::new(watches),
             ready: Vec::with_capacity(usize::from(depth)),
+            small: VecDeque::with_capacity(usize::from(depth)),
+            copying: VecDeque::with_capacity(usize::from(depth)),
             unsent: Vec::with_capacity(usize::from(depth)),
             unsent_fds: false,
             in_flight: 0,
@@ -113,6 +123,12 @@ impl Engine {
         }
         self.disks.put(index, disk);
         Ok(DiskSlot(index))
+    }
+
+    /// Shares what is known of a disk's syncs with the others who serve the same image.
+    pub fn share_sync_fault(&mut self, slot: DiskSlot, fault: Arc<SyncFault>) {
+        let disk = self.disks.get_mut(slot.0).expect("a disk of this engine");
+        disk.sync_fault = fault;
     }
 
     /// Removes a disk, on which nothing may be in flight, and gives back what it stood on.
@@ -169,6 +185,7 @@ impl Engine {
                 self.counters.inline += 1;
                 self.ready.push((tag, result));
             }
+            Ok(Next::Copy) => self.begin_copy(tag.index),
             Ok(Next::Issue) => {
                 if !self.send(tag.index) {
                     self.release(tag.index);
@@ -199,12 +216,9 @@ impl Engine {
     /// Makes a system call only when the kernel says that it keeps something back for us.
     pub fn reap(&mut self, on: &mut impl FnMut(Event)) -> io::Result<usize> {
         self.ring.run_task_work(&mut self.counters)?;
+        self.copy_on();
         let mut reaped = self.ready.len();
-        for i in 0..self.ready.len() {
-            let (tag, result) = self.ready[i];
-            self.done(tag.index, result, on);
-        }
-        self.ready.clear();
+        self.reap_inline(on);
         let mut batch = [const { MaybeUninit::<cqueue::Entry>::uninit() }; REAP_BATCH];
         loop {
             let entries = self.ring.take(&mut batch);
@@ -220,9 +234,26 @@ impl Engine {
         Ok(reaped)
     }
 
+    /// Reports the commands that were completed without the kernel.
+    #[inline]
+    pub fn reap_inline(&mut self, on: &mut impl FnMut(Event)) {
+        for i in 0..self.ready.len() {
+            let (tag, result) = self.ready[i];
+            self.done(tag.index, result, on);
+        }
+        self.ready.clear();
+    }
+
+    /// Whether [`Self::reap_inline`] has something to report.
+    #[inline]
+    pub fn has_inline(&self) -> bool {
+        !self.ready.is_empty()
+    }
+
     /// Whether [`Self::reap`] has something to report without a system call.
     pub fn has_events(&mut self) -> bool {
-        !self.ready.is_empty() || self.ring.has_completions()
+        let can_copy = !self.small.is_empty() || !self.copying.is_empty();
+        can_copy || !self.ready.is_empty() || self.ring.has_completions()
     }
 
     /// Submits what is queued and sleeps until there is something to reap, a signal comes, or
@@ -230,8 +261,7 @@ impl Engine {
     pub fn wait(&mut self, timeout: Option<Duration>) -> io::Result<()> {
         self.resend();
         let short = !self.unsent.is_empty() || self.unsent_fds;
-        if !self.ready.is_empty() || self.ring.has_completions() || timeout == Some(Duration::ZERO)
-        {
+        if self.has_events() || timeout == Some(Duration::ZERO) {
             return self.ring.submit(&mut self.counters);
         }
         // The kernel had no room: look again soon.
@@ -257,7 +287,12 @@ impl Engine {
         // SAFETY: the entry names the caller's buffers, which `queue_rq`'s caller keeps valid until
         // the slot is done, the slot's own memory, which goes after the ring is drained, or a static.
         // Unsafe because the kernel works on addresses.
-        unsafe { self.ring.push(&entry, &mut self.counters) }
+        let sent = unsafe { self.ring.push(&entry, &mut self.counters) };
+        if sent {
+            // Queued, not submitted: the kernel has not begun.
+            slot.sent(disk, self.memory.extents(index));
+        }
+        sent
     }
 
     /// Tries again what the ring had no room for.
@@ -306,6 +341,7 @@ impl Engine {
             .expect("a disk with requests in flight stays");
         match slot.on_cqe(res, disk, self.memory.extents(index), &mut self.counters) {
             Next::Done(result) => self.done(index, result, on),
+            Next::Copy => self.copying.push_back(index),
             Next::Issue => {
                 if !self.send(index) {
                     self.unsent.push(index);

@@ -10,6 +10,9 @@ use std::fs::File;
 use io_uring::{opcode, squeue};
 use libc::iovec;
 
+use self::media::{Effect, Media};
+pub(super) use self::random::Random;
+use self::sqe::Sqe;
 use super::memory::Memory;
 use super::slot::{Next, Slot, Stage};
 use super::start::start;
@@ -20,28 +23,9 @@ use crate::mq::limits::SECTOR_SIZE;
 use crate::mq::request::{Op, Request};
 use crate::mq::{self, Parts};
 
-/// splitmix64: small, seedable, and the same everywhere.
-pub(super) struct Random(pub u64);
-
-impl Random {
-    pub fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    /// From 0 to `n`, exclusive.
-    pub fn below(&mut self, n: u64) -> u64 {
-        self.next() % n
-    }
-
-    /// True so many times in a thousand.
-    pub fn permille(&mut self, times: u64) -> bool {
-        self.below(1000) < times
-    }
-}
+mod media;
+mod random;
+mod sqe;
 
 /// How often things go wrong, in a thousand.
 #[derive(Clone, Copy, Debug)]
@@ -61,6 +45,8 @@ pub(super) struct SimDisk {
     /// Sectors that can be neither read nor written.
     pub bad: Vec<bool>,
     direct: bool,
+    /// What is really on it, for tests that cut the power.
+    pub media: Option<Media>,
 }
 
 /// What a request brings along: who it is, and its buffers or ranges.
@@ -75,6 +61,8 @@ pub(super) struct Io {
 struct Flight {
     ids: Vec<u32>,
     sqe: Option<squeue::Entry>,
+    /// What it does to the disk's media.
+    effect: Effect,
 }
 
 /// See the module.
@@ -105,6 +93,7 @@ impl SimEngine {
                 .map(|_| Flight {
                     ids: Vec::new(),
                     sqe: None,
+                    effect: Effect::None,
                 })
                 .collect(),
             memory,
@@ -130,6 +119,7 @@ impl SimEngine {
             offset_align: 512,
             block_device,
             ignore_flush: false,
+            mapping: None,
         });
         let index = u16::try_from(self.disks.len()).expect("few disks");
         let bad = (0..sectors).map(|_| self.random.permille(bad)).collect();
@@ -138,6 +128,7 @@ impl SimEngine {
             bytes: vec![0; usize::try_from(size_bytes).expect("a small disk")],
             bad,
             direct,
+            media: None,
         });
     }
 
@@ -160,22 +151,53 @@ impl SimEngine {
                 break;
             }
             self.due.pop();
-            let flight = &mut self.flights[usize::from(index)];
-            let sqe = flight.sqe.take().expect("what is due was sent");
-            let slot = &self.slots[usize::from(index)];
-            assert!(slot.in_kernel());
-            let on_disk = usize::from(slot.disk);
-            let res = self.work(&sqe, on_disk);
-            let next = self.slots[usize::from(index)].on_cqe(
-                res,
-                &mut self.disks[on_disk].disk,
-                self.memory.extents(index),
-                &mut self.counters,
-            );
-            match next {
-                Next::Done(result) => self.done(index, result, &mut on),
-                Next::Issue => self.send(index),
-            }
+            self.end(index, &mut on);
+        }
+    }
+
+    /// Ends the `nth` of what is with the kernel, by slot, whenever it is due.
+    pub fn reap_nth(
+        &mut self,
+        nth: usize,
+        mut on: impl FnMut(DriverTag, &[u32], Result<u64, Errno>),
+    ) {
+        let mut due: Vec<_> = std::mem::take(&mut self.due).into_vec();
+        due.sort_unstable_by_key(|Reverse((_, index))| *index);
+        let Reverse((_, index)) = due.remove(nth);
+        self.due = due.into();
+        self.end(index, &mut on);
+    }
+
+    /// Which commands are with the kernel, by slot: for each whether it is a sync.
+    pub fn in_kernel(&self) -> Vec<bool> {
+        let sent = self.flights.iter().filter_map(|flight| flight.sqe.as_ref());
+        sent.map(|sqe| Sqe::of(sqe).opcode == opcode::Fsync::CODE)
+            .collect()
+    }
+
+    /// The kernel has done what the slot asked for.
+    fn end(&mut self, index: u16, on: &mut impl FnMut(DriverTag, &[u32], Result<u64, Errno>)) {
+        let flight = &mut self.flights[usize::from(index)];
+        let sqe = flight.sqe.take().expect("what is due was sent");
+        let effect = std::mem::take(&mut flight.effect);
+        let slot = &self.slots[usize::from(index)];
+        assert!(slot.in_kernel());
+        let on_disk = usize::from(slot.disk);
+        let res = self.work(&sqe, on_disk);
+        let disk = &mut self.disks[on_disk];
+        if let Some(media) = &mut disk.media {
+            media.ended(effect, res, disk.direct);
+        }
+        let next = self.slots[usize::from(index)].on_cqe(
+            res,
+            &mut disk.disk,
+            self.memory.extents(index),
+            &mut self.counters,
+        );
+        match next {
+            Next::Done(result) => self.done(index, result, on),
+            Next::Issue => self.send(index),
+            Next::Copy => unreachable!("no disk of this engine is mapped"),
         }
     }
 
@@ -200,8 +222,11 @@ impl SimEngine {
     /// Sends the slot's next step to the kernel, which takes its time.
     fn send(&mut self, index: u16) {
         let slot = &mut self.slots[usize::from(index)];
-        let disk = &self.disks[usize::from(slot.disk)].disk;
-        let sqe = slot.sqe(disk, self.memory.extents(index), self.memory.zeroes());
+        let disk = &mut self.disks[usize::from(slot.disk)];
+        let sqe = slot.sqe(&disk.disk, self.memory.extents(index), self.memory.zeroes());
+        if let Some(media) = &mut disk.media {
+            self.flights[usize::from(index)].effect = media.sent(&Sqe::of(&sqe));
+        }
         let takes_ns = match self.random.below(20) {
             0 => 2_000_000,
             1..=4 => 200_000,
@@ -226,33 +251,22 @@ impl SimEngine {
         }
         let unknown = self.random.permille(self.faults.unknown);
         match sqe.opcode {
-            opcode::Read::CODE | opcode::Write::CODE => {
-                let segment = iovec {
-                    iov_base: std::ptr::with_exposed_provenance_mut(sqe.addr),
-                    iov_len: sqe.len as usize,
-                };
-                let write = sqe.opcode == opcode::Write::CODE;
+            opcode::Read::CODE
+            | opcode::Write::CODE
+            | opcode::Readv::CODE
+            | opcode::Writev::CODE => {
                 if unknown && sqe.rw_flags != 0 {
                     return -libc::EOPNOTSUPP;
                 }
-                self.transfer(disk, write, sqe.off, &[segment])
-            }
-            opcode::Readv::CODE | opcode::Writev::CODE => {
-                let list = std::ptr::with_exposed_provenance::<iovec>(sqe.addr);
-                // SAFETY: the entry names the slot's or the request's array, which stays until the
-                // command is done, and `len` is its length. Unsafe because an entry holds numbers.
-                let list = unsafe { std::slice::from_raw_parts(list, sqe.len as usize) };
-                let write = sqe.opcode == opcode::Writev::CODE;
-                if unknown && sqe.rw_flags != 0 {
-                    return -libc::EOPNOTSUPP;
-                }
-                self.transfer(disk, write, sqe.off, list)
+                self.transfer(disk, sqe.writes(), sqe.off, &sqe.segments())
             }
             opcode::Fsync::CODE if self.random.permille(self.faults.flush_fails) => -libc::EIO,
             opcode::Fsync::CODE => 0,
             opcode::Fallocate::CODE | opcode::UringCmd16::CODE if unknown => -libc::EOPNOTSUPP,
-            opcode::Fallocate::CODE => self.zero(disk, sqe.off, sqe.addr as u64),
-            opcode::UringCmd16::CODE => self.zero(disk, sqe.addr as u64, sqe.addr3),
+            opcode::Fallocate::CODE | opcode::UringCmd16::CODE => {
+                let (offset, len) = sqe.range();
+                self.zero(disk, offset, len)
+            }
             other => panic!("the kernel knows no operation {other}"),
         }
     }
@@ -263,7 +277,7 @@ impl SimEngine {
         let mut len = total;
         if total > 1 && self.random.permille(self.faults.short) {
             len = 1 + self.random.below(total);
-            if disk.direct {
+            if disk.direct || disk.media.is_some() {
                 len = len.next_multiple_of(SECTOR_SIZE).min(total);
             }
         }
@@ -312,35 +326,6 @@ impl SimDisk {
         let bad = |sector: &u64| self.bad[usize::try_from(*sector).expect("a small disk")];
         let first = sectors.into_iter().find(bad)?;
         Some((first * SECTOR_SIZE).saturating_sub(offset))
-    }
-}
-
-/// The fields of a submission entry that we use (struct io_uring_sqe, uapi/linux/io_uring.h).
-struct Sqe {
-    opcode: u8,
-    off: u64,
-    addr: usize,
-    len: u32,
-    rw_flags: u32,
-    addr3: u64,
-}
-
-impl Sqe {
-    fn of(entry: &squeue::Entry) -> Sqe {
-        const { assert!(size_of::<squeue::Entry>() == 64) };
-        // SAFETY: an entry is the kernel's 64 bytes and nothing else (it is what the ring's memory
-        // consists of), all of them initialized. Unsafe because the crate lets nobody read them.
-        let raw: &[u8; 64] = unsafe { &*std::ptr::from_ref(entry).cast() };
-        let long = |at: usize| u64::from_ne_bytes(raw[at..at + 8].try_into().expect("8 bytes"));
-        let word = |at: usize| u32::from_ne_bytes(raw[at..at + 4].try_into().expect("4 bytes"));
-        Sqe {
-            opcode: raw[0],
-            off: long(8),
-            addr: usize::try_from(long(16)).expect("an address"),
-            len: word(24),
-            rw_flags: word(28),
-            addr3: long(48),
-        }
     }
 }
 
@@ -406,6 +391,7 @@ impl mq::Driver<Io> for SimEngine {
         self.in_flight += 1;
         match next {
             Next::Issue => self.send(tag.index),
+            Next::Copy => unreachable!("no disk of this engine is mapped"),
             Next::Done(result) => {
                 self.slots[usize::from(tag.index)].stage = Stage::Inline;
                 self.ready.push((tag, result));

@@ -2,6 +2,7 @@
 //!
 //! It makes no system call and owns no fd, so that every fault can be fed to it by hand.
 
+mod copying;
 mod segments;
 mod sqe;
 
@@ -9,6 +10,7 @@ use std::ptr::{self, NonNull};
 
 use libc::iovec;
 
+use super::mapping::Since;
 use super::memory::Bounce;
 use super::target::{Abilities, Disk, Target};
 use super::{BOUNCE_BYTES, EngineCounters, Errno, Extent, RETRIES};
@@ -23,6 +25,8 @@ pub(super) enum Stage {
     Inline,
     /// A read or write.
     Transfer,
+    /// A read or write of an image in memory, which the engine does itself.
+    Copy,
     /// A range, worked on in this way.
     Range(Method),
     /// `fdatasync`: the last step of a flush or of a durable write.
@@ -38,6 +42,8 @@ pub(super) enum Method {
     Punch,
     /// Zero, keeping the space allocated.
     ZeroRange,
+    /// Zero the mapped memory.
+    Zero,
     /// Write zeroes.
     Write,
 }
@@ -47,6 +53,8 @@ pub(super) enum Method {
 pub(super) enum Next {
     /// Submit [`Slot::sqe`].
     Issue,
+    /// Go on with `Slot::copy`.
+    Copy,
     /// Over.
     Done(Result<u64, Errno>),
 }
@@ -67,6 +75,10 @@ pub(super) struct Slot {
     owned: bool,
     /// The SQE under way is a delay, not the operation.
     delayed: bool,
+    /// A discard was announced to the mapping.
+    discarding: bool,
+    /// What the kernel was asked for then.
+    since: Since,
     /// Let a kernel thread do it, because trying without blocking did not work.
     punt: bool,
     attempts: u8,
@@ -98,6 +110,8 @@ impl Slot {
             unsynced: false,
             owned: false,
             delayed: false,
+            discarding: false,
+            since: Since::default(),
             punt: false,
             attempts: 0,
             range: 0,
@@ -178,7 +192,10 @@ impl Slot {
     /// Whether a completion for this slot is to come.
     #[inline]
     pub(super) fn in_kernel(&self) -> bool {
-        !matches!(self.stage, Stage::Idle | Stage::Inline)
+        !matches!(
+            self.stage,
+            Stage::Idle | Stage::Inline | Stage::Copy | Stage::Range(Method::Zero)
+        )
     }
 
     /// Frees the slot, giving back its bounce buffer.
@@ -199,11 +216,14 @@ impl Slot {
             self.delayed = false;
             return Next::Issue;
         }
+        self.announced_is_over(disk);
         let Ok(moved) = u32::try_from(res) else {
             return self.failed(-res, disk, extents, counters);
         };
         match self.stage {
-            Stage::Idle | Stage::Inline => unreachable!("only a slot in the kernel gets here"),
+            Stage::Idle | Stage::Inline | Stage::Copy => {
+                unreachable!("only a slot in the kernel gets here")
+            }
             Stage::Transfer => self.transferred(moved, disk, counters),
             Stage::Range(Method::Write) => {
                 if moved == 0 {
@@ -222,7 +242,8 @@ impl Slot {
                 self.range += 1;
                 self.next_range(None, extents, disk.can, counters)
             }
-            Stage::Sync => Next::Done(Ok(self.total)),
+            // A sync of another worker may have got the error that was meant for this one too.
+            Stage::Sync => Next::Done(disk.sync_fault.errno().map_or(Ok(self.total), Err)),
         }
     }
 
@@ -250,6 +271,7 @@ impl Slot {
             }
         }
         self.progressed();
+        self.learn(file, moved);
         if self.bounce.is_some() && self.op == Op::Read {
             self.scatter(moved);
         }
@@ -305,8 +327,28 @@ impl Slot {
                 }
                 self.next_range(Some(method), extents, disk.can, counters)
             }
-            _ => Next::Done(Err(Errno(errno))),
+            _ => {
+                if self.loses_pages(errno, disk) {
+                    disk.sync_fault.set(Errno(errno));
+                }
+                Next::Done(Err(Errno(errno)))
+            }
         }
+    }
+
+    /// Whether the page cache may have given up pages that were written before, and will not say so
+    /// again: it says so to whoever syncs next, be it by `fdatasync` or by `RWF_DSYNC`. `O_DIRECT` has
+    /// no such pages.
+    fn loses_pages(&self, errno: i32, disk: &Disk) -> bool {
+        let buffered = matches!(&disk.target, Target::File(file) if !file.direct);
+        let synced = match self.stage {
+            // Given up by the watchdog, not by the disk.
+            Stage::Sync => errno != libc::ECANCELED,
+            // Other errors are the write's own.
+            Stage::Transfer => self.fua && !self.unsynced && errno == libc::EIO,
+            _ => false,
+        };
+        buffered && synced
     }
 
     /// Goes on with the range `self.range`, in the first way that comes after `tried`; finishes when
@@ -320,9 +362,14 @@ impl Slot {
     ) -> Next {
         let methods: &[Method] = match (self.op, self.unmap) {
             (Op::Discard, _) => &[Method::Discard, Method::Punch],
-            (_, true) => &[Method::Punch, Method::ZeroRange, Method::Write],
+            (_, true) => &[
+                Method::Punch,
+                Method::ZeroRange,
+                Method::Zero,
+                Method::Write,
+            ],
             // The guest wants to keep the space: no punching.
-            (_, false) => &[Method::ZeroRange, Method::Write],
+            (_, false) => &[Method::ZeroRange, Method::Zero, Method::Write],
         };
         let after = |tried| {
             methods
@@ -337,7 +384,10 @@ impl Slot {
                 if let Some(method) = methods[first..].iter().find(|m| can.allows(**m)) {
                     self.stage = Stage::Range(*method);
                     counters.zeroes_written += u64::from(*method == Method::Write);
-                    return Next::Issue;
+                    return match method {
+                        Method::Zero => Next::Copy,
+                        _ => Next::Issue,
+                    };
                 }
                 // A discard is a hint: without a way to do it, it is done.
                 counters.discards_ignored += 1;
@@ -363,6 +413,7 @@ impl Abilities {
             Method::Discard => self.discard,
             Method::Punch => self.punch,
             Method::ZeroRange => self.zero_range,
+            Method::Zero => self.zero,
             Method::Write => true,
         }
     }
@@ -372,7 +423,7 @@ impl Abilities {
             Method::Discard => self.discard = false,
             Method::Punch => self.punch = false,
             Method::ZeroRange => self.zero_range = false,
-            Method::Write => {}
+            Method::Zero | Method::Write => {}
         }
     }
 }

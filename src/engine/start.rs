@@ -29,6 +29,10 @@ pub(super) unsafe fn start(
         Target::Null { .. } => return Ok(Next::Done(Ok(command.bytes))),
     };
     let fua = command.fua && !file.ignore_flush;
+    let promises = fua || (command.op == Op::Flush && !file.ignore_flush);
+    if promises && let Some(errno) = disk.sync_fault.errno() {
+        return Ok(Next::Done(Err(errno)));
+    }
     match command.op {
         // SAFETY: passed on to our caller. Unsafe because the buffers are the caller's.
         Op::Read | Op::Write => unsafe {
@@ -117,7 +121,14 @@ unsafe fn start_transfer(
             bounce,
         );
     }
-    Ok(Next::Issue)
+    match &file.mapping {
+        Some(mapping) => {
+            counters.copied += 1;
+            slot.start_copy(mapping);
+            Ok(Next::Copy)
+        }
+        None => Ok(Next::Issue),
+    }
 }
 
 fn start_ranges(

@@ -2,8 +2,10 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::sync::Arc;
 
-use super::{BOUNCE_BYTES, memory};
+use super::mapping::{Mapping, Medium};
+use super::{BOUNCE_BYTES, SyncFault, memory};
 
 /// A regular file or a block device.
 #[derive(Debug)]
@@ -20,8 +22,10 @@ pub struct FileTarget {
     pub offset_align: u32,
     /// A block device, which can be discarded in another way than a file can.
     pub block_device: bool,
-    /// Flush and FUA do nothing (cache mode "unsafe").
+    /// Flush and FUA do nothing (cache mode "unsafe", or a medium that forgets everything anyway).
     pub ignore_flush: bool,
+    /// The file, mapped, if it lies in memory. Not with `direct`.
+    pub mapping: Option<Arc<Mapping>>,
 }
 
 /// What is behind a disk.
@@ -61,6 +65,8 @@ pub(super) struct Disk {
     pub(super) can: Abilities,
     /// The SQE's fd is an index of the registered file table.
     pub(super) registered: bool,
+    /// Whether its syncs can be believed.
+    pub(super) sync_fault: Arc<SyncFault>,
 }
 
 /// What a file system or device may refuse to do.
@@ -74,12 +80,20 @@ pub(super) struct Abilities {
     pub(super) zero_range: bool,
     /// `BLOCK_URING_CMD_DISCARD` (block devices, Linux 6.12)
     pub(super) discard: bool,
+    /// Zeroing memory.
+    pub(super) zero: bool,
 }
 
 impl Disk {
     pub(super) fn new(index: u16, target: Target) -> io::Result<Self> {
+        let (mut is_mapped, mut allocates) = (false, true);
         let (fd, block_device) = match &target {
             Target::File(file) => {
+                if let Some(mapping) = &file.mapping {
+                    is_mapped = true;
+                    // Huge pages are set aside once; those given back may not be had again.
+                    allocates = !matches!(mapping.medium(), Medium::Hugetlbfs(_));
+                }
                 if file.direct {
                     check_alignment(file)?;
                 }
@@ -94,11 +108,13 @@ impl Disk {
             in_flight: 0,
             can: Abilities {
                 dsync: true,
-                punch: true,
-                zero_range: true,
+                punch: allocates,
+                zero_range: allocates,
                 discard: block_device,
+                zero: is_mapped,
             },
             registered: false,
+            sync_fault: Arc::default(),
         })
     }
 }

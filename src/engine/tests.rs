@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io::Read;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileExt, MetadataExt};
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -11,6 +12,7 @@ use libc::iovec;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd};
 use rustix::fs::{OFlags, fcntl_setfl};
 
+use super::mapping::{Mapping, Medium};
 use super::uring::Ask;
 use super::*;
 
@@ -20,6 +22,7 @@ const PATIENCE: Duration = Duration::from_secs(20);
 struct Image {
     file: File,
     size: u64,
+    on: On,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -30,14 +33,32 @@ enum On {
     Buffered,
     /// Memory: no ZERO_RANGE there.
     Tmpfs,
+    /// The same, mapped.
+    Mapped,
+    /// A file of the build's file system, mapped as if it were persistent memory.
+    Dax,
+}
+
+impl On {
+    const ALL: [On; 5] = [On::Direct, On::Buffered, On::Tmpfs, On::Mapped, On::Dax];
+
+    fn medium(self) -> Option<Medium> {
+        match self {
+            On::Direct | On::Buffered | On::Tmpfs => None,
+            On::Mapped => Some(Medium::Tmpfs),
+            On::Dax => Some(Medium::Dax),
+        }
+    }
 }
 
 impl Image {
     fn new(on: On, size: u64) -> Self {
         let file = match on {
-            On::Tmpfs => rustix::fs::memfd_create("image", rustix::fs::MemfdFlags::CLOEXEC)
-                .unwrap()
-                .into(),
+            On::Tmpfs | On::Mapped => {
+                rustix::fs::memfd_create("image", rustix::fs::MemfdFlags::CLOEXEC)
+                    .unwrap()
+                    .into()
+            }
             _ => tempfile::tempfile().unwrap(),
         };
         let mut random = Random(size | 1);
@@ -47,7 +68,7 @@ impl Image {
             file.sync_all().unwrap();
             fcntl_setfl(&file, OFlags::DIRECT).expect("a file system with O_DIRECT");
         }
-        Image { file, size }
+        Image { file, size, on }
     }
 
     fn target(&self) -> Target {
@@ -62,6 +83,9 @@ impl Image {
             offset_align: 512,
             block_device: false,
             ignore_flush: false,
+            mapping: self.on.medium().map(|medium| {
+                Arc::new(Mapping::new(&self.file, self.size, true, medium).expect("a mapping"))
+            }),
         })
     }
 
@@ -269,7 +293,7 @@ fn null_completes_in_order_and_without_the_kernel() {
 
 #[test]
 fn data_goes_to_the_disk_and_back_whatever_the_buffers() {
-    for on in [On::Direct, On::Buffered, On::Tmpfs] {
+    for on in On::ALL {
         let image = Image::new(on, 4 << 20);
         let mut engine = engine(4);
         let disk = engine.add_disk(image.target()).unwrap();
@@ -364,7 +388,7 @@ fn a_truncated_image_is_an_error_and_a_write_beyond_the_end_does_not_grow_it() {
 
 #[test]
 fn ranges_are_discarded_and_zeroed() {
-    for on in [On::Direct, On::Buffered, On::Tmpfs] {
+    for on in On::ALL {
         let size = 4 << 20;
         let image = Image::new(on, size);
         let mut engine = engine(4);
@@ -426,6 +450,7 @@ fn a_flush_and_durable_writes_reach_the_disk() {
     };
     let file = Target::File(FileTarget {
         ignore_flush: true,
+        mapping: None,
         ..file
     });
     let disk = engine.add_disk(file).unwrap();
@@ -608,6 +633,16 @@ fn ten_thousand_operations_agree_with_a_model_buffered() {
 #[test]
 fn ten_thousand_operations_agree_with_a_model_in_memory() {
     against_a_model(On::Tmpfs, 10_000);
+}
+
+#[test]
+fn ten_thousand_operations_agree_with_a_model_mapped() {
+    against_a_model(On::Mapped, 10_000);
+}
+
+#[test]
+fn ten_thousand_operations_agree_with_a_model_on_persistent_memory() {
+    against_a_model(On::Dax, 10_000);
 }
 
 #[test]
@@ -882,6 +917,7 @@ fn a_request_that_hangs_can_be_given_up() {
             offset_align: 1,
             block_device: false,
             ignore_flush: false,
+            mapping: None,
         }))
         .unwrap();
     let mut buffer = Buffer::new(512, 0);

@@ -131,6 +131,12 @@ impl TagSet {
         Some(owner)
     }
 
+    /// Whose a tag is; `None` if it is nobody's any more.
+    pub fn owner(&self, tag: DriverTag) -> Option<RequestId> {
+        let slot = self.slots.get(usize::from(tag.index))?;
+        slot.owner.filter(|_| slot.generation == tag.generation)
+    }
+
     /// The tags that are taken, and whose they are.
     pub fn taken(&self) -> impl Iterator<Item = (DriverTag, RequestId)> {
         self.slots.iter().zip(0..).filter_map(|(slot, index)| {

@@ -621,3 +621,37 @@ fn what_the_engine_refuses_is_not_charged() {
     assert_eq!(disk.try_take_with(&group, 0, Op::Read, 0), Ok(()));
     assert!(disk.try_take(0, Op::Read, 0).is_err());
 }
+
+#[test]
+fn a_request_taken_back_is_the_first_to_go_again() {
+    let mut bench = Bench::new(32);
+    let id = bench.hctx(0, 1);
+    // Neighbours become one, which stays one.
+    bench.drain(
+        id,
+        &[(1, read(0)), (2, read(8)), (3, request(Op::Flush, 0, 0))],
+    );
+    assert_eq!(bench.taken(), [vec![1, 2], vec![3]]);
+    bench.mq.quiesce(id);
+    for _ in 0..2 {
+        let (tag, ..) = bench.below.taken.remove(0);
+        assert!(bench.mq.issued(tag).is_some());
+        bench.mq.requeue(tag);
+        assert!(bench.mq.issued(tag).is_none());
+        bench.mq.requeue(tag);
+    }
+    assert_eq!(bench.mq.stale_completions(), 2, "taken back once");
+    bench.drain(id, &[(4, read(100))]);
+    bench.run();
+    assert!(bench.taken().is_empty(), "it is quiesced");
+    assert_eq!((bench.mq.in_flight(id), bench.mq.tags().in_use()), (4, 0));
+    bench.mq.unquiesce(id);
+    bench.run();
+    assert_eq!(bench.taken(), [vec![3], vec![1, 2], vec![4]]);
+    for _ in 0..3 {
+        bench.complete(0, Ok(()));
+    }
+    let order: Vec<u32> = bench.done.iter().map(|done| done.0).collect();
+    assert_eq!(order, [3, 1, 2, 4]);
+    assert_eq!(bench.mq.stats(id).requeued, 2);
+}

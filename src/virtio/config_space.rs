@@ -60,6 +60,16 @@ pub enum WriteCache {
     WriteThrough,
 }
 
+impl WriteCache {
+    /// As users call it.
+    pub fn name(self) -> &'static str {
+        match self {
+            WriteCache::WriteBack => "write-back",
+            WriteCache::WriteThrough => "write-through",
+        }
+    }
+}
+
 /// A write to the configuration space that the driver must not make.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ConfigError {

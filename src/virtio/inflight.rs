@@ -25,9 +25,9 @@
 //!   cleared; `used_idx`.
 //!
 //! So `used_idx` differs from the ring's used index exactly while flags of the last batch may be set that
-//! should not be, and the difference is how many: [`Tracker::recover`] clears them. All flags that are left
-//! are chains the driver waits for. They and the used index give the next available index, whatever the
-//! front end believes it is: QEMU names the used index, Cloud Hypervisor the available index.
+//! should not be, and the difference is how many: recovery clears them. All flags that are left are chains the
+//! driver waits for. They and the used index give the next available index, whatever the front end
+//! believes it is: QEMU names the used index, Cloud Hypervisor the available index.
 //!
 //! The front end can write to the region at any time and is not trusted. Recovery reads each word once and
 //! checks it; on the data path only `next` is read, and checked. What it lies about are chains of its

@@ -283,5 +283,6 @@ impl MemoryTable {
     }
 }
 
+mod nodes;
 #[cfg(test)]
 mod tests;

@@ -18,6 +18,7 @@ use super::pool::RawTable;
 use super::receipt::{Slot, Used};
 use crate::mq::limits::MAX_RING_SIZE;
 
+mod ahead;
 mod error;
 mod notify;
 mod resume;
@@ -255,6 +256,12 @@ impl Ring {
         self.next_avail = self.next_avail.wrapping_add(1);
         self.last_head = head;
         Ok(Some(Head(head)))
+    }
+
+    /// Whether there are chains that were seen and not popped yet.
+    #[inline]
+    pub fn has_more(&self) -> bool {
+        self.next_avail != self.seen_avail || self.to_resume() > 0
     }
 
     /// Writes a used element; [`Ring::publish`] shows it to the guest.

@@ -10,6 +10,7 @@ use super::event::Event;
 use super::memory::GuestMemory;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use std::fmt;
+use std::fs::File;
 use std::io::{self, IoSlice, Read};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
@@ -17,7 +18,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
 use vhost::vhost_user::message::{
-    VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserProtocolFeatures,
+    VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserInflight, VhostUserProtocolFeatures,
 };
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
@@ -96,6 +97,22 @@ pub mod request {
 
 /// A way a session failed; the test that meets it says what it did.
 pub type Result<T> = std::result::Result<T, vhost::Error>;
+
+/// An in-flight region, which outlives sessions.
+pub struct Inflight {
+    /// What the back end said of it.
+    pub description: VhostUserInflight,
+    /// Where it is.
+    pub file: File,
+}
+
+impl fmt::Debug for Inflight {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Inflight")
+            .field("file", &self.file)
+            .finish_non_exhaustive()
+    }
+}
 
 /// How a session is set up.
 #[derive(Clone, Debug)]
@@ -251,6 +268,19 @@ impl Front {
         setup.event_idx &= self.features & features::EVENT_IDX != 0;
         setup.indirect &= self.features & features::INDIRECT_DESC != 0;
         Queue::new(&self.mem, index, setup).map_err(vhost::Error::IOError)
+    }
+
+    /// GET_INFLIGHT_FD: a new region for this many queues of this size.
+    pub fn new_inflight(&mut self, queues: usize, size: u16) -> Result<Inflight> {
+        let wanted = VhostUserInflight::new(0, 0, queues as u16, size);
+        let (description, file) = self.vhost.get_inflight_fd(&wanted)?;
+        Ok(Inflight { description, file })
+    }
+
+    /// SET_INFLIGHT_FD.
+    pub fn set_inflight(&mut self, region: &Inflight) -> Result<()> {
+        self.vhost
+            .set_inflight_fd(&region.description, region.file.as_raw_fd())
     }
 
     /// NUM, BASE, ADDR, CALL and KICK for a queue; not ENABLE. The base is the used index, as QEMU has it: everything

@@ -230,6 +230,16 @@ pub(super) const WORKER_COUNTERS: &[Counter] = &[
         c.inline
     }),
     (
+        "copied",
+        "Commands copied from or to an image in memory.",
+        |c| c.copied,
+    ),
+    (
+        "copy_calls",
+        "System calls for the holes of images in memory.",
+        |c| c.copy_calls,
+    ),
+    (
         "bounced",
         "Commands that went through an aligned buffer.",
         |c| c.bounced,

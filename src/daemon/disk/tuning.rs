@@ -79,6 +79,12 @@ impl Disk {
         }
     }
 
+    /// Goes on with the disk, if it is held after an error: what failed is tried again.
+    pub fn resume(&self) {
+        log::info!("disk {}: resumed", self.config.serial);
+        self.tell_workers(|done| Message::Resume(self.id, done));
+    }
+
     /// The limits of the disk alone.
     pub fn limits(&self) -> Limits {
         self.throttle.limits()

@@ -105,6 +105,11 @@ pub(super) struct RegionTable {
 }
 
 impl RegionTable {
+    /// The regions.
+    pub(super) fn regions(&self) -> &[Region] {
+        &self.regions
+    }
+
     /// How many regions there are.
     pub(super) fn len(&self) -> usize {
         self.regions.len()

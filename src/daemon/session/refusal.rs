@@ -93,6 +93,10 @@ pub enum Reason {
     },
     #[error("the back-end channel is {0}, expected a stream socket of the Unix domain")]
     ChannelKind(String),
+    #[error(
+        "the {role} descriptor is a connection to this daemon, which would keep it open for ever"
+    )]
+    OwnConnection { role: &'static str },
     #[error("a file descriptor could not be examined: {0}")]
     Examine(String),
     #[error("config access of {size} bytes at {offset} is outside 1 to {space} bytes")]

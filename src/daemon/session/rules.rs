@@ -11,7 +11,7 @@ use vhost::vhost_user::message::{
     VhostUserVringAddrFlags,
 };
 
-use super::fds::FdKind;
+use super::fds::{FdKind, leads_to_us};
 use super::inflight::{self, InflightStore};
 use super::memory::{REGION_BYTES, Region, RegionTable};
 use super::notifier::Channel;
@@ -37,14 +37,14 @@ const WRITTEN: &str = "an eventfd, a pipe to write or a Unix stream socket";
 pub(super) struct Rules {
     limits: SessionLimits,
     channel: Arc<Channel>,
-    owned: bool,
+    pub(super) owned: bool,
     /// What the device answered to GET_FEATURES, once it has.
     offered: Option<u64>,
-    acked: u64,
+    pub(super) acked: u64,
     /// What the device answered to GET_PROTOCOL_FEATURES, once it has.
     protocol_offered: Option<u64>,
-    protocol_acked: u64,
-    memory: RegionTable,
+    pub(super) protocol_acked: u64,
+    pub(super) memory: RegionTable,
 }
 
 impl Rules {
@@ -191,6 +191,10 @@ impl Rules {
             FdKind::UnixStream => {}
             other => return Err(Reason::ChannelKind(other.describe())),
         }
+        if leads_to_us(fd).map_err(examine)? {
+            let role = "back-end channel's";
+            return Err(Reason::OwnConnection { role });
+        }
         let duplicate = fd.as_fd().try_clone_to_owned().map_err(examine)?;
         self.channel.set_socket(duplicate);
         Ok(())
@@ -286,7 +290,12 @@ impl Rules {
         };
         match kind {
             FdKind::Eventfd => Ok(()),
-            FdKind::Pipe { writable: true } | FdKind::UnixStream if !read => Ok(()),
+            FdKind::Pipe { writable: true } if !read => Ok(()),
+            FdKind::UnixStream if !read => match leads_to_us(fd) {
+                Ok(false) => Ok(()),
+                Ok(true) => Err(Reason::OwnConnection { role }),
+                Err(error) => Err(Reason::Examine(error.to_string())),
+            },
             other => Err(Reason::FdKind {
                 queue,
                 role,

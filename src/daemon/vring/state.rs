@@ -59,6 +59,7 @@ impl SessionState {
 
     /// Uses `memory` for rings that start from now on, and for those that run.
     pub fn set_memory(&self, memory: Arc<MemoryTable>) {
+        self.disk.memory_shown(&memory);
         *self.memory.write().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&memory));
         let disk = &self.disk;
         disk.tell_workers(|done| Message::SetMemory(disk.id, Arc::clone(&memory), done));

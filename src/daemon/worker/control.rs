@@ -7,15 +7,16 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use crate::engine::{CallSlot, Engine};
-use crate::mq::HctxConfig;
 use crate::mq::elevator::Params;
-use crate::mq::ids::{DiskId, HctxId, RingId, WorkerId};
+use crate::mq::ids::{DiskId, HctxId, RingId};
 use crate::virtio::memory::MemoryTable;
-use crate::virtio::ring::{Ring, RingError};
 
-use super::super::message::{FdRole, Message, Reply, StartRing};
-use super::super::report::{QueueReport, RingStats, WorkerReport};
-use super::port::{Gates, Port};
+use super::super::message::{FdRole, Message, Reply};
+use super::super::report::WorkerReport;
+use super::faults::Care;
+use super::hold::HeldRings;
+use super::port::Port;
+use super::tally::report_of;
 use super::{LOOK_FOR_LOSSES, Worker, WorkerDisk, heat, open_port};
 
 /// What waits for requests in flight to end.
@@ -25,6 +26,8 @@ pub(super) enum Pending {
     Disable(HctxId, Reply<()>),
     Memory(DiskId, Arc<MemoryTable>, Reply<()>),
     Scheduler(DiskId, Params, Reply<()>),
+    Drain(DiskId, Reply<()>),
+    Hold(DiskId, Reply<HeldRings>),
     Shutdown(Reply<WorkerReport>),
 }
 
@@ -32,7 +35,10 @@ impl Pending {
     /// The disk that is frozen until this is carried out.
     fn freezes(&self) -> Option<DiskId> {
         match self {
-            Pending::Memory(disk, ..) | Pending::Scheduler(disk, ..) => Some(*disk),
+            Pending::Memory(disk, ..)
+            | Pending::Scheduler(disk, ..)
+            | Pending::Drain(disk, _)
+            | Pending::Hold(disk, _) => Some(*disk),
             Pending::Stop(..) | Pending::Disable(..) | Pending::Shutdown(_) => None,
         }
     }
@@ -44,6 +50,7 @@ impl Worker {
         while let Ok(message) = self.inbox.try_recv() {
             self.apply(message);
         }
+        self.follow_holds();
     }
 
     fn apply(&mut self, message: Message) {
@@ -53,7 +60,10 @@ impl Worker {
                 target,
                 shape,
                 write_through,
+                sync_fault,
                 throttle,
+                on_error,
+                hold,
                 done,
             } => {
                 let needed = disk.index() + 1;
@@ -63,10 +73,13 @@ impl Worker {
                 }
                 self.mq.set_throttle(disk, Some(throttle));
                 done.send(self.engine.add_disk(*target).map(|slot| {
+                    self.engine.share_sync_fault(slot, sync_fault);
                     self.slots[disk.index()] = Some(slot);
                     self.disks[disk.index()] = Some(WorkerDisk {
                         shape: *shape,
                         write_through,
+                        care: Care::new(on_error, hold),
+                        pool: None,
                     });
                 }));
             }
@@ -74,6 +87,7 @@ impl Worker {
             Message::Stop(ring, done) => match self.find(ring) {
                 Some(hctx) => {
                     open_port(&mut self.ports, hctx).gates.stopping = true;
+                    self.let_end(hctx);
                     self.pending.push(Pending::Stop(hctx, done));
                 }
                 None => done.send(None),
@@ -87,6 +101,7 @@ impl Worker {
                         heat(&mut self.hot, port, hctx);
                         done.send(());
                     } else {
+                        self.let_end(hctx);
                         self.pending.push(Pending::Disable(hctx, done));
                     }
                 }
@@ -104,10 +119,16 @@ impl Worker {
             Message::SetScheduler(disk, params, done) => {
                 self.freeze(Pending::Scheduler(disk, params, done));
             }
+            Message::Drain(disk, done) => self.freeze(Pending::Drain(disk, done)),
             Message::SetSchedulerParam(disk, name, value, done) => {
                 done.send(self.mq.set_elevator_param(disk, &name, value));
             }
             Message::Resize(disk, size_bytes, done) => done.send(self.resize(disk, size_bytes)),
+            Message::Hold(disk, done) => self.hold(disk, done),
+            Message::Release(disk, throttle, group, done) => {
+                self.release(disk, throttle, group);
+                done.send(());
+            }
             Message::SetCtxs(ring, ctxs, done) => {
                 if let Some(hctx) = self.find(ring) {
                     self.mq.set_ctxs(hctx, ctxs);
@@ -132,9 +153,14 @@ impl Worker {
             }
             Message::TakeTrace(done) => done.send(self.take_trace()),
             Message::Report(done) => done.send(self.report()),
+            Message::Resume(disk, done) => {
+                self.resume(disk);
+                done.send(());
+            }
             Message::Shutdown(done) => {
-                for port in self.ports.iter_mut().flatten() {
-                    port.gates.stopping = true;
+                for hctx in self.hctxs() {
+                    open_port(&mut self.ports, hctx).gates.stopping = true;
+                    self.let_end(hctx);
                 }
                 self.leaving = true;
                 self.pending.push(Pending::Shutdown(done));
@@ -144,16 +170,20 @@ impl Worker {
 
     /// Takes nothing more from the disk's rings until what waits for that has been carried out
     /// (blk_mq_freeze_queue).
-    fn freeze(&mut self, until: Pending) {
+    pub(super) fn freeze(&mut self, until: Pending) {
         let disk = until.freezes();
-        for port in self.ports.iter_mut().flatten() {
-            port.gates.frozen |= Some(port.id.disk) == disk;
+        for hctx in self.hctxs() {
+            let port = open_port(&mut self.ports, hctx);
+            if Some(port.id.disk) == disk {
+                port.gates.frozen = true;
+                self.let_end(hctx);
+            }
         }
         self.pending.push(until);
     }
 
     /// Goes on, unless something else waits for the disk to be frozen.
-    fn thaw(&mut self, disk: DiskId) {
+    pub(super) fn thaw(&mut self, disk: DiskId) {
         if self.is_freezing(disk) {
             return;
         }
@@ -163,90 +193,25 @@ impl Worker {
                 heat(&mut self.hot, port, HctxId(index));
             }
         }
+        self.end_hold(disk);
     }
 
-    fn is_freezing(&self, disk: DiskId) -> bool {
-        self.pending.iter().any(|p| p.freezes() == Some(disk))
+    pub(super) fn is_freezing(&self, disk: DiskId) -> bool {
+        self.held.contains(&disk) || self.pending.iter().any(|p| p.freezes() == Some(disk))
     }
 
-    fn find(&self, ring: RingId) -> Option<HctxId> {
+    pub(super) fn find(&self, ring: RingId) -> Option<HctxId> {
         self.ports().find(|(_, port)| port.id == ring).map(|p| p.0)
     }
 
-    fn ports(&self) -> impl Iterator<Item = (HctxId, &Port)> {
+    pub(super) fn ports(&self) -> impl Iterator<Item = (HctxId, &Port)> {
         self.ports.iter().zip(0..).filter_map(|(port, index)| {
             let port = port.as_ref()?;
             Some((HctxId(index), port))
         })
     }
 
-    fn start(&mut self, start: StartRing) -> Result<(), RingError> {
-        let StartRing {
-            ring: id,
-            setup,
-            memory,
-            memory_lost,
-            kick,
-            call,
-            err,
-            enabled,
-            inflight,
-            ctxs,
-        } = start;
-        assert!(self.find(id).is_none(), "{id} is started twice");
-        let mut ring = Ring::new(&setup, memory)?;
-        if let Some(record) = inflight {
-            ring.track(record)?;
-        }
-        if ring.to_resume() > 0 {
-            log::info!("{id}: {} requests of before go on", ring.to_resume());
-        }
-        let hctx = self.mq.add_hctx(HctxConfig {
-            disk: id.disk,
-            queue: id.queue,
-            ring_size: setup.size,
-            ctxs,
-        });
-        if self.ports.len() <= hctx.index() {
-            self.ports.resize_with(hctx.index() + 1, || None);
-            // A port is on each list at most once.
-            self.hot.reserve(self.ports.len());
-            self.touched.reserve(self.ports.len());
-        }
-        let frozen = self.is_freezing(id.disk);
-        let next_avail = ring.next_avail();
-        self.ports[hctx.index()] = Some(Port {
-            id,
-            ring,
-            memory_lost,
-            has_kick: false,
-            call: None,
-            err: None,
-            gates: Gates {
-                disabled: !enabled,
-                frozen,
-                ..Gates::default()
-            },
-            hot: false,
-            touched: false,
-            no_room: false,
-            was_enabled: enabled,
-            stats: RingStats::default(),
-        });
-        self.losses = LOOK_FOR_LOSSES;
-        self.set_fd(hctx, FdRole::Kick, kick);
-        self.set_fd(hctx, FdRole::Call, call);
-        self.set_fd(hctx, FdRole::Err, err);
-        log::debug!(
-            "worker {}: {id} started: {} entries at {}, {ctxs} ctx",
-            self.id,
-            setup.size,
-            next_avail
-        );
-        Ok(())
-    }
-
-    fn set_fd(&mut self, hctx: HctxId, role: FdRole, fd: Option<OwnedFd>) {
+    pub(super) fn set_fd(&mut self, hctx: HctxId, role: FdRole, fd: Option<OwnedFd>) {
         let token = u32::from(hctx.0);
         let port = self.ports[hctx.index()].as_mut().expect("the port exists");
         match role {
@@ -281,7 +246,10 @@ impl Worker {
         while at < self.pending.len() {
             let ready = match &self.pending[at] {
                 Pending::Stop(hctx, _) | Pending::Disable(hctx, _) => self.is_drained(*hctx),
-                Pending::Memory(disk, ..) | Pending::Scheduler(disk, ..) => self
+                Pending::Memory(disk, ..)
+                | Pending::Scheduler(disk, ..)
+                | Pending::Drain(disk, _)
+                | Pending::Hold(disk, _) => self
                     .ports()
                     .all(|(hctx, port)| port.id.disk != *disk || self.mq.in_flight(hctx) == 0),
                 Pending::Shutdown(_) => self.ports().all(|(hctx, _)| self.is_drained(hctx)),
@@ -297,7 +265,8 @@ impl Worker {
 
     /// Whether nothing is in flight, what the daemon before has left included.
     fn is_drained(&self, hctx: HctxId) -> bool {
-        let owes = |port: &Port| port.owes();
+        // What a held disk owes stays in the record, for the next process.
+        let owes = |port: &Port| port.owes() && !self.held.contains(&port.id.disk);
         self.mq.in_flight(hctx) == 0 && !self.ports[hctx.index()].as_ref().is_some_and(owes)
     }
 
@@ -319,9 +288,13 @@ impl Worker {
                 self.thaw(disk);
                 done.send(());
             }
+            Pending::Drain(disk, done) => {
+                self.thaw(disk);
+                done.send(());
+            }
+            Pending::Hold(disk, done) => self.is_held(disk, done),
             Pending::Shutdown(done) => {
-                let all: Vec<HctxId> = self.ports().map(|(hctx, _)| hctx).collect();
-                for hctx in all {
+                for hctx in self.hctxs() {
                     self.stop(hctx);
                 }
                 done.send(self.report());
@@ -361,39 +334,6 @@ impl Worker {
             }
         }
     }
-
-    /// Counts of the rings that were stopped and of those that run.
-    fn report(&mut self) -> WorkerReport {
-        let mut reports = self.reports.clone();
-        for (hctx, port) in self.ports() {
-            let ctx = self.mq.ctx_stats(hctx).to_vec();
-            report_of(&mut reports, port.id, self.id).add(
-                ctx,
-                self.mq.stats(hctx),
-                self.mq.times(hctx),
-                &port.stats,
-            );
-        }
-        let disks = (0..self.disks.len())
-            .map(|index| DiskId(u16::try_from(index).expect("disks are bounded")))
-            .map(|disk| (disk, self.mq.disk_stats(disk)))
-            .collect();
-        WorkerReport {
-            queues: reports,
-            disks,
-            engine: self.engine.counters(),
-        }
-    }
-}
-
-/// The report of a ring; a new one if there is none yet.
-fn report_of(reports: &mut Vec<QueueReport>, ring: RingId, worker: WorkerId) -> &mut QueueReport {
-    let index = reports.iter().position(|report| report.ring == ring);
-    let index = index.unwrap_or_else(|| {
-        reports.push(QueueReport::new(ring, worker.0));
-        reports.len() - 1
-    });
-    &mut reports[index]
 }
 
 fn replace_call(

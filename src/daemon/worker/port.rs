@@ -20,6 +20,15 @@ pub(super) struct Gates {
     pub stopping: bool,
     /// The guest broke it.
     pub broken: bool,
+    /// The disk is held after an error.
+    pub held: bool,
+}
+
+impl Gates {
+    /// Whether somebody waits for the ring's requests to end.
+    pub fn is_draining(self) -> bool {
+        self.disabled || self.frozen || self.stopping
+    }
 }
 
 /// A started ring.
@@ -44,6 +53,8 @@ pub(super) struct Port {
     pub touched: bool,
     /// The segment pool was empty; a completion gives it something back.
     pub no_room: bool,
+    /// The engine answered what was last taken from it without the kernel.
+    pub inline: bool,
     /// The front end has enabled it, at the latest now.
     pub was_enabled: bool,
     pub stats: RingStats,

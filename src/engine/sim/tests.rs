@@ -12,6 +12,8 @@ use crate::mq::request::{IoPrio, Status};
 use crate::mq::stats::HctxStats;
 use crate::mq::{HctxConfig, Mq};
 
+mod power;
+
 const SECTORS: u64 = 1024;
 const MOST_SECTORS: u64 = 8;
 const RINGS_OF_A_DISK: u16 = 3;
@@ -153,6 +155,8 @@ struct World {
     now_ns: u64,
     /// The disk that is being frozen for another elevator.
     frozen: Option<u16>,
+    /// How many of four failed requests are held, until the end comes.
+    holds: u64,
     sums: HctxStats,
     seen: BTreeMap<&'static str, u64>,
 }
@@ -214,6 +218,7 @@ impl World {
             ended: 0,
             now_ns: 0,
             frozen: None,
+            holds: seed % 3,
             sums: HctxStats::default(),
             seen: BTreeMap::new(),
         }
@@ -275,14 +280,33 @@ impl World {
             models,
             ended,
             seen,
+            random,
+            holds,
             ..
         } = self;
+        let holds = *holds;
         engine.reap(|tag, ids, result| {
             let status = match result {
                 Ok(_) => Status::Ok,
                 Err(Errno(libc::EOPNOTSUPP)) => Status::Unsupp,
                 Err(_) => Status::IoErr,
             };
+            if result.is_err() && holds > 0 && random.below(4) < holds {
+                // Held: nobody is told, and it is tried again when somebody says so.
+                let (hctx, ..) = mq.issued(tag).expect("it is the engine's last word");
+                let disk = rings
+                    .iter()
+                    .find(|ring| ring.hctx == Some(hctx))
+                    .unwrap()
+                    .disk;
+                for ring in rings.iter_mut().filter(|ring| ring.disk == disk) {
+                    ring.quiesced |= ring.hctx.is_some();
+                    ring.hctx.into_iter().for_each(|hctx| mq.quiesce(hctx));
+                }
+                mq.requeue(tag);
+                *seen.entry("held").or_default() += 1;
+                return;
+            }
             let mut over = 0;
             for id in ids {
                 let asked = asked[*id as usize].as_mut().expect("not over yet");
@@ -555,7 +579,7 @@ impl World {
     fn stop(&mut self, at: usize, hctx: HctxId) {
         let stats = *self.mq.stats(hctx);
         assert_eq!(stats.requests, stats.direct + stats.staged + stats.merged);
-        let sum = |of: fn(&mq::stats::CtxStats) -> u64| -> u64 {
+        let mut sum = |of: fn(&mq::stats::CtxStats) -> u64| -> u64 {
             self.mq.ctx_stats(hctx).iter().map(of).sum()
         };
         if !self.rings[at].recounted {
@@ -577,6 +601,8 @@ impl World {
             turns += 1;
             assert!(turns < 40 * requests, "{} of {requests} sent", self.sent);
         }
+        // What cannot succeed ends with its error now.
+        self.holds = 0;
         for ring in &mut self.rings {
             ring.stopping = true;
         }

@@ -46,18 +46,29 @@ impl Slot {
     /// Copies `bytes` between the bounce buffer and the front of the segments.
     pub(super) fn copy_bounced(&self, bytes: usize, into_guest: bool) {
         let Some(bounce) = self.bounce else { return };
+        // SAFETY: the bounce buffer is this slot's and large enough (`piece`). Unsafe as below.
+        unsafe { self.copy_segments(bounce.base.as_ptr(), bytes, into_guest) };
+    }
+
+    /// Copies `bytes` between `ours` and the front of the segments.
+    ///
+    /// # Safety
+    ///
+    /// There are so many bytes at `ours`, and so many left in the segments.
+    #[inline]
+    pub(super) unsafe fn copy_segments(&self, ours: *mut u8, bytes: usize, into_guest: bool) {
         let (mut at, mut left) = (0, bytes);
         let mut segment = self.segments;
         while left > 0 {
             // SAFETY: as in `advance`, the walk stays inside the segments, whose sum is at least
             // what is left of the command; the buffers are valid (`start_transfer`'s contract) and
-            // the bounce buffer is this slot's and large enough (`piece`). The guest may write to its
-            // buffers meanwhile, from outside this program: then it gets what it made of it. Unsafe
-            // because guest memory has no Rust owner.
+            // `ours` is large enough (our contract). The guest may write to its buffers meanwhile,
+            // from outside this program: then it gets what it made of it. Unsafe because guest
+            // memory has no Rust owner.
             unsafe {
                 let len = (*segment).iov_len.min(left);
                 let guest = (*segment).iov_base.cast::<u8>();
-                let ours = bounce.base.as_ptr().add(at);
+                let ours = ours.add(at);
                 if into_guest {
                     ptr::copy_nonoverlapping(ours, guest, len);
                 } else {

@@ -34,6 +34,7 @@ impl Bench {
             offset_align: 512,
             block_device,
             ignore_flush: false,
+            mapping: None,
         });
         let empty = iovec {
             iov_base: ptr::null_mut(),
@@ -371,4 +372,65 @@ fn a_tag_in_use_is_not_claimed() {
     let list = segments(&[(0x1000, 4096)]);
     b.transfer(Op::Read, &list, false);
     b.slot.claim(2, 0, Op::Read, 512);
+}
+
+impl Bench {
+    fn flush(&mut self) {
+        self.slot.claim(1, 0, Op::Flush, 0);
+        self.slot.start_flush();
+    }
+}
+
+/// fsync(2) reports a failed write-back once, and takes the pages for clean.
+#[test]
+fn no_sync_of_the_page_cache_is_believed_after_one_has_failed() {
+    let mut b = Bench::new(false, false);
+    b.flush();
+    assert_eq!(b.feed(-libc::EIO), EIO);
+    b.slot.release();
+    b.flush();
+    assert_eq!(b.feed(0), EIO, "the kernel has forgotten, we have not");
+}
+
+#[test]
+fn a_durable_write_that_failed_may_have_had_the_error_of_others() {
+    let mut b = Bench::new(false, false);
+    let list = segments(&[(0x1000, 4096)]);
+    b.transfer(Op::Write, &list, true);
+    b.code();
+    assert_eq!(b.feed(-libc::EIO), EIO);
+    assert_eq!(b.disk.sync_fault.errno(), Some(Errno(libc::EIO)));
+}
+
+#[test]
+fn errors_of_one_request_do_not_end_belief() {
+    let list = segments(&[(0x1000, 4096)]);
+    for (op, fua, errno) in [
+        (Op::Read, false, libc::EIO),
+        (Op::Write, false, libc::EIO),
+        (Op::Write, true, libc::ENOSPC),
+    ] {
+        let mut b = Bench::new(false, false);
+        b.transfer(op, &list, fua);
+        b.code();
+        assert_eq!(b.feed(-errno), Next::Done(Err(Errno(errno))));
+        assert_eq!(b.disk.sync_fault.errno(), None, "{op:?} {errno}");
+    }
+    let mut b = Bench::new(false, false);
+    b.flush();
+    assert_eq!(
+        b.feed(-libc::ECANCELED),
+        Next::Done(Err(Errno(libc::ECANCELED)))
+    );
+    assert_eq!(b.disk.sync_fault.errno(), None, "given up by the watchdog");
+}
+
+#[test]
+fn without_a_page_cache_a_failed_sync_is_the_devices_to_repeat() {
+    let mut b = Bench::new(true, false);
+    b.flush();
+    assert_eq!(b.feed(-libc::EIO), EIO);
+    b.slot.release();
+    b.flush();
+    assert_eq!(b.feed(0), Next::Done(Ok(0)));
 }

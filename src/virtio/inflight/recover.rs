@@ -63,14 +63,15 @@ pub enum InflightError {
 pub(in crate::virtio) struct Recovered {
     /// Chains to be taken again, in the order in which they were taken first.
     pub(in crate::virtio) heads: Vec<u16>,
-    /// The available index of the next chain after them; `None` if the record is new and says nothing.
-    pub(in crate::virtio) next_avail: Option<u16>,
+    /// The available index of the next chain after them.
+    pub(in crate::virtio) next_avail: u16,
 }
 
 impl Tracker {
     /// Takes up the record for a ring of `ring_size` entries whose used index is `used`: a new one is
-    /// initialized, and one that was used before says what is in flight. On an error the record stays as it
-    /// was.
+    /// initialized, and one that was used before says what is in flight. In both cases all that the driver
+    /// waits for and that is not in flight has yet to be taken: nobody else will. On an error the record stays
+    /// as it was.
     pub(in crate::virtio) fn recover(
         queue: InflightQueue,
         ring_size: u16,
@@ -81,7 +82,7 @@ impl Tracker {
                 initialize(&queue, used);
                 let recovered = Recovered {
                     heads: Vec::new(),
-                    next_avail: None,
+                    next_avail: used,
                 };
                 (0, recovered)
             }
@@ -166,7 +167,7 @@ fn take_up(
     let counter = chains.last().map_or(0, |(last, _)| last.wrapping_add(1));
     let heads: Vec<u16> = chains.into_iter().map(|(_, head)| head).collect();
     let count = u16::try_from(heads.len()).expect("at most the ring's size");
-    let next_avail = Some(used.wrapping_add(count));
+    let next_avail = used.wrapping_add(count);
     Ok((counter, Recovered { heads, next_avail }))
 }
 

@@ -85,7 +85,7 @@ fn records_are_where_the_document_puts_them() {
     assert_eq!(file.metadata().unwrap().len(), 256);
     let queue = region.queue(1, 4).unwrap();
     let (mut tracker, recovered) = Tracker::recover(queue, 4, 7).unwrap();
-    assert_eq!(recovered.next_avail, None);
+    assert_eq!(recovered.next_avail, 7);
     assert_eq!(bytes_of(&file, 128, 80), record(1, 0, 7, &[(0, 0, 0); 4]));
     for head in [2, 0, 3] {
         tracker.take(head);
@@ -110,7 +110,7 @@ fn records_are_where_the_document_puts_them() {
         recovered,
         Recovered {
             heads: vec![],
-            next_avail: None
+            next_avail: 0
         }
     );
 }
@@ -178,7 +178,7 @@ fn lies_are_refused_and_change_nothing() {
     let found = |heads: &[u16], next| {
         Ok(Recovered {
             heads: heads.to_vec(),
-            next_avail: Some(next),
+            next_avail: next,
         })
     };
     assert_eq!(recover(&record(1, 0, 10, &good), 4, 10), found(&[2, 0], 12));
@@ -238,7 +238,7 @@ fn odd_counters_and_an_idle_record_of_another_time_are_no_lies() {
     for counter in [0, 7, u64::MAX] {
         let recovered = recover(&record(1, 0, 3, &all(counter)), 4, 3).unwrap();
         assert_eq!(recovered.heads, [0, 1, 2, 3]);
-        assert_eq!(recovered.next_avail, Some(7));
+        assert_eq!(recovered.next_avail, 7);
     }
     // Nothing in flight, and the ring has begun anew since.
     let idle = record(1, 0xffff, 500, &[(0, 9, 9); 4]);
@@ -247,7 +247,7 @@ fn odd_counters_and_an_idle_record_of_another_time_are_no_lies() {
         recovered,
         Recovered {
             heads: vec![],
-            next_avail: Some(0)
+            next_avail: 0
         }
     );
 }

@@ -15,19 +15,18 @@ pub(super) struct Resume {
 impl Ring {
     /// Keeps account in `record` from now on of what is in flight, and takes up what was in flight when the
     /// process before ended: [`Ring::available`] and [`Ring::pop_head`] give those chains first, in the order in
-    /// which they were taken. The available index then follows from them, unless the record is new.
+    /// which they were taken. The available index follows from them, whatever was said in the set-up.
     ///
     /// Nothing may have been popped from the ring yet. On an error the ring cannot be used.
     pub fn track(&mut self, record: InflightQueue) -> Result<(), RingError> {
         assert_eq!(self.in_flight, 0, "the ring is in use already");
         let (size, used) = (self.setup.size, self.published);
         let (tracker, recovered) = Tracker::recover(record, size, used)?;
-        if let Some(next) = recovered.next_avail {
-            (self.next_avail, self.seen_avail) = (next, next);
-            // More in flight than was ever offered, or another ring's record.
-            self.available()?;
-            self.seen_avail = next;
-        }
+        let next = recovered.next_avail;
+        self.next_avail = next;
+        // More in flight than was ever offered, or another ring's record.
+        self.available()?;
+        self.seen_avail = next;
         self.tracker = Some(tracker);
         if !recovered.heads.is_empty() {
             self.used_before = true;

@@ -522,6 +522,28 @@ fn a_region_is_sound_wherever_it_comes() {
 }
 
 #[test]
+fn a_region_is_whole_huge_pages() {
+    use rustix::fs::MemfdFlags;
+    const HUGE: u64 = 2 << 20;
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB;
+    // It takes no page to make one, but hugetlbfs.
+    let Ok(file) = rustix::fs::memfd_create("huge", flags) else {
+        println!("not tested: no hugetlbfs");
+        return;
+    };
+    rustix::fs::ftruncate(&file, 4 * HUGE).unwrap();
+    let table =
+        |size, offset| mem_table(&[[0, size, 0x7000_0000, offset]]).with(file.try_clone().unwrap());
+    pass(vec![table(2 * HUGE, HUGE)]);
+    for (size, offset) in [(HUGE + 4096, 0), (HUGE, 4096)] {
+        refuse(
+            vec![table(size, offset)],
+            "is no whole number of its file's huge pages of 0x200000 bytes",
+        );
+    }
+}
+
+#[test]
 fn regions_do_not_overlap() {
     let add = |guest, pages| {
         one_region(

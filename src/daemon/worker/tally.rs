@@ -1,0 +1,45 @@
+//! What a worker has counted, for whoever asks.
+
+use crate::mq::ids::{DiskId, HctxId, RingId, WorkerId};
+
+use super::super::report::{QueueReport, WorkerReport};
+use super::Worker;
+
+impl Worker {
+    /// Counts of the rings that were stopped and of those that run.
+    pub(super) fn report(&mut self) -> WorkerReport {
+        let mut reports = self.reports.clone();
+        for (port, index) in self.ports.iter().zip(0..) {
+            let Some(port) = port else { continue };
+            let hctx = HctxId(index);
+            let ctx = self.mq.ctx_stats(hctx).to_vec();
+            let stats = *self.mq.stats(hctx);
+            let times = self.mq.times(hctx);
+            report_of(&mut reports, port.id, self.id).add(ctx, &stats, times, &port.stats);
+        }
+        let disks = (0..self.disks.len())
+            .map(|index| DiskId(u16::try_from(index).expect("disks are bounded")))
+            .map(|disk| (disk, self.mq.disk_stats(disk)))
+            .collect();
+        WorkerReport {
+            queues: reports,
+            disks,
+            faults: self.faults(),
+            engine: self.engine.counters(),
+        }
+    }
+}
+
+/// The report of a ring; a new one if there is none yet.
+pub(super) fn report_of(
+    reports: &mut Vec<QueueReport>,
+    ring: RingId,
+    worker: WorkerId,
+) -> &mut QueueReport {
+    let index = reports.iter().position(|report| report.ring == ring);
+    let index = index.unwrap_or_else(|| {
+        reports.push(QueueReport::new(ring, worker.0));
+        reports.len() - 1
+    });
+    &mut reports[index]
+}

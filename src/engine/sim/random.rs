@@ -1,0 +1,24 @@
+//! Chance.
+
+/// splitmix64: small, seedable, and the same everywhere.
+pub(in crate::engine) struct Random(pub u64);
+
+impl Random {
+    pub fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    /// From 0 to `n`, exclusive.
+    pub fn below(&mut self, n: u64) -> u64 {
+        self.next() % n
+    }
+
+    /// True so many times in a thousand.
+    pub fn permille(&mut self, times: u64) -> bool {
+        self.below(1000) < times
+    }
+}

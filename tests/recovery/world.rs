@@ -1,0 +1,141 @@
+//! A front end that outlives its daemons.
+
+use crate::support::front::Inflight;
+use crate::support::*;
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+use tempfile::TempDir;
+use vhost::vhost_user::message::VhostUserProtocolFeatures;
+
+/// What the next daemon is told of where to go on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Base {
+    /// QEMU: at the used index.
+    Used,
+    /// Cloud Hypervisor: at the available index.
+    Avail,
+}
+
+/// Guest memory, queues and the in-flight region: what stays while daemons come and go.
+pub struct World {
+    pub image: PathBuf,
+    pub mem: Arc<GuestMemory>,
+    pub queues: Vec<Queue>,
+    pub inflight: Option<Inflight>,
+    _dir: TempDir,
+}
+
+impl World {
+    /// `count` queues and an image of `bytes` bytes.
+    pub fn new(bytes: u64, count: usize, setup: QueueSetup) -> World {
+        let dir = TempDir::new().expect("a temporary directory can be made");
+        let image = dir.path().join("disk.img");
+        std::fs::File::create(&image)
+            .and_then(|file| file.set_len(bytes))
+            .expect("an image can be made");
+        let mem = Arc::new(GuestMemory::new(&[(0, 64 << 20)]).expect("memory"));
+        let queues = (0..count)
+            .map(|index| Queue::new(&mem, index, setup).expect("a queue"))
+            .collect();
+        World {
+            image,
+            mem,
+            queues,
+            inflight: None,
+            _dir: dir,
+        }
+    }
+
+    /// A daemon on the image.
+    pub fn daemon(&self, args: &[&str]) -> Daemon {
+        let spec = Spec::path(&self.image).args(args.iter().copied());
+        Daemon::start_ours(&spec.lifetime(Duration::from_secs(600)))
+    }
+
+    /// Connects as a front end does that wants to survive: a region of the first daemon, given to each.
+    pub fn connect(&mut self, socket: &Path) -> front::Result<Front> {
+        let setup = Setup {
+            protocol: protocol::KNOWN | VhostUserProtocolFeatures::INFLIGHT_SHMFD,
+            ..Setup::default()
+        };
+        let mut front = Front::connect_with(socket, &setup, Arc::clone(&self.mem))?;
+        if self.inflight.is_none() {
+            let size = self.queues[0].size();
+            self.inflight = Some(front.new_inflight(self.queues.len(), size)?);
+        }
+        front.set_inflight(self.inflight.as_ref().expect("just made"))?;
+        Ok(front)
+    }
+
+    /// Starts all queues and enables them.
+    pub fn start(&self, front: &mut Front, base: Base) -> front::Result<()> {
+        for queue in &self.queues {
+            let base = match base {
+                Base::Used => queue.device_used_idx(),
+                Base::Avail => queue.avail_idx(),
+            };
+            front.set_ring(queue, base)?;
+            front.send_call(queue.index, queue.call_fd())?;
+            front.send_kick(queue)?;
+            front.enable(queue.index, true)?;
+        }
+        Ok(())
+    }
+
+    /// Connects and starts all queues.
+    pub fn attach(&mut self, daemon: &Daemon, base: Base) -> Front {
+        let mut front = self.connect(daemon.socket()).expect("a daemon serves");
+        self.start(&mut front, base).expect("queues start");
+        front
+    }
+
+    /// How many heads of queue `index` the region has in flight.
+    pub fn in_flight(&self, index: usize) -> usize {
+        let Some(region) = &self.inflight else {
+            return 0;
+        };
+        let size = usize::from(self.queues[0].size());
+        let record = (16 + 16 * size).next_multiple_of(64);
+        let mut bytes = vec![0; record];
+        std::os::unix::fs::FileExt::read_exact_at(
+            &region.file,
+            &mut bytes,
+            (index * record) as u64,
+        )
+        .expect("the region has a record for each queue");
+        bytes[16..16 + 16 * size]
+            .chunks(16)
+            .filter(|entry| entry[0] != 0)
+            .count()
+    }
+}
+
+/// Kills a daemon after some time.
+pub struct Killer {
+    pub killed: Arc<AtomicBool>,
+    thread: JoinHandle<()>,
+}
+
+impl Killer {
+    pub fn of(daemon: &Daemon, after: Duration) -> Killer {
+        let pid = i32::try_from(daemon.pid()).expect("process numbers have 31 bits");
+        let pid = Pid::from_raw(pid).expect("a child's number is not 0");
+        let process = pidfd_open(pid, PidfdFlags::empty()).expect("a child has a pidfd");
+        let killed = Arc::new(AtomicBool::new(false));
+        let flag = Arc::clone(&killed);
+        let thread = std::thread::spawn(move || {
+            std::thread::sleep(after);
+            pidfd_send_signal(&process, Signal::KILL).expect("the daemon lives until it is killed");
+            flag.store(true, Ordering::Release);
+        });
+        Killer { killed, thread }
+    }
+
+    pub fn join(self) {
+        self.thread.join().expect("the killer lives on");
+    }
+}
