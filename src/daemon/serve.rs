@@ -28,8 +28,6 @@ use super::takeover::Beginning;
 use super::takeover::rest::{AtRest, CarriedListener, RestPlace, RestingSession, Verdict, Woken};
 use super::vring::{GuestMemory, SessionState, bind};
 
-/// VHOST_F_LOG_ALL: what is written to the guest's memory is marked in a log (vhost-user, "Migration").
-
 /// What one disk's thread needs.
 #[derive(Debug)]
 pub struct DiskServer {
