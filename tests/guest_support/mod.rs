@@ -348,6 +348,18 @@ impl Guest {
         self
     }
 
+    /// A guest without a disk of ours, but with an emulated NVMe disk that has `image` behind it.
+    pub fn nvme(mut self, image: &Path) -> Self {
+        self.command.arg("--nvme").arg(image);
+        self
+    }
+
+    /// A program that the guest finds as /programs/NAME.
+    pub fn program(mut self, path: &Path) -> Self {
+        self.command.arg("--program").arg(path);
+        self
+    }
+
     /// An option of `qemu/guest` with its value.
     pub fn option(mut self, name: &str, value: &str) -> Self {
         self.command.args([name, value]);
