@@ -18,7 +18,7 @@ use crate::mq::qos::Limits;
 pub use self::choices::{
     CacheMode, Discard, EngineKind, LockWhen, LogLevel, OnError, OnTimeout, SummaryFormat, Switch,
 };
-pub use self::safety::DiskSafety;
+pub use self::safety::{DiskSafety, ProcessSafety, SandboxLayers, UserName};
 use self::tuning::{
     Group, Scheduler, parse_group, parse_group_name, parse_limits, parse_scheduler,
 };
@@ -124,6 +124,10 @@ pub struct Arguments {
     /// disks or change how they are served [default: no such socket]
     #[arg(verbatim_doc_comment, long, value_name = "PATH", help_heading = PROCESS)]
     pub control_path: Option<PathBuf>,
+
+    /// What the process may do.
+    #[command(flatten)]
+    pub safety: ProcessSafety,
 
     /// How much to tell on stderr: error, warn, info, debug or trace [default: info]
     #[arg(

@@ -16,7 +16,9 @@ use crate::mq::qos::Limits;
 
 use self::whole::{check_control_path, check_groups, check_on_error, no_socket_twice};
 pub use crate::cli::tuning::{Group, Scheduler};
-pub use crate::cli::{CacheMode, EngineKind, LockWhen, OnError, OnTimeout, SummaryFormat};
+pub use crate::cli::{
+    CacheMode, EngineKind, LockWhen, OnError, OnTimeout, SandboxLayers, SummaryFormat, UserName,
+};
 
 mod whole;
 
@@ -51,6 +53,10 @@ pub struct Config {
     pub log: LevelFilter,
     /// What is printed on stdout at exit.
     pub summary: SummaryFormat,
+    /// The user to become once all is open.
+    pub user: Option<UserName>,
+    /// What the process gives up.
+    pub sandbox: SandboxLayers,
 }
 
 /// One disk.
@@ -66,6 +72,10 @@ pub struct DiskConfig {
     pub lock: LockWhen,
     /// Whether others may write to the image, and locks of theirs be overlooked.
     pub force_share: bool,
+    /// The mode of the socket's file; as the umask says if it is `None`.
+    pub socket_mode: Option<u32>,
+    /// The group of the socket's file, by name or number.
+    pub socket_group: Option<String>,
     /// What becomes of requests that fail.
     pub on_error: OnError,
     /// How the host caches the image.
@@ -164,6 +174,7 @@ impl Config {
             on_timeout,
             log,
             summary,
+            safety,
             ..
         } = arguments;
         let mut disks = Vec::with_capacity(1 + others.len());
@@ -195,6 +206,8 @@ impl Config {
             on_timeout,
             log: log.into(),
             summary,
+            user: safety.user,
+            sandbox: safety.sandbox.unwrap_or_default(),
         })
     }
 }
@@ -218,6 +231,8 @@ impl DiskConfig {
             read_only: disk.read_only == Some(Switch::On),
             lock: disk.safety.lock.unwrap_or_default(),
             force_share: disk.safety.force_share == Some(Switch::On),
+            socket_mode: disk.safety.socket_mode,
+            socket_group: disk.safety.socket_group,
             on_error: disk.safety.on_error.unwrap_or_default(),
             cache: disk.cache.unwrap_or_default(),
             discard: disk.discard != Some(Discard::Off),

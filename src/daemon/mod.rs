@@ -8,6 +8,7 @@ pub mod growth;
 pub mod message;
 pub mod report;
 pub mod roster;
+pub mod sandbox;
 pub mod server;
 pub mod session;
 pub mod socket;

@@ -3,6 +3,7 @@
 
 use std::io::{self, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::{self, Sender};
 use std::thread::{self, JoinHandle};
@@ -12,7 +13,7 @@ use signal_hook::iterator::Signals;
 use vhost_user_backend::VhostUserDaemon;
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
-use crate::config::{Config, SocketSource, SummaryFormat};
+use crate::config::{Config, DiskConfig, SocketSource, SummaryFormat};
 use crate::control;
 use crate::engine::disk::Image;
 use crate::error::StartError;
@@ -27,8 +28,9 @@ use super::growth::GrowthWatch;
 use super::message::WorkerHandle;
 use super::report::Summary;
 use super::roster::{Groups, Roster};
+use super::sandbox::{self, Identity, find_group};
 use super::session::{Guard, SessionEnd, SessionLimits, open_fd_table};
-use super::socket::{Door, Junction, Stop, listen_privately};
+use super::socket::{Access, Door, Junction, Stop, listen_privately};
 use super::vring::{SessionState, bind};
 use super::worker::{self, WorkerOptions};
 
@@ -47,7 +49,8 @@ enum Happened {
 /// Something is missing or wrong before the first front end could be served. Nothing is left
 /// behind.
 pub fn run(config: Config) -> Result<(), StartError> {
-    // Images and sockets first: they are what a user gets wrong.
+    // Names while they can be looked up, then images and sockets: they are what a user gets wrong.
+    let identity = config.user.as_ref().map(Identity::find).transpose()?;
     let images = config
         .disks
         .iter()
@@ -57,19 +60,26 @@ pub fn run(config: Config) -> Result<(), StartError> {
         .disks
         .iter()
         .map(|disk| match &disk.socket {
-            SocketSource::Path(path) => Door::bind(path),
+            SocketSource::Path(path) => Door::bind_for(path, access(disk, identity.as_ref())?),
             SocketSource::Fd(fd) => Door::inherit(*fd),
         })
         .collect::<Result<Vec<_>, _>>()?;
     let control_door = config
         .control_path
         .as_deref()
-        .map(|path| listen_privately(path, "--control-path"))
+        .map(|path| {
+            listen_privately(
+                path,
+                "--control-path",
+                identity.as_ref().map(|user| user.ids().0),
+            )
+        })
         .transpose()?;
     sigbus::install().map_err(|source| system("handle SIGBUS", source))?;
     open_fd_table().map_err(|source| system("look into /proc/self/fd", source))?;
     let junction =
         Arc::new(Junction::new().map_err(|source| system("create an internal socket", source))?);
+    sandbox::enter(config.sandbox, identity.as_ref(), &socket_paths(&config))?;
     let stop = Arc::new(Stop::new().map_err(|source| system("create an eventfd", source))?);
     let (events, happened) = mpsc::channel();
     let signals = watch_signals(events.clone())
@@ -100,6 +110,8 @@ pub fn run(config: Config) -> Result<(), StartError> {
         })
         .transpose()
         .map_err(|source| system("start the control socket's thread", source))?;
+    // The rings are set up; what comes now needs less.
+    sandbox::seal(config.sandbox)?;
     let mut disk_threads = Vec::new();
     for (disk, door) in roster.disks().iter().zip(doors) {
         let server = DiskServer {
@@ -144,6 +156,33 @@ pub fn run(config: Config) -> Result<(), StartError> {
     signals.close();
     print(&config, &roster.summarize(&reports));
     Ok(())
+}
+
+/// Who may connect to a disk's socket.
+fn access(disk: &DiskConfig, user: Option<&Identity>) -> Result<Access, StartError> {
+    let given = disk.socket_group.as_deref();
+    let group = given.map(|name| {
+        find_group(name).ok_or_else(|| {
+            StartError::Usage(format!(
+                "--socket-group: there is no group '{name}' on this machine; give a name or a number \
+                 that exists (see --help)"
+            ))
+        })
+    });
+    Ok(Access {
+        mode: disk.socket_mode,
+        uid: user.map(|user| user.ids().0),
+        gid: group.transpose()?.or(user.map(|user| user.ids().1)),
+    })
+}
+
+/// The sockets whose files are removed at the end.
+fn socket_paths(config: &Config) -> Vec<&Path> {
+    let disks = config.disks.iter().filter_map(|disk| match &disk.socket {
+        SocketSource::Path(path) => Some(path.as_path()),
+        SocketSource::Fd(_) => None,
+    });
+    disks.chain(config.control_path.as_deref()).collect()
 }
 
 fn system(what: &str, source: io::Error) -> StartError {

@@ -5,7 +5,7 @@ use std::mem::MaybeUninit;
 use std::time::Duration;
 
 use io_uring::types::{SubmitArgs, Timespec};
-use io_uring::{EnterFlags, IoUring, cqueue, squeue};
+use io_uring::{EnterFlags, IoUring, cqueue, opcode, register::Restriction, squeue};
 
 use super::{EngineCounters, MAX_DISKS};
 
@@ -49,7 +49,11 @@ impl Ring {
     /// only: as good as `ask` says, or what the kernel has.
     pub(super) fn new(sqes: u32, cqes: u32, ask: Ask) -> io::Result<Self> {
         let mut builder = IoUring::builder();
-        builder.dontfork().setup_cqsize(cqes).setup_clamp();
+        builder
+            .dontfork()
+            .setup_cqsize(cqes)
+            .setup_clamp()
+            .setup_r_disabled();
         let mut best = builder.clone();
         best.setup_single_issuer()
             .setup_defer_taskrun()
@@ -98,6 +102,7 @@ impl Ring {
                 .submitter()
                 .register_files_sparse(u32::from(MAX_DISKS))
                 .is_ok();
+        restrict(&ring)?;
         Ok(Ring {
             ring,
             fixed_files,
@@ -251,6 +256,41 @@ impl Drop for Ring {
             let _ = self.ring.submitter().unregister_files();
         }
     }
+}
+
+/// All that a worker's ring is for. What it does is no system call that a filter could see, so this is
+/// where it is made unable to open files, to send, or to run programs.
+const OPERATIONS: &[u8] = &[
+    opcode::Read::CODE,
+    opcode::Write::CODE,
+    opcode::Readv::CODE,
+    opcode::Writev::CODE,
+    opcode::Fsync::CODE,
+    opcode::Fallocate::CODE,
+    opcode::UringCmd16::CODE,
+    opcode::Timeout::CODE,
+    opcode::PollAdd::CODE,
+    opcode::AsyncCancel2::CODE,
+];
+
+/// IORING_REGISTER_FILES_UPDATE and IORING_UNREGISTER_FILES (uapi/linux/io_uring.h).
+const REGISTRATIONS: &[u8] = &[6, 3];
+
+/// Limits a ring that is still disabled to [`OPERATIONS`], for good, and enables it.
+fn restrict(ring: &IoUring) -> io::Result<()> {
+    let mut list: Vec<Restriction> = OPERATIONS
+        .iter()
+        .map(|code| Restriction::sqe_op(*code))
+        .chain(
+            REGISTRATIONS
+                .iter()
+                .map(|code| Restriction::register_op(*code)),
+        )
+        .collect();
+    let flags = squeue::Flags::FIXED_FILE | squeue::Flags::ASYNC | squeue::Flags::SKIP_SUCCESS;
+    list.push(Restriction::sqe_flags_allowed(flags.bits()));
+    ring.submitter().register_restrictions(&mut list)?;
+    ring.submitter().register_enable_rings()
 }
 
 /// Errors of `io_uring_enter` after which the same call is right again: a signal, no memory for the

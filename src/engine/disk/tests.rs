@@ -19,6 +19,8 @@ fn config(image: ImageSource) -> DiskConfig {
         read_only: false,
         lock: LockWhen::Always,
         force_share: false,
+        socket_mode: None,
+        socket_group: None,
         on_error: crate::config::OnError::Report,
         cache: CacheMode::None,
         discard: true,
