@@ -30,6 +30,7 @@ impl Driver<Payload> for Tags {
     fn queue_rq(
         &mut self,
         _disk: DiskId,
+        _hctx: HctxId,
         tag: DriverTag,
         request: &Request,
         parts: Parts<'_, Payload>,
@@ -47,6 +48,7 @@ enum Way {
     Elevator(Kind),
     Traced,
     Sequential,
+    Unrecorded,
 }
 
 fn main() {
@@ -57,8 +59,9 @@ fn main() {
         ("kyber", Way::Elevator(Kind::Kyber)),
         ("none, direct issue, trace of everything", Way::Traced),
         ("none, sequential: 32 merged into one", Way::Sequential),
+        ("none, direct issue, nothing recorded", Way::Unrecorded),
     ];
-    let mut best = [f64::MAX; 6];
+    let mut best = [f64::MAX; 7];
     // Rounds interleaved, so that a slow moment of the machine hits all rows.
     for _ in 0..ROUNDS {
         for (best, (_, way)) in best.iter_mut().zip(rows) {
@@ -82,6 +85,7 @@ fn round(way: Way) -> f64 {
     match way {
         Way::Elevator(kind) => mq.set_elevator(DiskId(0), Params::from(kind)),
         Way::Traced => mq.trace().start(4096, &Action::ALL),
+        Way::Unrecorded => mq.set_iostats(DiskId(0), false),
         Way::Direct | Way::Staged | Way::Sequential => {}
     }
     let mut tags = Tags(Vec::with_capacity(usize::from(BATCH)));

@@ -16,8 +16,10 @@ use crate::mq::map::MapKind;
 use crate::mq::qos::Limits;
 
 pub use self::choices::{
-    CacheMode, Discard, EngineKind, LockWhen, LogLevel, OnError, OnTimeout, SummaryFormat, Switch,
+    CacheMode, Discard, EngineKind, LockWhen, LogLevel, OnError, OnTimeout, PollDevice,
+    SummaryFormat, Switch,
 };
+use self::cpus::CpuList;
 pub use self::safety::{DiskSafety, ProcessSafety, SandboxLayers, UserName};
 use self::tuning::{
     Group, Scheduler, parse_group, parse_group_name, parse_limits, parse_scheduler,
@@ -28,6 +30,7 @@ use self::values::{
 };
 
 mod choices;
+pub mod cpus;
 mod safety;
 pub mod tuning;
 mod values;
@@ -93,6 +96,15 @@ pub struct Arguments {
     )]
     pub workers: Option<u16>,
 
+    /// CPUs the workers run on, one each in turn, such as 0-3,8; without --workers there are
+    /// as many workers as CPUs [default: where the kernel puts them, on several NUMA nodes
+    /// near the guest's memory]
+    #[arg(
+        verbatim_doc_comment, long, value_name = "LIST", value_parser = CpuList::parse,
+        help_heading = PROCESS
+    )]
+    pub worker_cpus: Option<CpuList>,
+
     /// Longest time a worker looks for new requests before it sleeps, in microseconds;
     /// 0 never looks. More is a shorter wait for the guest and more CPU time on the
     /// host [default: 50]
@@ -124,6 +136,11 @@ pub struct Arguments {
     /// disks or change how they are served [default: no such socket]
     #[arg(verbatim_doc_comment, long, value_name = "PATH", help_heading = PROCESS)]
     pub control_path: Option<PathBuf>,
+
+    /// Take all disks over from the daemon with this control socket, while the guests run;
+    /// without a daemon there, start as usual [default: start as usual]
+    #[arg(verbatim_doc_comment, long, value_name = "PATH", help_heading = PROCESS)]
+    pub take_over: Option<PathBuf>,
 
     /// What the process may do.
     #[command(flatten)]
@@ -238,8 +255,9 @@ pub struct DiskArguments {
     )]
     pub queue_map: Option<MapKind>,
 
-    /// What stands behind the disk: auto and io_uring use the image; null has none: it
-    /// forgets what is written, and reads bring nothing [default: auto]
+    /// Who reads and writes the image: io_uring; mmap, for images in memory (tmpfs,
+    /// memfd, hugetlbfs, DAX); auto, the better one; null has no image: it forgets what
+    /// is written, and reads bring nothing [default: auto]
     #[arg(
         verbatim_doc_comment, long, value_name = "ENGINE", value_enum, hide_possible_values = true,
         help_heading = IO

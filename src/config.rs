@@ -9,6 +9,7 @@ use std::thread::available_parallelism;
 
 use log::LevelFilter;
 
+use crate::cli::cpus::CpuList;
 use crate::cli::{Arguments, Discard, DiskArguments, LogLevel, SERIAL_MAX_BYTES, Switch};
 use crate::error::StartError;
 use crate::mq::map::MapKind;
@@ -17,7 +18,8 @@ use crate::mq::qos::Limits;
 use self::whole::{check_control_path, check_groups, check_on_error, no_socket_twice};
 pub use crate::cli::tuning::{Group, Scheduler};
 pub use crate::cli::{
-    CacheMode, EngineKind, LockWhen, OnError, OnTimeout, SandboxLayers, SummaryFormat, UserName,
+    CacheMode, EngineKind, LockWhen, OnError, OnTimeout, PollDevice, SandboxLayers, SummaryFormat,
+    UserName,
 };
 
 mod whole;
@@ -28,6 +30,9 @@ pub const DEFAULT_NUM_QUEUES: u16 = 64;
 
 /// Ring size that a front end is expected to use when nothing is said: QEMU's default.
 pub const DEFAULT_QUEUE_SIZE: u16 = 128;
+
+/// Most workers.
+const MAX_WORKERS: usize = 256;
 
 /// Logical block size in bytes when nothing is said: what every guest and boot loader can use.
 pub const DEFAULT_LOGICAL_BLOCK_SIZE: u32 = 512;
@@ -41,8 +46,12 @@ pub struct Config {
     pub groups: Vec<Group>,
     /// Where the control socket is, if there is to be one; no disk's socket.
     pub control_path: Option<PathBuf>,
+    /// The control socket of the daemon to take the disks over from, if there is one.
+    pub take_over: Option<PathBuf>,
     /// Most worker threads; at least one. There are never more than queues.
     pub workers: usize,
+    /// The CPUs they run on, one each in turn.
+    pub worker_cpus: Option<CpuList>,
     /// Upper bound of the time a worker polls before it sleeps, in microseconds; 0 never polls.
     pub poll_us: u32,
     /// After how many seconds a request counts as stuck; 0 never.
@@ -68,6 +77,8 @@ pub struct DiskConfig {
     pub image: ImageSource,
     /// Whether the guest may only read (VIRTIO_BLK_F_RO).
     pub read_only: bool,
+    /// Who does the I/O.
+    pub engine: EngineKind,
     /// When the image is locked.
     pub lock: LockWhen,
     /// Whether others may write to the image, and locks of theirs be overlooked.
@@ -78,6 +89,8 @@ pub struct DiskConfig {
     pub socket_group: Option<String>,
     /// What becomes of requests that fail.
     pub on_error: OnError,
+    /// Whether its device is polled for completions.
+    pub io_poll: PollDevice,
     /// How the host caches the image.
     pub cache: CacheMode,
     /// Whether discards are offered and free space.
@@ -168,7 +181,9 @@ impl Config {
             disks: others,
             groups,
             control_path,
+            take_over,
             workers,
+            worker_cpus,
             poll_us,
             timeout,
             on_timeout,
@@ -194,13 +209,18 @@ impl Config {
         check_on_error(control_path.as_deref(), &disks)?;
         let workers = match workers {
             Some(workers) => usize::from(workers),
-            None => available_parallelism().map_or(1, NonZeroUsize::get),
+            None => match &worker_cpus {
+                Some(list) => list.cpus().len().min(MAX_WORKERS),
+                None => available_parallelism().map_or(1, NonZeroUsize::get),
+            },
         };
         Ok(Config {
             disks,
             groups,
             control_path,
+            take_over,
             workers,
+            worker_cpus,
             poll_us,
             timeout_s: timeout,
             on_timeout,
@@ -229,11 +249,13 @@ impl DiskConfig {
         Ok(DiskConfig {
             socket,
             read_only: disk.read_only == Some(Switch::On),
+            engine: disk.engine.unwrap_or_default(),
             lock: disk.safety.lock.unwrap_or_default(),
             force_share: disk.safety.force_share == Some(Switch::On),
             socket_mode: disk.safety.socket_mode,
             socket_group: disk.safety.socket_group,
             on_error: disk.safety.on_error.unwrap_or_default(),
+            io_poll: disk.safety.io_poll.unwrap_or_default(),
             cache: disk.cache.unwrap_or_default(),
             discard: disk.discard != Some(Discard::Off),
             serial: disk.serial.unwrap_or_else(|| default_serial(&image)),

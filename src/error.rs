@@ -110,6 +110,29 @@ pub enum StartError {
         block_bytes: u32,
     },
 
+    /// The image cannot be mapped, though that was asked for, or though there is no other way.
+    #[error("the image {path:?} cannot be served by a mapping: {why}; {advice}")]
+    NotMapped {
+        /// The image as the user named it.
+        path: PathBuf,
+        /// What stands in the way.
+        why: String,
+        /// What the user can do.
+        advice: &'static str,
+    },
+
+    /// The device below the image cannot be polled, though that was asked for.
+    #[error(
+        "the image {path:?} cannot be polled for completions: {why}; give the device such queues (for NVMe the \
+         kernel's parameter nvme.poll_queues=2), or leave --io-poll out"
+    )]
+    NotPolled {
+        /// The image as the user named it.
+        path: PathBuf,
+        /// What stands in the way.
+        why: &'static str,
+    },
+
     /// Somebody is listening on the socket already.
     #[error(
         "the socket {path:?} is in use: another process is listening on it; \
@@ -182,6 +205,15 @@ pub enum StartError {
         source: io::Error,
     },
 
+    /// Another daemon does not hand its disks over.
+    #[error("cannot take over from the daemon at {path:?}: {why}")]
+    TakeOver {
+        /// Its control socket.
+        path: PathBuf,
+        /// Why not; one line.
+        why: String,
+    },
+
     /// The machine refuses something that the daemon cannot do without.
     #[error("cannot {what}: {}; {advice}", reason(.source))]
     System {
@@ -206,7 +238,7 @@ impl StartError {
 }
 
 /// The kernel's words for an error, without the number that std appends.
-fn reason(error: &io::Error) -> String {
+pub(crate) fn reason(error: &io::Error) -> String {
     let text = error.to_string();
     match text.find(" (os error ") {
         Some(end) => text[..end].to_owned(),

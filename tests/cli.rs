@@ -243,6 +243,11 @@ fn wrong_words_are_one_line_and_status_2() {
         (&["--num-queues", "many"], "'many' for '--num-queues"),
         (&["--queue-size", "100"], "power of two"),
         (&["--workers", "0"], "0 is not in 1..=256"),
+        (
+            &["--worker-cpus", "3-1"],
+            "'3-1' is neither a CPU nor a range",
+        ),
+        (&["--worker-cpus", "0,0"], "CPU 0 is in the list twice"),
         (&["--vcpus", "0"], "0 is not in 1..=4096"),
         (
             &["--logical-block-size", "1000"],
@@ -256,7 +261,7 @@ fn wrong_words_are_one_line_and_status_2() {
             &["--cache", "fast"],
             "writeback, none, writethrough, directsync, unsafe",
         ),
-        (&["--engine", "magic"], "auto, io_uring, null"),
+        (&["--engine", "magic"], "auto, io_uring, mmap, null"),
         (&["--discard", "maybe"], "'maybe' for '--discard"),
         (&["--poll-us", "-1"], "-1 is not in 0..=1000000"),
         (&["--queue-map", "sideways"], "grouping, modulo"),

@@ -3,6 +3,8 @@
 mod guest_support;
 #[path = "guest_tcg/resize.rs"]
 mod resize;
+#[path = "guest_tcg/upgrade.rs"]
+mod upgrade;
 
 use std::time::Duration;
 

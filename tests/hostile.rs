@@ -19,7 +19,17 @@ mod support;
 #[macro_use]
 mod stage;
 
+#[path = "hostile/ceilings.rs"]
+mod ceilings;
+#[path = "hostile/fds.rs"]
+mod fds;
+#[path = "hostile/hoards.rs"]
+mod hoards;
 #[path = "hostile/memory.rs"]
 mod memory;
+#[path = "hostile/messages.rs"]
+mod messages;
 #[path = "hostile/pace.rs"]
 mod pace;
+#[path = "hostile/rings.rs"]
+mod rings;

@@ -11,15 +11,23 @@ mod support;
 mod bad_requests;
 #[path = "native/config_space.rs"]
 mod config_space;
+#[path = "native/in_memory.rs"]
+mod in_memory;
 #[path = "native/io.rs"]
 mod io;
 #[path = "native/load.rs"]
 mod load;
+#[path = "native/migration.rs"]
+mod migration;
 #[path = "native/other_drivers.rs"]
 mod other_drivers;
+#[path = "native/placement.rs"]
+mod placement;
 #[path = "native/ranges.rs"]
 mod ranges;
 #[path = "native/rings.rs"]
 mod rings;
 #[path = "native/sessions.rs"]
 mod sessions;
+#[path = "native/syscalls.rs"]
+mod syscalls;

@@ -158,12 +158,12 @@ fn calmest(
     loop {
         sample::wait_for_calm(deadline.saturating_duration_since(Instant::now()));
         let taken = once()?;
-        let best = best.get_or_insert(taken);
+        let best = best.get_or_insert_with(|| taken.clone());
         if taken.others < best.others {
             *best = taken;
         }
         if best.others < sample::CALM || Instant::now() >= deadline {
-            return Ok(*best);
+            return Ok(best.clone());
         }
     }
 }

@@ -43,6 +43,18 @@ impl Histogram {
         self.total += other.total;
     }
 
+    /// All values as (nanoseconds, count), in classes of a sixteenth of a power of two, empty ones left out.
+    pub fn classes(&self) -> Vec<(f64, u64)> {
+        let coarse = self
+            .counts
+            .chunks(usize::try_from(CLASSES / 16).expect("a few"));
+        let counts = coarse.map(|counts| counts.iter().sum()).enumerate();
+        counts
+            .filter(|(_, count)| *count > 0)
+            .map(|(nth, count)| (middle_of(nth * 4 + 2), count))
+            .collect()
+    }
+
     /// The value that `share` (0 to 1) of all values do not exceed, in nanoseconds; 0 without values.
     pub fn percentile(&self, share: f64) -> f64 {
         let mut seen = 0;

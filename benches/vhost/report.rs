@@ -104,7 +104,8 @@ pub fn medians(measured: &[Measured]) -> String {
             involuntary,
             syscalls,
             others,
-        } = one.median;
+            latency_ns: _,
+        } = one.median.clone();
         let mut row = vec![one.name.clone()];
         row.extend([iops, mib, p50, p99, p999, cpu].map(short));
         if one.name == "fio" {

@@ -10,7 +10,7 @@ use serde::Serialize;
 use std::time::{Duration, Instant};
 
 /// What was measured. Times are in microseconds; what is counted is counted for each request.
-#[derive(Clone, Copy, Debug, Default, Serialize)]
+#[derive(Clone, Debug, Default, Serialize)]
 pub struct Sample {
     /// Requests in a second.
     pub iops: f64,
@@ -36,6 +36,9 @@ pub struct Sample {
     pub syscalls: Option<f64>,
     /// Share of the machine's CPU time that other processes took, 0 to 1.
     pub others: f64,
+    /// The latencies as a histogram: (nanoseconds, requests); of one round, not of a median.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub latency_ns: Vec<(f64, u64)>,
 }
 
 impl Sample {
@@ -74,6 +77,7 @@ impl Sample {
             involuntary: used.involuntary as f64 / requests,
             syscalls: None,
             others: machine_after.others(machine_before, used.user_ns + own.user_ns),
+            latency_ns: outcome.latency.classes(),
         };
         if count {
             let mut counter = None;
@@ -108,6 +112,7 @@ impl Sample {
             involuntary: of(|s| s.involuntary),
             syscalls: (!counted.is_empty()).then(|| median(counted)),
             others: of(|s| s.others),
+            latency_ns: Vec::new(),
         }
     }
 }

@@ -69,8 +69,22 @@ pub enum EngineKind {
     /// io_uring.
     #[value(name = "io_uring", alias = "io-uring")]
     IoUring,
+    /// The image lies in memory: it is mapped, and copied.
+    Mmap,
     /// No image: writes are forgotten, reads leave the guest's memory as it is.
     Null,
+}
+
+/// Whether the image's device is polled for completions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub enum PollDevice {
+    /// For the guest's poll queues, if it can be.
+    #[default]
+    Auto,
+    /// For all queues.
+    On,
+    /// Never.
+    Off,
 }
 
 /// How much the log tells.

@@ -4,7 +4,7 @@ use std::str::FromStr;
 
 use clap::Args;
 
-use super::choices::{LockWhen, OnError, Switch};
+use super::choices::{LockWhen, OnError, PollDevice, Switch};
 use super::{DISK, IO, PROCESS};
 
 /// The flags of one disk.
@@ -34,6 +34,14 @@ pub struct DiskSafety {
     #[arg(verbatim_doc_comment, long, value_name = "GROUP", help_heading = DISK)]
     pub socket_group: Option<String>,
 
+    /// Poll the device for completions instead of waiting for its interrupt: auto (for the
+    /// guest's poll queues, if the device can), on (for all queues) or off [default: auto]
+    #[arg(
+        verbatim_doc_comment, long, value_name = "WHEN", value_enum, hide_possible_values = true,
+        help_heading = IO
+    )]
+    pub io_poll: Option<PollDevice>,
+
     /// What becomes of a request that fails: report (the guest is told), stop (the disk is
     /// held until `blkmqctl resume`, and the guest waits), or enospc (stop if no space is
     /// left, else report) [default: report]
@@ -56,7 +64,7 @@ pub struct ProcessSafety {
     pub user: Option<UserName>,
 
     /// What the process gives up: on, off, or single layers as in seccomp=off,landlock=off;
-    /// the others are privileges and dumps [default: on]
+    /// the others are io-uring, privileges and dumps [default: on]
     #[arg(
         verbatim_doc_comment, long, value_name = "on|off|LAYER=on|off,...",
         value_parser = SandboxLayers::from_str, help_heading = PROCESS
@@ -102,6 +110,8 @@ pub struct SandboxLayers {
     pub privileges: bool,
     /// No core dumps.
     pub dumps: bool,
+    /// Rings that can do what a worker does, and nothing else.
+    pub io_uring: bool,
 }
 
 impl SandboxLayers {
@@ -112,6 +122,7 @@ impl SandboxLayers {
             landlock: on,
             privileges: on,
             dumps: on,
+            io_uring: on,
         }
     }
 }
@@ -142,6 +153,7 @@ impl FromStr for SandboxLayers {
                 Some("landlock") => &mut layers.landlock,
                 Some("privileges") => &mut layers.privileges,
                 Some("dumps") => &mut layers.dumps,
+                Some("io-uring") => &mut layers.io_uring,
                 _ => return Err(bad_layer(pair)),
             };
             *layer = on.ok_or_else(|| bad_layer(pair))?;
@@ -152,7 +164,8 @@ impl FromStr for SandboxLayers {
 
 fn bad_layer(pair: &str) -> String {
     format!(
-        "'{pair}' is none of on, off, seccomp=on|off, landlock=on|off, privileges=on|off, dumps=on|off"
+        "'{pair}' is none of on, off, seccomp=on|off, landlock=on|off, io-uring=on|off, \
+         privileges=on|off, dumps=on|off"
     )
 }
 

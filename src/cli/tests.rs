@@ -235,7 +235,7 @@ fn wrong_values_are_named_with_their_flag() {
         ),
         (
             &["--engine", "aio"],
-            "possible values: auto, io_uring, null",
+            "possible values: auto, io_uring, mmap, null",
         ),
         (&["--fd", "-1"], "--fd"),
         (&["--fd", "3", "--socket-path", "/a"], "cannot be used with"),

@@ -1,6 +1,8 @@
 //! Which question gets which answer.
 
 use std::fmt::Write as _;
+use std::io::Write as _;
+use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
 
 use serde_json::json;
@@ -9,6 +11,7 @@ use crate::cli::tuning::parse_group_name;
 use crate::daemon::disk::Disk;
 use crate::daemon::report::{TraceReport, Traced};
 use crate::daemon::roster::Roster;
+use crate::daemon::takeover::Giver;
 use crate::mq::ids::HctxId;
 use crate::mq::limits::MAX_GROUPS;
 
@@ -16,19 +19,33 @@ use super::change::{self, DiskChange};
 use super::http::{Request, Response};
 use super::{metrics, view};
 
+/// Where another daemon asks for the disks.
+const TAKE_OVER: &str = "/v1/take-over";
+
+/// What is said on this connection from here on is not HTTP (see [`crate::daemon::takeover`]).
+const SWITCH: &[u8] =
+    b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: blkmq-take-over\r\n\r\n";
+
 /// Answers for the process.
 #[derive(Debug)]
 pub(super) struct Api {
     roster: Arc<Roster>,
     /// Held while something is changed, so that two changes do not mix.
     changing: Mutex<()>,
+    giver: Giver,
+}
+
+/// Whether another daemon wants the disks.
+pub(super) fn asks_to_take_over(request: &Request) -> bool {
+    request.method == "POST" && request.path == TAKE_OVER
 }
 
 impl Api {
-    pub fn new(roster: Arc<Roster>) -> Api {
+    pub fn new(roster: Arc<Roster>, giver: Giver) -> Api {
         Api {
             roster,
             changing: Mutex::new(()),
+            giver,
         }
     }
 
@@ -86,6 +103,7 @@ impl Api {
                 Ok(Response::json(&view::disk(roster, disk)))
             }
             (["v1", "disks", _, "resume"], _) => Err(Response::method_not_allowed("POST")),
+            (["v1", "take-over"], _) => Err(Response::method_not_allowed("POST")),
             (["v1", "groups"], "GET") => {
                 let names = roster.group_names();
                 let groups: Vec<_> = names
@@ -133,6 +151,32 @@ impl Api {
                 404,
                 format!("there is no {path}; there are /v1/disks, /v1/groups, /v1/trace, /metrics"),
             )),
+        }
+    }
+
+    /// Hands the disks over to the daemon at the other end of `stream`, or goes on as before. Nothing
+    /// is changed meanwhile.
+    pub fn hand_over(
+        &self,
+        stream: UnixStream,
+        request: &Request,
+    ) -> Result<(), (UnixStream, Response)> {
+        let alone = self.begin_change();
+        let considered = alone.and_then(|alone| {
+            let offer = self.giver.consider(&stream, &request.body);
+            Ok((alone, offer.map_err(|why| Response::error(409, why))?))
+        });
+        match considered {
+            Ok((alone, offer)) => {
+                // If it has gone, that shows at the next step.
+                let _ = (&stream).write_all(SWITCH);
+                if self.giver.give(&offer, stream) {
+                    // What would be changed from here on would be lost.
+                    std::mem::forget(alone);
+                }
+                Ok(())
+            }
+            Err(refusal) => Err((stream, refusal)),
         }
     }
 

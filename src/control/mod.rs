@@ -22,6 +22,7 @@ use std::time::{Duration, Instant};
 
 use crate::daemon::roster::Roster;
 use crate::daemon::socket::Stop;
+use crate::daemon::takeover::Giver;
 
 use self::api::Api;
 use self::http::Response;
@@ -44,8 +45,9 @@ pub fn serve(
     listener: UnixListener,
     roster: Arc<Roster>,
     stop: Arc<Stop>,
+    giver: Giver,
 ) -> io::Result<JoinHandle<()>> {
-    let api = Arc::new(Api::new(roster));
+    let api = Arc::new(Api::new(roster, giver));
     let active = Arc::new(AtomicUsize::new(0));
     thread::Builder::new()
         .name("control".to_owned())
@@ -90,21 +92,36 @@ fn admit(stream: UnixStream, api: &Arc<Api>, active: &Arc<AtomicUsize>) {
         .name("control-client".to_owned())
         .stack_size(STACK_BYTES)
         .spawn(move || {
-            answer(&stream, &api);
+            let stream = answer(stream, &api);
+            // A client that sees the end of its connection finds the place free.
             drop(place);
+            drop(stream);
         });
     if let Err(error) = spawned {
         log::error!("control socket: cannot start a thread: {error}");
     }
 }
 
-fn answer(stream: &UnixStream, api: &Api) {
-    let response = match http::read_request(stream, Instant::now() + PATIENCE) {
+/// Gives the connection back, unless it became something else.
+fn answer(stream: UnixStream, api: &Api) -> Option<UnixStream> {
+    let response = match http::read_request(&stream, Instant::now() + PATIENCE) {
+        Ok(request) if api::asks_to_take_over(&request) => match api.hand_over(stream, &request) {
+            Ok(()) => return None,
+            Err((back, refusal)) => {
+                write(&refusal, &back);
+                return Some(back);
+            }
+        },
         Ok(request) => api.answer(&request),
         Err(Some(refusal)) => refusal,
         // It left without a question.
-        Err(None) => return,
+        Err(None) => return Some(stream),
     };
+    write(&response, &stream);
+    Some(stream)
+}
+
+fn write(response: &Response, stream: &UnixStream) {
     if let Err(error) = response.write(stream, Instant::now() + PATIENCE) {
         log::debug!("control socket: a client did not take its answer: {error}");
     }

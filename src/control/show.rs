@@ -14,11 +14,12 @@ pub fn status(overview: &Value) -> String {
     for disk in list(&overview["disks"]) {
         let _ = writeln!(
             out,
-            "disk {} (@{}): {}, {}{}, {}",
+            "disk {} (@{}): {}, {}{}{}, {}",
             text(&disk["serial"]),
             text(&disk["index"]),
             disk["size_bytes"].as_u64().map_or("-".to_owned(), bytes),
             text(&disk["image"]),
+            engine(&disk),
             if disk["read_only"] == true {
                 ", read-only"
             } else {
@@ -59,6 +60,15 @@ pub fn status(overview: &Value) -> String {
         queues(&mut out, &list(&disk["queues"]));
     }
     out
+}
+
+/// `, mmap (tmpfs)`, `, io_uring`.
+fn engine(disk: &Value) -> String {
+    match (disk["engine"].as_str(), disk["medium"].as_str()) {
+        (Some(engine), Some(medium)) => format!(", {engine} ({medium})"),
+        (Some(engine), None) => format!(", {engine}"),
+        (None, _) => String::new(),
+    }
 }
 
 /// Columns: heading, and the field of a queue or of its times.
@@ -138,7 +148,7 @@ mod tests {
     #[test]
     fn a_disk_is_shown_with_its_queues() {
         let overview = serde_json::json!({ "disks": [{
-            "serial": "a", "index": 0, "size_bytes": 3 << 29, "image": null, "connected": true,
+            "serial": "a", "index": 0, "size_bytes": 3 << 29, "image": null, "engine": "mmap", "medium": "tmpfs", "connected": true,
             "scheduler": "kyber", "scheduler_params": { "read_lat_nsec": 5 },
             "limits": { "iops": { "rate": 100, "burst": 10 } }, "group": "g",
             "stats": { "reads": { "ios": 7 } },
@@ -146,7 +156,7 @@ mod tests {
         }]});
         let text = status(&overview);
         for part in [
-            "disk a (@0): 1.5 GiB, -, connected",
+            "disk a (@0): 1.5 GiB, -, mmap (tmpfs), connected",
             "scheduler kyber read_lat_nsec=5",
             "limits    iops=100/10",
             "group     g",

@@ -9,6 +9,7 @@ use crate::config::{CacheMode, ImageSource};
 use crate::daemon::disk::Disk;
 use crate::daemon::report::{DiskSummary, Summary, WorkerSummary};
 use crate::daemon::roster::Roster;
+use crate::engine::IoPoll;
 use crate::mq::qos::Limits;
 use crate::virtio::features;
 
@@ -60,8 +61,18 @@ pub(super) struct DiskView {
     size_bytes: u64,
     logical_block_size: u32,
     read_only: bool,
+    /// `mmap`, `io_uring` or `null`.
+    engine: &'static str,
+    /// What a mapped image stands on: `tmpfs`, `hugetlbfs` or `dax`.
+    medium: Option<&'static str>,
+    /// Whether it is open with O_DIRECT.
+    direct: bool,
+    /// Which transfers the device is polled for: `never`, `poll-queues` or `always`.
+    io_poll: &'static str,
     cache: &'static str,
     write_through: bool,
+    /// Why flushes fail from now on, if they do.
+    sync_error: Option<String>,
     /// The most queues a front end can use, and what a queue's size is expected to be.
     num_queues: u16,
     queue_size: u16,
@@ -108,6 +119,14 @@ fn view(disk: &Disk, summary: DiskSummary) -> DiskView {
         size_bytes: disk.size_bytes(),
         logical_block_size: config.logical_block_size,
         read_only: config.read_only,
+        engine: disk.image().engine(),
+        medium: (disk.image().mapping.as_ref()).map(|mapping| mapping.medium().name()),
+        direct: disk.image().direct,
+        io_poll: match disk.image().io_poll {
+            IoPoll::Never => "never",
+            IoPoll::PollQueues => "poll-queues",
+            IoPoll::Always => "always",
+        },
         cache: match config.cache {
             CacheMode::Writeback => "writeback",
             CacheMode::None => "none",
@@ -116,6 +135,7 @@ fn view(disk: &Disk, summary: DiskSummary) -> DiskView {
             CacheMode::Unsafe => "unsafe",
         },
         write_through: disk.is_write_through(),
+        sync_error: disk.sync_error().map(|errno| errno.to_string()),
         num_queues: config.num_queues,
         queue_size: config.queue_size,
         features: feature_names(disk.features()),

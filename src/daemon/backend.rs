@@ -2,11 +2,14 @@
 //! [`super::vring`]'s.
 
 use std::fmt;
+use std::fs::File;
 use std::io;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vhost::vhost_user::Backend as BackendChannel;
-use vhost::vhost_user::message::VhostUserProtocolFeatures;
+use vhost::vhost_user::message::{
+    VhostTransferStateDirection as Direction, VhostTransferStatePhase, VhostUserProtocolFeatures,
+};
 use vhost_user_backend::VhostUserBackend;
 use vm_memory::GuestAddressSpace;
 use vmm_sys_util::epoll::EventSet;
@@ -15,6 +18,8 @@ use crate::mq::limits::MAX_RING_SIZE;
 use crate::virtio::features;
 use crate::virtio::memory::MemoryTable;
 
+use super::device_state::DeviceState;
+use super::dirty::Unlogged;
 use super::disk::CacheError;
 use super::vring::{GuestMemory, SessionState, Vring};
 
@@ -23,6 +28,19 @@ pub struct DeviceBackend {
     session: Arc<SessionState>,
     /// Kept open: the front end takes its closing for the device's end.
     channel: Mutex<Option<BackendChannel>>,
+    /// What is to be heard of the last transfer of the device's state.
+    transfer: Mutex<Transfer>,
+}
+
+/// A transfer of the device's state.
+#[derive(Debug, Default)]
+enum Transfer {
+    #[default]
+    None,
+    /// It was given to the front end.
+    Saved,
+    /// The front end writes it here, and will say when it has.
+    Loading(File),
 }
 
 impl fmt::Debug for DeviceBackend {
@@ -39,12 +57,19 @@ impl DeviceBackend {
         DeviceBackend {
             session,
             channel: Mutex::new(None),
+            transfer: Mutex::default(),
         }
     }
 }
 
+impl DeviceBackend {
+    fn lock_transfer(&self) -> MutexGuard<'_, Transfer> {
+        self.transfer.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 impl VhostUserBackend for DeviceBackend {
-    type Bitmap = ();
+    type Bitmap = Unlogged;
     type Vring = Vring;
 
     fn num_queues(&self) -> usize {
@@ -64,6 +89,7 @@ impl VhostUserBackend for DeviceBackend {
         if acked & features::VERSION_1 != 0 {
             self.session.disk().driver_acknowledged(acked);
         }
+        self.session.set_logging(acked & features::LOG_ALL != 0);
     }
 
     fn protocol_features(&self) -> VhostUserProtocolFeatures {
@@ -73,12 +99,15 @@ impl VhostUserBackend for DeviceBackend {
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
             | VhostUserProtocolFeatures::RESET_DEVICE
             | VhostUserProtocolFeatures::BACKEND_REQ
+            | VhostUserProtocolFeatures::LOG_SHMFD
+            | VhostUserProtocolFeatures::DEVICE_STATE
             // The guard answers its messages.
             | VhostUserProtocolFeatures::INFLIGHT_SHMFD
     }
 
     fn reset_device(&self) {
         self.session.reset();
+        self.session.set_logging(false);
     }
 
     fn set_event_idx(&self, _enabled: bool) {
@@ -104,6 +133,51 @@ impl VhostUserBackend for DeviceBackend {
             Err(error @ CacheError::Sync(_)) => {
                 log::error!("disk {}: {error}", disk.config.serial);
                 Err(io::Error::other(error))
+            }
+        }
+    }
+
+    fn set_device_state_fd(
+        &self,
+        direction: Direction,
+        _phase: VhostTransferStatePhase,
+        file: File,
+    ) -> io::Result<Option<File>> {
+        let disk = self.session.disk();
+        let mut transfer = self.lock_transfer();
+        *transfer = Transfer::None;
+        *transfer = match direction {
+            Direction::SAVE => {
+                let state = disk.device_state();
+                state.save(&file).inspect_err(|error| {
+                    log::warn!(
+                        "disk {}: its state is not saved: {error}",
+                        disk.config.serial
+                    );
+                })?;
+                Transfer::Saved
+            }
+            Direction::LOAD => Transfer::Loading(file),
+        };
+        Ok(None)
+    }
+
+    fn check_device_state(&self) -> io::Result<()> {
+        let disk = self.session.disk();
+        match std::mem::take(&mut *self.lock_transfer()) {
+            Transfer::None => Err(io::Error::other("no state was transferred")),
+            Transfer::Saved => Ok(()),
+            Transfer::Loading(file) => {
+                let state = DeviceState::load(&file).inspect_err(|error| {
+                    log::warn!(
+                        "disk {}: a state is not restored: {error}",
+                        disk.config.serial
+                    );
+                })?;
+                match state {
+                    Some(state) => disk.restore_state(state),
+                    None => Ok(()),
+                }
             }
         }
     }

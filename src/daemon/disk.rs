@@ -1,7 +1,9 @@
 //! A disk of the process, from its configuration to the workers that serve its queues.
 
 mod cache;
+mod dealing;
 mod describe;
+mod hold;
 mod resize;
 mod tuning;
 mod usage;
@@ -27,6 +29,7 @@ use crate::virtio::shape::DiskShape;
 pub use self::cache::CacheError;
 use self::cache::CacheState;
 use self::describe::{shape, space, target};
+pub use self::hold::{Changes, Holding};
 pub use self::resize::ResizeError;
 use self::resize::Size;
 pub use self::tuning::Membership;
@@ -51,6 +54,8 @@ pub struct Disk {
     /// Whether syncs of the image can be believed.
     sync_fault: Arc<SyncFault>,
     workers: Vec<WorkerHandle>,
+    /// The worker of each queue, by its place in the list.
+    dealt: Mutex<Vec<usize>>,
     queues: Mutex<QueuesInUse>,
     scheduler: Mutex<Params>,
     /// Held while the workers change the scheduler.
@@ -86,8 +91,10 @@ impl Disk {
         workers: Vec<WorkerHandle>,
         group: Option<Membership>,
     ) -> io::Result<Arc<Disk>> {
+        log::info!("disk {}: {}", config.serial, image.describe());
         let shape = shape(&config, &image);
         let space = space(&config, &image, &shape);
+        let dealt = Mutex::new(dealing::at_first(id.index(), config.num_queues, &workers));
         let disk = Disk {
             id,
             write_through: Arc::new(AtomicBool::new(config.cache.is_write_through())),
@@ -105,6 +112,7 @@ impl Disk {
             image,
             shape,
             space,
+            dealt,
             workers,
             scheduler: Mutex::new(Params::None),
             switching: Mutex::new(()),
@@ -174,16 +182,6 @@ impl Disk {
     /// A front end came, or left.
     pub fn set_connected(&self, connected: bool) {
         self.connected.store(connected, Ordering::Relaxed);
-    }
-
-    /// The worker a queue belongs to, always the same.
-    ///
-    /// Queues are dealt to workers one by one, beginning with a different worker for each disk. A
-    /// grouping as the guest's queue map makes would be better for caches, but a disk offers many
-    /// more queues than a guest uses, and grouping them all would put the few that are used onto
-    /// the first worker.
-    pub fn worker_of(&self, queue: QueueId) -> &WorkerHandle {
-        &self.workers[(self.id.index() + queue.index()) % self.workers.len()]
     }
 
     /// All workers.

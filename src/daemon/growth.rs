@@ -6,6 +6,7 @@
 //! events (a uevent "change", from set_capacity_and_notify in block/genhd.c and from the device
 //! mapper). Both are only a reason to look.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -19,7 +20,7 @@ use rustix::io::Errno;
 use rustix::net::netlink::{self, SocketAddrNetlink};
 use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType, recv};
 
-use crate::engine::disk::ImageKind;
+use crate::engine::disk::{Image, ImageKind};
 
 use super::disk::{Disk, ResizeError};
 use super::socket::Stop;
@@ -37,55 +38,55 @@ const EVENT_BYTES: usize = 8192;
 #[derive(Debug)]
 pub struct GrowthWatch {
     files: OwnedFd,
-    /// A disk for each inotify watch.
-    watched: Vec<(i32, Arc<Disk>)>,
+    /// For each inotify watch, the place of its disk.
+    watched: Vec<(i32, usize)>,
     /// Only there if there are devices.
     events: Option<OwnedFd>,
-    devices: Vec<(u64, Arc<Disk>)>,
-    stop: Arc<Stop>,
+    /// For each device number, the place of its disk.
+    devices: Vec<(u64, usize)>,
+    disks: Vec<Arc<Disk>>,
 }
 
 impl GrowthWatch {
-    /// Begins to watch. An image that cannot be watched is followed when somebody says so.
+    /// Begins to watch, with whatever permissions the images were opened with. One that cannot be watched
+    /// is followed when somebody says so.
     ///
     /// # Errors
     ///
     /// No descriptor to be had.
-    pub fn new(disks: &[Arc<Disk>], stop: Arc<Stop>) -> io::Result<GrowthWatch> {
+    pub fn new(images: &[Image]) -> io::Result<GrowthWatch> {
         let files = inotify::init(inotify::CreateFlags::CLOEXEC | inotify::CreateFlags::NONBLOCK)?;
         let mut watch = GrowthWatch {
             files,
             watched: Vec::new(),
             events: None,
             devices: Vec::new(),
-            stop,
+            disks: Vec::new(),
         };
-        for disk in disks {
-            let image = disk.image();
+        for (place, image) in images.iter().enumerate() {
             let watching = match image.kind {
-                ImageKind::File => watch.add_file(disk),
-                ImageKind::BlockDevice => watch.add_device(disk),
+                ImageKind::File => watch.add_file(image, place),
+                ImageKind::BlockDevice => watch.add_device(image, place),
                 ImageKind::Null => continue,
             };
             if let Err(error) = watching {
                 log::warn!(
-                    "disk {}: the size of its image cannot be watched: {error}; use blkmqctl resize",
-                    disk.config.serial
+                    "the size of the image of disk @{place} cannot be watched: {error}; use blkmqctl resize"
                 );
             }
         }
         Ok(watch)
     }
 
-    fn add_file(&mut self, disk: &Arc<Disk>) -> io::Result<()> {
+    fn add_file(&mut self, image: &Image, place: usize) -> io::Result<()> {
         // By descriptor, so that it is this file and not the one that has its name by now.
-        let path = format!("/proc/self/fd/{}", disk.image().file.as_raw_fd());
+        let path = format!("/proc/self/fd/{}", image.file.as_raw_fd());
         let id = inotify::add_watch(&self.files, path, inotify::WatchFlags::CLOSE_WRITE)?;
-        self.watched.push((id, Arc::clone(disk)));
+        self.watched.push((id, place));
         Ok(())
     }
 
-    fn add_device(&mut self, disk: &Arc<Disk>) -> io::Result<()> {
+    fn add_device(&mut self, image: &Image, place: usize) -> io::Result<()> {
         if self.events.is_none() {
             let socket = rustix::net::socket_with(
                 AddressFamily::NETLINK,
@@ -96,35 +97,34 @@ impl GrowthWatch {
             rustix::net::bind(&socket, &SocketAddrNetlink::new(0, KERNEL_EVENTS))?;
             self.events = Some(socket);
         }
-        let number = disk.image().file.metadata()?.rdev();
-        self.devices.push((number, Arc::clone(disk)));
+        let number = image.file.metadata()?.rdev();
+        self.devices.push((number, place));
         Ok(())
     }
 
-    /// Watches on a thread of its own, which sleeps until an image may have grown.
+    /// Watches for `disks`, which have the images, on a thread of its own, which sleeps until an image may
+    /// have grown.
     ///
     /// # Errors
     ///
     /// The thread cannot be started.
-    pub fn spawn(self) -> io::Result<Option<JoinHandle<()>>> {
+    pub fn spawn(mut self, disks: &[Arc<Disk>], stop: &Stop) -> io::Result<Option<JoinHandle<()>>> {
         if self.watched.is_empty() && self.devices.is_empty() {
             return Ok(None);
         }
+        self.disks = disks.to_vec();
+        let stop = stop.watch()?;
         thread::Builder::new()
             .name("growth".to_owned())
             .stack_size(STACK_BYTES)
-            .spawn(move || self.run())
+            .spawn(move || self.run(&stop))
             .map(Some)
     }
 
-    fn run(self) {
-        let Ok(stop) = self.stop.watch() else {
-            log::error!("no descriptor left to watch the sizes of the images");
-            return;
-        };
+    fn run(self, stop: &OwnedFd) {
         loop {
             let mut fds = vec![
-                PollFd::new(&stop, PollFlags::IN),
+                PollFd::new(stop, PollFlags::IN),
                 PollFd::new(&self.files, PollFlags::IN),
             ];
             if let Some(events) = &self.events {
@@ -148,39 +148,33 @@ impl GrowthWatch {
 
     /// The disks whose images may have changed since the last time, each once.
     fn changed(&self) -> Vec<&Arc<Disk>> {
-        let mut changed: Vec<&Arc<Disk>> = Vec::new();
-        let mut add = |disk| {
-            if !changed.iter().any(|known| Arc::ptr_eq(known, disk)) {
-                changed.push(disk);
-            }
-        };
+        let mut changed = BTreeSet::new();
         let mut space = [MaybeUninit::uninit(); 4096];
         let mut reader = inotify::Reader::new(&self.files, &mut space);
         while let Ok(event) = reader.next() {
             let lost = event.events().contains(inotify::ReadFlags::QUEUE_OVERFLOW);
             let of_event = |id: i32| lost || id == event.wd();
-            for (_, disk) in self.watched.iter().filter(|(id, _)| of_event(*id)) {
-                add(disk);
-            }
+            let of_event = self.watched.iter().filter(|(id, _)| of_event(*id));
+            changed.extend(of_event.map(|(_, place)| *place));
         }
-        let Some(events) = &self.events else {
-            return changed;
-        };
         let mut bytes = [0; EVENT_BYTES];
-        loop {
+        while let Some(events) = &self.events {
             match recv(events, &mut bytes, RecvFlags::DONTWAIT) {
                 Ok((length, _)) => {
                     let number = changed_device(&bytes[..length]);
-                    for (_, disk) in self.devices.iter().filter(|(n, _)| Some(*n) == number) {
-                        add(disk);
-                    }
+                    let of_event = self.devices.iter().filter(|(n, _)| Some(*n) == number);
+                    changed.extend(of_event.map(|(_, place)| *place));
                 }
                 Err(Errno::INTR) => {}
                 // Some were lost: it may have been any.
-                Err(Errno::NOBUFS) => self.devices.iter().for_each(|(_, disk)| add(disk)),
-                Err(_) => return changed,
+                Err(Errno::NOBUFS) => changed.extend(self.devices.iter().map(|(_, place)| *place)),
+                Err(_) => break,
             }
         }
+        changed
+            .into_iter()
+            .map(|place| &self.disks[place])
+            .collect()
     }
 }
 

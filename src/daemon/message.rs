@@ -20,9 +20,12 @@ use crate::virtio::memory::MemoryTable;
 use crate::virtio::ring::{RingError, RingSetup};
 use crate::virtio::shape::DiskShape;
 
+use super::dirty::DiskLog;
 use super::faults::Hold;
+use super::placement::Seat;
 use super::report::{TraceReport, WorkerReport};
 use super::socket::Stop;
+use super::worker::HeldRings;
 
 /// A ring the front end has finished describing.
 #[derive(Debug)]
@@ -96,10 +99,17 @@ pub enum Message {
     /// Freeze the disk's rings, use the new memory, thaw. Rings that do not lie in the new memory
     /// are stopped as broken.
     SetMemory(DiskId, Arc<MemoryTable>, Reply<()>),
+    /// From now on mark what is written to the guest's memory, or mark nothing any more.
+    SetLog(DiskId, Option<Arc<DiskLog>>, Reply<()>),
     /// Freeze the disk's rings, thaw when nothing is in flight.
     Drain(DiskId, Reply<()>),
     /// The disk has this many bytes from now on, more than before; its rings go on meanwhile.
     Resize(DiskId, u64, Reply<std::io::Result<()>>),
+    /// Take nothing more of the disk, and answer when nothing is in flight; where its rings are then.
+    /// The disk stays so until it is released.
+    Hold(DiskId, Reply<HeldRings>),
+    /// Go on with a disk that was held, under its own limits and its group's.
+    Release(DiskId, Arc<Throttle>, Option<Arc<Throttle>>, Reply<()>),
     /// The queue map changed: this many vCPUs use the ring.
     SetCtxs(RingId, u16, Reply<()>),
     /// Freeze the disk's rings, use another elevator, thaw.
@@ -159,17 +169,19 @@ pub struct WorkerHandle {
     id: WorkerId,
     messages: Sender<Message>,
     waker: Waker,
+    seat: Arc<Seat>,
 }
 
 impl WorkerHandle {
     /// A handle, and the receiver for the worker it belongs to.
-    pub fn new(id: WorkerId, waker: Waker) -> (WorkerHandle, Receiver<Message>) {
+    pub fn new(id: WorkerId, waker: Waker, seat: Seat) -> (WorkerHandle, Receiver<Message>) {
         let (messages, inbox) = mpsc::channel();
         (
             WorkerHandle {
                 id,
                 messages,
                 waker,
+                seat: Arc::new(seat),
             },
             inbox,
         )
@@ -183,6 +195,11 @@ impl WorkerHandle {
     /// Has the worker look around without a message.
     pub fn nudge(&self) {
         self.waker.wake();
+    }
+
+    /// Where it lives.
+    pub fn seat(&self) -> &Seat {
+        &self.seat
     }
 
     /// Sends a message and waits for the answer.

@@ -2,15 +2,21 @@
 
 pub mod backend;
 pub mod clock;
+pub mod device_state;
+pub mod dirty;
 pub mod disk;
 pub mod faults;
+pub mod files;
 pub mod growth;
 pub mod message;
+pub mod placement;
 pub mod report;
 pub mod roster;
 pub mod sandbox;
+pub mod serve;
 pub mod server;
 pub mod session;
 pub mod socket;
+pub mod takeover;
 pub mod vring;
 pub mod worker;

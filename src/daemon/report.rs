@@ -207,6 +207,10 @@ impl From<&HctxTimes> for TimesSummary {
 pub struct WorkerSummary {
     /// Its number.
     pub worker: u16,
+    /// The CPUs it may run on, as taskset(1) writes them; `null` if nobody chose.
+    pub cpus: Option<String>,
+    /// The NUMA node they are on; `null` on a machine with one.
+    pub node: Option<u16>,
     /// The queues it served, over all disks.
     pub queues: usize,
     /// System calls (`io_uring_enter`).

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
+use crate::cli::cpus::CpuList;
 use crate::config::Group;
 use crate::mq::diskstats::DiskStats;
 use crate::mq::qos::{Limits, Throttle};
@@ -18,15 +19,26 @@ use super::report::{DiskSummary, QueueSummary, Summary, TraceReport, WorkerRepor
 
 /// The groups of disks that share limits, by name.
 #[derive(Debug, Default)]
-pub struct Groups(Mutex<BTreeMap<String, Arc<Throttle>>>);
+pub struct Groups {
+    now: Mutex<BTreeMap<String, Arc<Throttle>>>,
+    /// As the configuration has them.
+    configured: BTreeMap<String, Limits>,
+}
 
 impl Groups {
     /// Those of the configuration, with full buckets.
     pub fn new(groups: &[Group]) -> Groups {
-        let groups = groups
+        let configured: BTreeMap<_, _> = groups
             .iter()
-            .map(|group| (group.name.clone(), Arc::new(Throttle::new(group.limits))));
-        Groups(Mutex::new(groups.collect()))
+            .map(|group| (group.name.clone(), group.limits))
+            .collect();
+        let now = configured
+            .iter()
+            .map(|(name, limits)| (name.clone(), Arc::new(Throttle::new(*limits))));
+        Groups {
+            now: Mutex::new(now.collect()),
+            configured,
+        }
     }
 
     /// The group of that name, as what a disk can be a member of.
@@ -39,7 +51,7 @@ impl Groups {
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Arc<Throttle>>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.now.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -105,7 +117,7 @@ impl Roster {
 
     /// The summary of `reports`.
     pub fn summarize(&self, reports: &[WorkerReport]) -> Summary {
-        summarize(&self.disks, reports)
+        summarize(&self.disks, &self.workers, reports)
     }
 
     /// Limits a disk from now on.
@@ -116,6 +128,15 @@ impl Roster {
     /// The names of the groups, in order.
     pub fn group_names(&self) -> Vec<String> {
         self.groups.lock().keys().cloned().collect()
+    }
+
+    /// The groups whose limits are not as configured, with those they have.
+    pub fn changed_groups(&self) -> BTreeMap<String, Limits> {
+        let now = self.groups.lock();
+        now.iter()
+            .map(|(name, throttle)| (name.clone(), throttle.limits()))
+            .filter(|(name, limits)| self.groups.configured.get(name) != Some(limits))
+            .collect()
     }
 
     /// A group and its limits.
@@ -155,12 +176,14 @@ impl Roster {
 }
 
 /// One summary of what all workers reported, in the workers' order.
-fn summarize(disks: &[Arc<Disk>], reports: &[WorkerReport]) -> Summary {
+fn summarize(disks: &[Arc<Disk>], workers: &[WorkerHandle], reports: &[WorkerReport]) -> Summary {
     let workers = reports
         .iter()
-        .zip(0..)
+        .zip(workers)
         .map(|(report, worker)| WorkerSummary {
-            worker,
+            worker: worker.id().0,
+            cpus: worker.seat().cpus.as_ref().map(CpuList::to_string),
+            node: worker.seat().node,
             queues: report.queues.len(),
             enters: report.engine.enters,
             sqes: report.engine.sqes,

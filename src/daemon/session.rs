@@ -27,17 +27,20 @@
 //! other side is not read. So a peer that stops reading stops its own session, whose memory stays
 //! bounded and which can still be stopped.
 
+mod carry;
+mod contents;
 mod fds;
 mod inflight;
+mod log;
 mod memory;
 mod notifier;
 mod refusal;
+mod rest;
 mod rules;
 mod shape;
 mod wire;
 
 use std::io;
-use std::net::Shutdown;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
@@ -45,13 +48,17 @@ use std::sync::Arc;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 
+pub use carry::{CarriedRegion, CarriedRing, CarriedSession, Negotiated, PrimeError};
 pub use fds::open_fd_table;
-pub use inflight::InflightStore;
+pub use inflight::{CarriedInflight, InflightStore};
+pub use log::LogKeeper;
 pub use notifier::ConfigNotifier;
 pub use refusal::{Reason, Refusal, RequestName};
 
 use inflight::Turnstile;
 use notifier::Channel;
+use rest::Rest;
+pub use rest::Served;
 use rules::Rules;
 use wire::{Flushed, MAX_FDS, Message, Progress, Receiver, SendQueue};
 
@@ -131,6 +138,7 @@ pub struct Guard {
     turnstile: Turnstile,
     inflight: Arc<InflightStore>,
     channel: Arc<Channel>,
+    rest: Rest,
 }
 
 impl Guard {
@@ -164,7 +172,14 @@ impl Guard {
             turnstile: Turnstile::default(),
             inflight: Arc::default(),
             channel,
+            rest: Rest::default(),
         })
+    }
+
+    /// What the front end says of its dirty log goes to `keeper`. Without one a log is refused.
+    pub fn with_log(mut self, keeper: Arc<dyn LogKeeper>) -> Guard {
+        self.rules.keep_log(keeper);
+        self
     }
 
     /// Ends the session when `memory_lost` is readable.
@@ -188,17 +203,12 @@ impl Guard {
 
     /// Carries messages until the session is over, and shuts both connections down.
     pub fn run(mut self) -> SessionEnd {
-        let end = loop {
-            if let Err(end) = self.turn() {
-                break end;
+        loop {
+            if let Served::Over(end) = self.serve() {
+                self.close();
+                return end;
             }
-        };
-        self.channel.close();
-        // Closing is not enough where the caller or the device holds a duplicate. A peer that is
-        // gone already makes these fail, which changes nothing.
-        let _ = self.front_end.shutdown(Shutdown::Both);
-        let _ = self.device.shutdown(Shutdown::Both);
-        end
+        }
     }
 
     /// Waits until something can be done, and does it.
@@ -210,6 +220,9 @@ impl Guard {
         if ready.memory_lost {
             return Err(SessionEnd::MemoryLost);
         }
+        if ready.wish {
+            self.rest.begin();
+        }
         self.flush()?;
         if ready.front_end.intersects(PollFlags::IN | HUNG_UP) {
             if !self.takes_requests() && ready.front_end.intersects(HUNG_UP) {
@@ -220,6 +233,13 @@ impl Guard {
         if ready.device.intersects(PollFlags::IN | HUNG_UP) {
             self.device_hung_up |= ready.device.intersects(HUNG_UP);
             self.carry_answers()?;
+        }
+        let midway = self.from_front_end.is_midway()
+            || self.turnstile.is_closed()
+            || !self.to_device.is_empty();
+        if let Some(question) = self.rest.question(midway) {
+            self.to_device.push(question);
+            self.flush()?;
         }
         Ok(())
     }
@@ -249,11 +269,13 @@ impl Guard {
                 interest(from_device, !self.to_device.is_empty()),
             ));
         }
-        let others = fds.len();
+        let extra = fds.len();
+        let wishes = [self.memory_lost.as_ref(), self.rest.wish()];
         fds.extend(
-            self.memory_lost
+            wishes
                 .iter()
-                .map(|fd| PollFd::new(fd, PollFlags::IN)),
+                .flatten()
+                .map(|fd| PollFd::new(*fd, PollFlags::IN)),
         );
         loop {
             match poll(&mut fds, None) {
@@ -269,7 +291,9 @@ impl Guard {
                 true => fds[2].revents(),
                 false => PollFlags::empty(),
             },
-            memory_lost: fds.get(others).is_some_and(|fd| !fd.revents().is_empty()),
+            memory_lost: wishes[0].is_some() && !fds[extra].revents().is_empty(),
+            // The last of them, if it is there at all.
+            wish: wishes[1].is_some() && fds.last().is_some_and(|fd| !fd.revents().is_empty()),
         })
     }
 
@@ -289,7 +313,9 @@ impl Guard {
 
     /// Whether a request of the front end can be dealt with now.
     fn takes_requests(&self) -> bool {
-        self.to_device.has_room() && !self.turnstile.is_closed()
+        self.to_device.has_room()
+            && !self.turnstile.is_closed()
+            && self.rest.lets_read(self.from_front_end.is_midway())
     }
 
     /// Carries the front end's requests to the device, each after it was judged.
@@ -315,6 +341,7 @@ impl Guard {
                 }
                 Progress::Message(message) => {
                     let message = self.rules.admit(message).map_err(refused)?;
+                    self.rest.passes(&message);
                     self.to_device.push(self.turnstile.pass(message));
                     self.flush()?;
                 }
@@ -347,6 +374,7 @@ impl Guard {
                 Progress::Header(header) if rules::check_answer_header(header) => {
                     self.from_device.expect_payload(header);
                 }
+                Progress::Message(message) if self.rest.takes(&message) => {}
                 Progress::Message(message) => {
                     self.rules.observe_answer(&message);
                     let answer = match self.turnstile.answered(&message) {
@@ -381,6 +409,7 @@ const HUNG_UP: PollFlags = PollFlags::HUP.union(PollFlags::ERR);
 /// What a turn found ready.
 struct Ready {
     stop: bool,
+    wish: bool,
     memory_lost: bool,
     front_end: PollFlags,
     device: PollFlags,

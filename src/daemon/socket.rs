@@ -3,7 +3,7 @@
 use std::fmt;
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -19,8 +19,9 @@ use vmm_sys_util::tempdir::TempDir;
 
 use crate::error::StartError;
 
-/// Connections that may wait to be accepted; as many as the standard library asks for.
-const BACKLOG: i32 = -1;
+/// Connections that may wait to be accepted: as many as the system allows (net.core.somaxconn), which is
+/// what the standard library takes for its listeners.
+const BACKLOG: i32 = i32::MAX;
 
 /// Where one disk's front ends come from.
 #[derive(Debug)]
@@ -55,6 +56,26 @@ impl Drop for SocketFile {
         {
             let _ = fs::remove_file(&self.path);
         }
+    }
+}
+
+impl SocketFile {
+    /// The file at `path` that somebody else made, known by its device and inode.
+    pub fn inherited(path: &Path, identity: (u64, u64)) -> SocketFile {
+        SocketFile {
+            path: path.to_owned(),
+            identity,
+        }
+    }
+
+    /// Its device and inode.
+    pub fn identity(&self) -> (u64, u64) {
+        self.identity
+    }
+
+    /// Leaves the file where it is: it is another process's from now on.
+    pub fn leave(self) {
+        std::mem::forget(self);
     }
 }
 
@@ -103,6 +124,12 @@ impl Door {
         match outcome {
             Ok(listening) => {
                 let _ = rustix::io::fcntl_setfd(&socket, rustix::io::FdFlags::CLOEXEC);
+                if listening {
+                    // Once more, so that the kernel names us as the ones who listen: that is how a
+                    // session knows a connection to this process.
+                    rustix::net::listen(&socket, BACKLOG)
+                        .map_err(|_| bad("cannot be listened on"))?;
+                }
                 Ok(if listening {
                     Door::Listening(socket.into(), None)
                 } else {
@@ -279,6 +306,12 @@ impl Stop {
     }
 }
 
+impl AsFd for Stop {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
 /// Where the session guard meets the crate's daemon.
 ///
 /// The crate only takes connections from a listener, so there is one that nobody else can reach:
@@ -298,17 +331,21 @@ impl fmt::Debug for Junction {
 }
 
 impl Junction {
-    /// Creates it.
+    /// Creates it, for a process that is to become `owner` (user and group), or stays what it is.
     ///
     /// # Errors
     ///
     /// The directory for temporary files cannot be written to.
-    pub fn new() -> io::Result<Junction> {
+    pub fn new(owner: Option<(u32, u32)>) -> io::Result<Junction> {
         // Readable by this user only, and removed when it goes out of scope.
         let directory =
             TempDir::new().map_err(|error| io::Error::from_raw_os_error(error.errno()))?;
         let path = directory.as_path().join("junction");
         let listener = UnixListener::bind(&path)?;
+        if let Some((uid, gid)) = owner {
+            // Who connects needs the right to write.
+            std::os::unix::fs::chown(&path, Some(uid), Some(gid))?;
+        }
         let file = rustix::fs::open(&path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
         Ok(Junction {
             listener: Mutex::new(Listener::from(listener)),
@@ -339,7 +376,7 @@ mod tests {
 
     #[test]
     fn a_junction_joins_what_connects_to_what_accepts() {
-        let junction = Junction::new().unwrap();
+        let junction = Junction::new(None).unwrap();
         for _ in 0..3 {
             let mut theirs = None;
             let mut ours = junction

@@ -5,6 +5,7 @@
 //! each change that matters on to the worker that owns the ring, waiting until the worker has
 //! adopted it.
 
+mod carry;
 mod end;
 mod state;
 
@@ -19,14 +20,16 @@ use virtio_queue::{Error as QueueError, QueueT};
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
 use crate::mq::ids::{QueueId, RingId};
+use crate::mq::limits::MAX_RING_SIZE;
 use crate::virtio::ring::RingSetup;
 
+use super::dirty::Unlogged;
 use super::message::{FdRole, Message, Reply, StartRing};
 
 pub use state::SessionState;
 
 /// Guest memory as the crate hands it out. The data path does not go through it.
-pub type GuestMemory = GuestMemoryAtomic<GuestMemoryMmap>;
+pub type GuestMemory = GuestMemoryAtomic<GuestMemoryMmap<Unlogged>>;
 
 thread_local! {
     /// The session whose rings are being made on this thread: `VringT::new` is told nothing.
@@ -105,7 +108,7 @@ impl Vring {
                 used: queue.used_ring(),
                 next_avail: queue.next_avail(),
                 event_idx: queue.event_idx_enabled(),
-                chain_limit: disk.config.queue_size,
+                chain_limit: MAX_RING_SIZE,
             };
             (setup, state.is_enabled())
         };

@@ -12,12 +12,15 @@
 mod control;
 mod driver;
 mod faults;
+mod hold;
 mod intake;
+mod logged;
 mod lost;
 mod port;
 mod resize;
 mod rest;
 mod spin;
+mod start;
 mod tally;
 mod traced;
 mod watchdog;
@@ -29,9 +32,9 @@ use std::sync::mpsc::{self, Receiver};
 use std::thread::{self, JoinHandle};
 
 use crate::config::OnTimeout;
-use crate::engine::{DiskSlot, Engine, Event, Waker};
+use crate::engine::{DiskSlot, Engine, Errno, Event, Waker};
 use crate::mq::Mq;
-use crate::mq::ids::{HctxId, WorkerId};
+use crate::mq::ids::{DiskId, DriverTag, HctxId, WorkerId};
 use crate::mq::limits::{DRIVER_TAGS, RESERVED_TAGS};
 use crate::sigbus;
 use crate::virtio::pool::SegmentPool;
@@ -41,12 +44,15 @@ use crate::virtio::shape::DiskShape;
 use self::control::Pending;
 use self::driver::EngineDriver;
 use self::faults::{Care, failed};
+pub use self::hold::HeldRings;
 use self::port::Port;
 use self::spin::Spin;
 use self::traced::Named;
 use self::watchdog::Watchdog;
 use super::clock::Clock;
+use super::dirty::DiskLog;
 use super::message::{Message, WorkerHandle};
+use super::placement::Seat;
 use super::report::QueueReport;
 
 /// A worker that finds nothing reads the clock once in this many turns: the reading would be most of
@@ -61,27 +67,48 @@ const LOOK_FOR_LOSSES: u64 = 0;
 struct WorkerDisk {
     shape: DiskShape,
     write_through: Arc<AtomicBool>,
+    /// While the guest migrates.
+    log: Option<Arc<DiskLog>>,
     care: Care,
+    /// Room for its long requests. Each disk has its own, so that none can keep others waiting; made
+    /// with the first ring.
+    pool: Option<SegmentPool>,
+}
+
+impl WorkerDisk {
+    #[inline]
+    fn pool(&mut self) -> &mut SegmentPool {
+        self.pool.as_mut().expect("made with the first ring")
+    }
 }
 
 struct Worker {
     id: WorkerId,
     engine: Engine,
     mq: Mq<GuestIo>,
-    pool: SegmentPool,
     /// By disk.
     disks: Vec<Option<WorkerDisk>>,
     /// By disk: the engine's number for it.
     slots: Vec<Option<DiskSlot>>,
     /// By hctx.
     ports: Vec<Option<Port>>,
+    /// By hctx: the guest polls for its completions.
+    polled: Vec<bool>,
     /// Ports that are looked at each turn.
     hot: Vec<HctxId>,
+    /// Ports of which something is taken in this turn; empty between turns.
+    busy: Vec<HctxId>,
     /// Ports with used elements nobody was told about.
     touched: Vec<HctxId>,
+    /// There are ports that wait for room in the pool.
+    starving: bool,
+    /// Some has been made for them since the last look.
+    room: bool,
     inbox: Receiver<Message>,
     has_mail: bool,
     pending: Vec<Pending>,
+    /// Disks that take nothing until they are released.
+    held: Vec<DiskId>,
     /// Counts of rings that were stopped.
     reports: Vec<QueueReport>,
     named: Named,
@@ -101,6 +128,8 @@ struct Worker {
 pub struct WorkerOptions {
     /// The most virtqueues it will be given.
     pub rings: u16,
+    /// Its io_uring can do what it needs and nothing else.
+    pub restricted: bool,
     /// The longest it looks before it sleeps, in microseconds.
     pub poll_us: u32,
     /// After how many seconds a request counts as stuck; 0 never.
@@ -112,21 +141,26 @@ pub struct WorkerOptions {
     pub clock: Clock,
 }
 
-/// Starts worker `id` on a thread of its own.
+/// Starts worker `id` on a thread of its own, on the CPUs of its seat.
 ///
 /// # Errors
 ///
 /// The thread or its io_uring could not be created.
-pub fn spawn(id: WorkerId, options: WorkerOptions) -> io::Result<(WorkerHandle, JoinHandle<()>)> {
+pub fn spawn(
+    id: WorkerId,
+    options: WorkerOptions,
+    seat: Seat,
+) -> io::Result<(WorkerHandle, JoinHandle<()>)> {
     let (ready, outcome) = mpsc::sync_channel(1);
     let thread = thread::Builder::new()
         .name(format!("worker-{id}"))
         .spawn(move || {
             // The ring belongs to the thread that makes it (IORING_SETUP_SINGLE_ISSUER).
-            match make_engine(options.rings) {
+            // Seated first: memory goes to the node of whoever touches it first.
+            match seat.take().and_then(|()| make_engine(options)) {
                 Ok((engine, waker)) => {
                     log::debug!("worker {id}: {}", engine.describe());
-                    let (handle, inbox) = WorkerHandle::new(id, waker);
+                    let (handle, inbox) = WorkerHandle::new(id, waker, seat);
                     let _ = ready.send(Ok(handle));
                     Worker::new(id, engine, inbox, options).run();
                 }
@@ -142,9 +176,13 @@ pub fn spawn(id: WorkerId, options: WorkerOptions) -> io::Result<(WorkerHandle, 
     }
 }
 
-fn make_engine(rings: u16) -> io::Result<(Engine, Waker)> {
+fn make_engine(options: WorkerOptions) -> io::Result<(Engine, Waker)> {
     // A kick to watch and a call and an err fd to write to for each.
-    let mut engine = Engine::new(DRIVER_TAGS, rings.saturating_mul(2))?;
+    let watches = options.rings.saturating_mul(2);
+    let mut engine = match options.restricted {
+        true => Engine::new(DRIVER_TAGS, watches)?,
+        false => Engine::unrestricted(DRIVER_TAGS, watches)?,
+    };
     let waker = Waker::new()?;
     engine.watch_waker(&waker)?;
     Ok((engine, waker))
@@ -161,15 +199,19 @@ impl Worker {
             id,
             engine,
             mq: Mq::new(DRIVER_TAGS, RESERVED_TAGS),
-            pool: SegmentPool::new(),
             disks: Vec::new(),
             slots: Vec::new(),
             ports: Vec::new(),
+            polled: Vec::new(),
             hot: Vec::new(),
+            busy: Vec::new(),
             touched: Vec::new(),
+            starving: false,
+            room: false,
             inbox,
             has_mail: true,
             pending: Vec::new(),
+            held: Vec::new(),
             reports: Vec::new(),
             named: Named::default(),
             spin: Spin::new(options.poll_us),
@@ -222,11 +264,10 @@ impl Worker {
             engine,
             mq,
             ports,
-            pool,
+            disks,
             touched,
             hot,
             has_mail,
-            disks,
             now_ns,
             ..
         } = self;
@@ -236,19 +277,7 @@ impl Worker {
             Event::Done { tag, result } => {
                 found = true;
                 room = true;
-                let result = match result {
-                    Ok(_) => Ok(()),
-                    Err(errno) => match failed(mq, ports, disks, *now_ns, tag, errno) {
-                        Some(status) => Err(status),
-                        None => return,
-                    },
-                };
-                mq.complete(tag, result, |hctx, io, status, read| {
-                    let port = open_port(ports, hctx);
-                    let read = u32::try_from(read).expect("the parser bounds a request's bytes");
-                    port.ring.put_used(io.finish(status, read, pool));
-                    touch(touched, port, hctx);
-                });
+                finish(mq, ports, disks, touched, *now_ns, tag, result);
             }
             Event::Kick(token) => {
                 found = true;
@@ -272,7 +301,8 @@ impl Worker {
         if let Err(error) = reaped {
             self.engine_broken(&error);
         }
-        if room {
+        if self.starving && (room || self.room) {
+            (self.starving, self.room) = (false, false);
             for hctx in &self.hot {
                 open_port(&mut self.ports, *hctx).no_room = false;
             }
@@ -296,9 +326,38 @@ impl Worker {
             self.mq.run(&mut EngineDriver {
                 engine: &mut self.engine,
                 slots: &self.slots,
+                polled: &self.polled,
             });
         }
     }
+}
+
+/// A command came back: its requests go through blk-mq to their rings, unless the disk is to stop at its
+/// failure.
+#[inline]
+fn finish(
+    mq: &mut Mq<GuestIo>,
+    ports: &mut [Option<Port>],
+    disks: &mut [Option<WorkerDisk>],
+    touched: &mut Vec<HctxId>,
+    now_ns: u64,
+    tag: DriverTag,
+    result: Result<u64, Errno>,
+) {
+    let result = match result {
+        Ok(_) => Ok(()),
+        Err(errno) => match failed(mq, ports, disks, now_ns, tag, errno) {
+            Some(status) => Err(status),
+            None => return,
+        },
+    };
+    mq.complete(tag, result, |hctx, io, status, read| {
+        let port = open_port(ports, hctx);
+        let read = u32::try_from(read).expect("the parser bounds a request's bytes");
+        let pool = open_disk(disks, port.id.disk).pool();
+        port.ring.finish(io, status, read, pool);
+        touch(touched, port, hctx);
+    });
 }
 
 /// Ports are watched under their hctx's number.
@@ -311,6 +370,13 @@ fn open_port(ports: &mut [Option<Port>], hctx: HctxId) -> &mut Port {
     ports[hctx.index()]
         .as_mut()
         .expect("events come for ports that exist")
+}
+
+#[inline]
+fn open_disk(disks: &mut [Option<WorkerDisk>], disk: DiskId) -> &mut WorkerDisk {
+    disks[disk.index()]
+        .as_mut()
+        .expect("rings belong to disks that were added")
 }
 
 #[inline]

@@ -14,19 +14,25 @@ use std::fs::{self, File, Metadata, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
+use std::sync::Arc;
 
 use log::warn;
 use rustix::fs::{AtFlags, FallocateFlags, OFlags, StatxFlags, fallocate, fcntl_setfl, statx};
 use rustix::io::Errno;
 
 use self::align::open_direct;
+use self::backing::{io_poll, map, not_in_memory};
 use self::limits::QueueLimits;
-use crate::config::{DiskConfig, ImageSource, LockWhen};
+use super::IoPoll;
+use super::mapping::{Mapping, Medium};
+use crate::config::{DiskConfig, EngineKind, ImageSource, LockWhen};
 use crate::error::StartError;
 
 mod align;
+mod backing;
 mod limits;
 pub mod lock;
+mod size;
 
 /// Longest range, in bytes, that one discard or write-zeroes of a regular file may have: as much as
 /// virtio's 32-bit number of sectors can say, in whole mebibytes.
@@ -96,7 +102,14 @@ pub struct Image {
     pub rotational: bool,
     /// Whether it is open for reading only.
     pub read_only: bool,
+    /// Which transfers the device is polled for.
+    pub io_poll: IoPoll,
+    /// The image, mapped, if it lies in memory and was not to be used otherwise.
+    pub mapping: Option<Arc<Mapping>>,
 }
+
+/// How an image is locked.
+type LockImage = fn(&File, &Path, &DiskConfig) -> Result<(), StartError>;
 
 impl Image {
     /// Opens the image of `config` the way `config` says.
@@ -110,13 +123,27 @@ impl Image {
     /// is read-only; a size of 0 or within a logical block; a logical block that is smaller than what
     /// direct I/O can address.
     pub fn open(config: &DiskConfig) -> Result<Image, StartError> {
+        Image::open_with(config, lock::lock_image)
+    }
+
+    /// The same for an image that another process has locked, which will let go of it and not be missed:
+    /// nobody comes between.
+    ///
+    /// # Errors
+    ///
+    /// As [`Image::open`].
+    pub fn open_beside(config: &DiskConfig) -> Result<Image, StartError> {
+        Image::open_with(config, lock::lock_beside)
+    }
+
+    fn open_with(config: &DiskConfig, lock: LockImage) -> Result<Image, StartError> {
         match &config.image {
-            ImageSource::File { path } => Image::open_path(path, config),
+            ImageSource::File { path } => Image::open_path(path, config, lock),
             ImageSource::Null { size_bytes } => Image::null(*size_bytes, config),
         }
     }
 
-    fn open_path(path: &Path, config: &DiskConfig) -> Result<Image, StartError> {
+    fn open_path(path: &Path, config: &DiskConfig, lock: LockImage) -> Result<Image, StartError> {
         let fail = |source: io::Error| open_error(path, source);
         // Looked at before it is opened, because opening a terminal or a tape does things to it...
         kind_of(path, &fs::metadata(path).map_err(fail)?)?;
@@ -131,7 +158,7 @@ impl Image {
         let kind = kind_of(path, &file.metadata().map_err(fail)?)?;
         fcntl_setfl(&file, OFlags::empty()).map_err(|errno| fail(errno.into()))?;
         if config.lock == LockWhen::Always {
-            lock::lock_image(&file, path, config)?;
+            lock(&file, path, config)?;
         }
 
         let facts = statx(
@@ -155,7 +182,12 @@ impl Image {
         let queue = QueueLimits::of_device(device.0, device.1);
 
         let (mut dio_mem_align, mut dio_offset_align) = (1, 1);
-        let direct = config.cache.is_direct();
+        let mapping = match kind {
+            ImageKind::File => map(path, &file, &facts, size_bytes, config)?,
+            _ if config.engine == EngineKind::Mmap => return Err(not_in_memory(path)),
+            _ => None,
+        };
+        let direct = config.cache.is_direct() && mapping.is_none();
         let alignment = if direct {
             open_direct(&file, &facts, &queue)
         } else {
@@ -194,6 +226,8 @@ impl Image {
             write_zeroes: WriteZeroesLimits::default(),
             rotational: queue.rotational,
             read_only: config.read_only,
+            io_poll: io_poll(path, &queue, alignment.is_some(), config)?,
+            mapping,
             file,
         };
         match kind {
@@ -201,20 +235,6 @@ impl Image {
             _ => image.take_file_limits(facts.stx_blksize, config),
         }
         Ok(image)
-    }
-
-    /// How many bytes it has by now; [`Image::size_bytes`] is how many it had when it was opened.
-    ///
-    /// # Errors
-    ///
-    /// The file or device does not say.
-    pub fn current_size_bytes(&self) -> io::Result<u64> {
-        match self.kind {
-            ImageKind::Null => Ok(self.size_bytes),
-            ImageKind::File => Ok(self.file.metadata()?.len()),
-            // The position is nobody's: all I/O says where it goes.
-            ImageKind::BlockDevice => (&self.file).seek(SeekFrom::End(0)),
-        }
     }
 
     /// What the kernel says of a block device's queue.
@@ -256,7 +276,10 @@ impl Image {
         self.physical_block_bytes = power_of_two_at_least(bounded, block);
         self.min_io_bytes = self.physical_block_bytes;
         if !self.read_only {
-            if config.discard && makes_holes(&self.file, self.size_bytes) {
+            let huge = |mapping: &Arc<Mapping>| matches!(mapping.medium(), Medium::Hugetlbfs(_));
+            // Huge pages are set aside for the image; those given back may not be had again.
+            let keeps_space = self.mapping.as_ref().is_some_and(huge);
+            if config.discard && !keeps_space && makes_holes(&self.file, self.size_bytes) {
                 let granularity_bytes = self.physical_block_bytes;
                 self.discard = DiscardLimits {
                     max_bytes: FILE_RANGE_MAX_BYTES,
@@ -268,44 +291,6 @@ impl Image {
                 may_unmap: self.discard.max_bytes > 0,
             };
         }
-    }
-
-    /// The null engine's image: everything works and nothing is kept.
-    fn null(size_bytes: u64, config: &DiskConfig) -> Result<Image, StartError> {
-        let path = Path::new("/dev/null");
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .open(path)
-            .map_err(|source| open_error(path, source))?;
-        let block = config.logical_block_size;
-        let writable = !config.read_only;
-        let discard = if config.discard && writable {
-            DiscardLimits {
-                max_bytes: FILE_RANGE_MAX_BYTES,
-                granularity_bytes: block,
-            }
-        } else {
-            DiscardLimits::default()
-        };
-        Ok(Image {
-            file,
-            kind: ImageKind::Null,
-            size_bytes,
-            direct: false,
-            dio_mem_align: 1,
-            dio_offset_align: 1,
-            physical_block_bytes: block,
-            min_io_bytes: block,
-            opt_io_bytes: 0,
-            discard,
-            write_zeroes: WriteZeroesLimits {
-                max_bytes: if writable { FILE_RANGE_MAX_BYTES } else { 0 },
-                may_unmap: discard.max_bytes > 0,
-            },
-            rotational: false,
-            read_only: config.read_only,
-        })
     }
 }
 

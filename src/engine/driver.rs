@@ -1,7 +1,11 @@
 //! The engine: slots, ring, watches and calls put together.
 
+mod copying;
 mod fds;
+mod polled;
+mod sending;
 
+use std::collections::VecDeque;
 use std::io;
 use std::mem::MaybeUninit;
 use std::sync::Arc;
@@ -9,6 +13,8 @@ use std::time::Duration;
 
 use io_uring::cqueue;
 
+use self::copying::Small;
+use self::polled::Polled;
 use super::memory::Memory;
 use super::slot::{Next, Slot, Stage};
 use super::start::start;
@@ -36,6 +42,7 @@ fn user_data(kind: u64, generation: u32, index: u16) -> u64 {
 #[derive(Debug)]
 pub struct Engine {
     ring: Ring,
+    polled: Option<Polled>,
     slots: Box<[Slot]>,
     memory: Memory,
     pub(super) disks: Table<Disk>,
@@ -43,6 +50,10 @@ pub struct Engine {
     calls: Table<Call>,
     /// Commands completed without the kernel, to be reaped.
     ready: Vec<(DriverTag, Result<u64, Errno>)>,
+    /// Small copies to be done.
+    small: VecDeque<Small>,
+    /// Slots of larger ones that are not done, in the order in which they have their turns.
+    copying: VecDeque<u16>,
     /// Slots whose next step the ring had no room for.
     unsent: Vec<u16>,
     /// Calls and watches the ring had no room for.
@@ -61,6 +72,19 @@ impl Engine {
         Engine::asking(depth, watches, Ask::ALL)
     }
 
+    /// The same, whose ring may do all that a ring can do.
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    pub fn unrestricted(depth: u16, watches: u16) -> io::Result<Self> {
+        let ask = Ask {
+            restricted: false,
+            ..Ask::ALL
+        };
+        Engine::asking(depth, watches, ask)
+    }
+
     pub(super) fn asking(depth: u16, watches: u16, ask: Ask) -> io::Result<Self> {
         assert!(depth > 0, "an engine without driver tags serves nobody");
         let (slots, fds) = (u32::from(depth), u32::from(watches) + 1);
@@ -74,6 +98,7 @@ impl Engine {
         let memory = Memory::new(depth)?;
         Ok(Engine {
             ring,
+            polled: None,
             slots: (0..depth)
                 .map(|slot| Slot::new(memory.segments(slot)))
                 .collect(),
@@ -82,6 +107,8 @@ impl Engine {
             watches: Table::new(watches.saturating_add(1)),
             calls: Table::new(watches),
             ready: Vec::with_capacity(usize::from(depth)),
+            small: VecDeque::with_capacity(usize::from(depth)),
+            copying: VecDeque::with_capacity(usize::from(depth)),
             unsent: Vec::with_capacity(usize::from(depth)),
             unsent_fds: false,
             in_flight: 0,
@@ -112,6 +139,7 @@ impl Engine {
         if disk.fd >= 0 && self.ring.fixed_files {
             disk.registered = self.ring.update_file(index, disk.fd).is_ok();
         }
+        self.begin_polling(&mut disk);
         self.disks.put(index, disk);
         Ok(DiskSlot(index))
     }
@@ -132,6 +160,7 @@ impl Engine {
         if disk.registered {
             // Its place is overwritten by the next disk at the latest.
             let _ = self.ring.update_file(slot.0, -1);
+            self.end_polling(slot.0);
         }
         disk.target
     }
@@ -176,6 +205,7 @@ impl Engine {
                 self.counters.inline += 1;
                 self.ready.push((tag, result));
             }
+            Ok(Next::Copy) => self.begin_copy(tag.index),
             Ok(Next::Issue) => {
                 if !self.send(tag.index) {
                     self.release(tag.index);
@@ -198,6 +228,7 @@ impl Engine {
     /// itself is broken.
     pub fn commit_rqs(&mut self) -> io::Result<()> {
         self.resend();
+        self.submit_polled()?;
         self.ring.submit(&mut self.counters)
     }
 
@@ -206,12 +237,10 @@ impl Engine {
     /// Makes a system call only when the kernel says that it keeps something back for us.
     pub fn reap(&mut self, on: &mut impl FnMut(Event)) -> io::Result<usize> {
         self.ring.run_task_work(&mut self.counters)?;
-        let mut reaped = self.ready.len();
-        for i in 0..self.ready.len() {
-            let (tag, result) = self.ready[i];
-            self.done(tag.index, result, on);
-        }
-        self.ready.clear();
+        self.copy_on();
+        let polled = self.reap_polled(on)?;
+        let mut reaped = polled + self.ready.len();
+        self.reap_inline(on);
         let mut batch = [const { MaybeUninit::<cqueue::Entry>::uninit() }; REAP_BATCH];
         loop {
             let entries = self.ring.take(&mut batch);
@@ -227,9 +256,26 @@ impl Engine {
         Ok(reaped)
     }
 
+    /// Reports the commands that were completed without the kernel.
+    #[inline]
+    pub fn reap_inline(&mut self, on: &mut impl FnMut(Event)) {
+        for i in 0..self.ready.len() {
+            let (tag, result) = self.ready[i];
+            self.done(tag.index, result, on);
+        }
+        self.ready.clear();
+    }
+
+    /// Whether [`Self::reap_inline`] has something to report.
+    #[inline]
+    pub fn has_inline(&self) -> bool {
+        !self.ready.is_empty()
+    }
+
     /// Whether [`Self::reap`] has something to report without a system call.
     pub fn has_events(&mut self) -> bool {
-        !self.ready.is_empty() || self.ring.has_completions()
+        let can_copy = !self.small.is_empty() || !self.copying.is_empty();
+        can_copy || self.is_polling() || !self.ready.is_empty() || self.ring.has_completions()
     }
 
     /// Submits what is queued and sleeps until there is something to reap, a signal comes, or
@@ -237,8 +283,8 @@ impl Engine {
     pub fn wait(&mut self, timeout: Option<Duration>) -> io::Result<()> {
         self.resend();
         let short = !self.unsent.is_empty() || self.unsent_fds;
-        if !self.ready.is_empty() || self.ring.has_completions() || timeout == Some(Duration::ZERO)
-        {
+        if self.has_events() || timeout == Some(Duration::ZERO) {
+            self.submit_polled()?;
             return self.ring.submit(&mut self.counters);
         }
         // The kernel had no room: look again soon.
@@ -248,37 +294,6 @@ impl Engine {
             timeout
         };
         self.ring.wait(timeout, &mut self.counters)
-    }
-
-    /// Prepares the slot's next step; false if the ring takes none now.
-    #[inline]
-    fn send(&mut self, index: u16) -> bool {
-        let slot = &mut self.slots[usize::from(index)];
-        let disk = self
-            .disks
-            .get(slot.disk)
-            .expect("a disk with requests in flight stays");
-        let entry = slot
-            .sqe(disk, self.memory.extents(index), self.memory.zeroes())
-            .user_data(user_data(KIND_SLOT, u32::from(slot.generation), index));
-        // SAFETY: the entry names the caller's buffers, which `queue_rq`'s caller keeps valid until
-        // the slot is done, the slot's own memory, which goes after the ring is drained, or a static.
-        // Unsafe because the kernel works on addresses.
-        unsafe { self.ring.push(&entry, &mut self.counters) }
-    }
-
-    /// Tries again what the ring had no room for.
-    #[inline]
-    fn resend(&mut self) {
-        while let Some(&index) = self.unsent.last() {
-            if !self.send(index) {
-                return;
-            }
-            self.unsent.pop();
-        }
-        if self.unsent_fds {
-            self.resend_fds();
-        }
     }
 
     /// Gives a completion to whom it belongs.
@@ -313,6 +328,7 @@ impl Engine {
             .expect("a disk with requests in flight stays");
         match slot.on_cqe(res, disk, self.memory.extents(index), &mut self.counters) {
             Next::Done(result) => self.done(index, result, on),
+            Next::Copy => self.copying.push_back(index),
             Next::Issue => {
                 if !self.send(index) {
                     self.unsent.push(index);

@@ -20,7 +20,9 @@
 
 pub mod disk;
 mod driver;
+pub mod mapping;
 mod memory;
+mod prefetch;
 mod resize;
 mod slot;
 mod start;
@@ -42,7 +44,7 @@ use crate::mq::request::Op;
 
 pub use driver::Engine;
 pub use sync_fault::SyncFault;
-pub use target::{FileTarget, Target};
+pub use target::{FileTarget, IoPoll, Target};
 pub use watch::{CallSlot, Waker};
 
 /// Disks one engine serves at most: the size of the ring's registered file table.
@@ -53,6 +55,15 @@ pub const BOUNCE_BUFFERS: u16 = 16;
 
 /// The size of each of them, in bytes. Larger requests go through one buffer piece by piece.
 pub const BOUNCE_BYTES: u32 = 256 * 1024;
+
+/// How much of a large copy is done before another has its turn, in bytes: about 10 µs.
+pub const COPY_SLICE_BYTES: u64 = 64 * 1024;
+
+/// How much is copied in one turn of the worker, in bytes, give or take a slice.
+pub const COPY_TURN_BYTES: u64 = 128 * 1024;
+
+/// A copy of so many bytes at most goes before all larger ones.
+pub const COPY_SMALL_BYTES: u64 = 16 * 1024;
 
 /// How much zeroing by writing does at a time, in bytes.
 pub const ZERO_BYTES: u32 = 1024 * 1024;
@@ -138,6 +149,8 @@ pub struct Command<'a> {
     pub fua: bool,
     /// Write-zeroes may free the blocks.
     pub unmap: bool,
+    /// Whoever asks polls for the answer (`REQ_POLLED`).
+    pub polled: bool,
     /// Its buffers or ranges.
     pub payload: Payload<'a>,
 }
@@ -181,10 +194,16 @@ pub struct EngineCounters {
     pub sqes: u64,
     /// Completion entries seen.
     pub cqes: u64,
-    /// Commands completed without the kernel (null disk, flush of an unsafe disk).
+    /// Commands completed without the kernel (null disk, flush of an unsafe disk, small copies).
     pub inline: u64,
+    /// Commands that were copied from or to an image in memory.
+    pub copied: u64,
+    /// System calls of such copies, where the image may have a hole.
+    pub copy_calls: u64,
     /// Commands that went through an aligned buffer.
     pub bounced: u64,
+    /// Transfers whose completion the device was polled for.
+    pub polled: u64,
     /// Partial transfers that were continued.
     pub continued: u64,
     /// Operations tried again after `EAGAIN` or `EINTR`.

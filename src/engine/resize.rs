@@ -19,7 +19,17 @@ impl Engine {
             "a disk only grows while it is served"
         );
         match &mut disk.target {
-            Target::File(file) => file.size_bytes = size_bytes,
+            Target::File(file) => {
+                if let Some(mapping) = &file.mapping
+                    && size_bytes > mapping.reach_bytes()
+                {
+                    return Err(io::Error::other(format!(
+                        "it is mapped up to {} bytes; end the daemon and start it again to serve more",
+                        mapping.reach_bytes()
+                    )));
+                }
+                file.size_bytes = size_bytes;
+            }
             Target::Null { size_bytes: size } => *size = size_bytes,
         }
         Ok(())

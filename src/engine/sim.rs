@@ -16,9 +16,9 @@ use self::sqe::Sqe;
 use super::memory::Memory;
 use super::slot::{Next, Slot, Stage};
 use super::start::start;
-use super::target::{Disk, FileTarget, Target};
+use super::target::{Disk, FileTarget, IoPoll, Target};
 use super::{Busy, Command, EngineCounters, Errno, Extent, Payload};
-use crate::mq::ids::{DiskId, DriverTag};
+use crate::mq::ids::{DiskId, DriverTag, HctxId};
 use crate::mq::limits::SECTOR_SIZE;
 use crate::mq::request::{Op, Request};
 use crate::mq::{self, Parts};
@@ -119,6 +119,8 @@ impl SimEngine {
             offset_align: 512,
             block_device,
             ignore_flush: false,
+            io_poll: IoPoll::Never,
+            mapping: None,
         });
         let index = u16::try_from(self.disks.len()).expect("few disks");
         let bad = (0..sectors).map(|_| self.random.permille(bad)).collect();
@@ -196,6 +198,7 @@ impl SimEngine {
         match next {
             Next::Done(result) => self.done(index, result, on),
             Next::Issue => self.send(index),
+            Next::Copy => unreachable!("no disk of this engine is mapped"),
         }
     }
 
@@ -331,6 +334,7 @@ impl mq::Driver<Io> for SimEngine {
     fn queue_rq(
         &mut self,
         disk: DiskId,
+        _hctx: HctxId,
         tag: DriverTag,
         request: &Request,
         parts: Parts<'_, Io>,
@@ -365,6 +369,7 @@ impl mq::Driver<Io> for SimEngine {
             bytes: request.bytes,
             fua: request.fua,
             unmap: request.unmap,
+            polled: false,
             payload,
         };
         // SAFETY: the buffers and their arrays are a request's, and whoever makes requests keeps
@@ -389,6 +394,7 @@ impl mq::Driver<Io> for SimEngine {
         self.in_flight += 1;
         match next {
             Next::Issue => self.send(tag.index),
+            Next::Copy => unreachable!("no disk of this engine is mapped"),
             Next::Done(result) => {
                 self.slots[usize::from(tag.index)].stage = Stage::Inline;
                 self.ready.push((tag, result));

@@ -2,13 +2,17 @@
 //!
 //! It makes no system call and owns no fd, so that every fault can be fed to it by hand.
 
+mod copying;
 mod segments;
 mod sqe;
+mod ways;
 
 use std::ptr::{self, NonNull};
 
 use libc::iovec;
 
+use self::ways::is_refusal;
+use super::mapping::Since;
 use super::memory::Bounce;
 use super::target::{Abilities, Disk, Target};
 use super::{BOUNCE_BYTES, EngineCounters, Errno, Extent, RETRIES};
@@ -23,6 +27,8 @@ pub(super) enum Stage {
     Inline,
     /// A read or write.
     Transfer,
+    /// A read or write of an image in memory, which the engine does itself.
+    Copy,
     /// A range, worked on in this way.
     Range(Method),
     /// `fdatasync`: the last step of a flush or of a durable write.
@@ -38,6 +44,8 @@ pub(super) enum Method {
     Punch,
     /// Zero, keeping the space allocated.
     ZeroRange,
+    /// Zero the mapped memory.
+    Zero,
     /// Write zeroes.
     Write,
 }
@@ -47,6 +55,8 @@ pub(super) enum Method {
 pub(super) enum Next {
     /// Submit [`Slot::sqe`].
     Issue,
+    /// Go on with `Slot::copy`.
+    Copy,
     /// Over.
     Done(Result<u64, Errno>),
 }
@@ -67,6 +77,16 @@ pub(super) struct Slot {
     owned: bool,
     /// The SQE under way is a delay, not the operation.
     delayed: bool,
+    /// A discard was announced to the mapping.
+    discarding: bool,
+    /// What the kernel was asked for then.
+    since: Since,
+    /// The device is polled for the transfer.
+    pub(super) polled: bool,
+    /// The buffers need a bounce buffer before the next step.
+    pub(super) wants_bounce: bool,
+    /// The alignment that a refused transfer had: of addresses, and of lengths.
+    too_fine: Option<(usize, usize)>,
     /// Let a kernel thread do it, because trying without blocking did not work.
     punt: bool,
     attempts: u8,
@@ -98,6 +118,11 @@ impl Slot {
             unsynced: false,
             owned: false,
             delayed: false,
+            discarding: false,
+            since: Since::default(),
+            polled: false,
+            wants_bounce: false,
+            too_fine: None,
             punt: false,
             attempts: 0,
             range: 0,
@@ -122,6 +147,9 @@ impl Slot {
         self.fua = false;
         self.unsynced = false;
         self.delayed = false;
+        self.polled = false;
+        self.wants_bounce = false;
+        self.too_fine = None;
         self.punt = false;
         self.attempts = 0;
         self.total = bytes;
@@ -178,7 +206,10 @@ impl Slot {
     /// Whether a completion for this slot is to come.
     #[inline]
     pub(super) fn in_kernel(&self) -> bool {
-        !matches!(self.stage, Stage::Idle | Stage::Inline)
+        !matches!(
+            self.stage,
+            Stage::Idle | Stage::Inline | Stage::Copy | Stage::Range(Method::Zero)
+        )
     }
 
     /// Frees the slot, giving back its bounce buffer.
@@ -199,11 +230,14 @@ impl Slot {
             self.delayed = false;
             return Next::Issue;
         }
+        self.announced_is_over(disk);
         let Ok(moved) = u32::try_from(res) else {
             return self.failed(-res, disk, extents, counters);
         };
         match self.stage {
-            Stage::Idle | Stage::Inline => unreachable!("only a slot in the kernel gets here"),
+            Stage::Idle | Stage::Inline | Stage::Copy => {
+                unreachable!("only a slot in the kernel gets here")
+            }
             Stage::Transfer => self.transferred(moved, disk, counters),
             Stage::Range(Method::Write) => {
                 if moved == 0 {
@@ -233,7 +267,8 @@ impl Slot {
         self.punt = false;
     }
 
-    fn transferred(&mut self, moved: u32, disk: &Disk, counters: &mut EngineCounters) -> Next {
+    fn transferred(&mut self, moved: u32, disk: &mut Disk, counters: &mut EngineCounters) -> Next {
+        self.learn_alignment(disk);
         let Target::File(file) = &disk.target else {
             unreachable!("a null disk has no transfers")
         };
@@ -251,6 +286,7 @@ impl Slot {
             }
         }
         self.progressed();
+        self.learn(file, moved);
         if self.bounce.is_some() && self.op == Op::Read {
             self.scatter(moved);
         }
@@ -282,6 +318,9 @@ impl Slot {
         extents: &[Extent],
         counters: &mut EngineCounters,
     ) -> Next {
+        if self.stage == Stage::Transfer && self.is_refused_in_this_way(errno, disk) {
+            return Next::Issue;
+        }
         if errno == libc::EAGAIN || errno == libc::EINTR {
             if self.attempts == RETRIES {
                 return Next::Done(Err(Errno(errno)));
@@ -341,9 +380,14 @@ impl Slot {
     ) -> Next {
         let methods: &[Method] = match (self.op, self.unmap) {
             (Op::Discard, _) => &[Method::Discard, Method::Punch],
-            (_, true) => &[Method::Punch, Method::ZeroRange, Method::Write],
+            (_, true) => &[
+                Method::Punch,
+                Method::ZeroRange,
+                Method::Zero,
+                Method::Write,
+            ],
             // The guest wants to keep the space: no punching.
-            (_, false) => &[Method::ZeroRange, Method::Write],
+            (_, false) => &[Method::ZeroRange, Method::Zero, Method::Write],
         };
         let after = |tried| {
             methods
@@ -358,7 +402,10 @@ impl Slot {
                 if let Some(method) = methods[first..].iter().find(|m| can.allows(**m)) {
                     self.stage = Stage::Range(*method);
                     counters.zeroes_written += u64::from(*method == Method::Write);
-                    return Next::Issue;
+                    return match method {
+                        Method::Zero => Next::Copy,
+                        _ => Next::Issue,
+                    };
                 }
                 // A discard is a hint: without a way to do it, it is done.
                 counters.discards_ignored += 1;
@@ -367,34 +414,6 @@ impl Slot {
             first = 0;
         }
         self.finish()
-    }
-}
-
-/// Whether an errno says "not in this way" rather than "this went wrong".
-fn is_refusal(errno: i32) -> bool {
-    matches!(
-        errno,
-        libc::EOPNOTSUPP | libc::ENOSYS | libc::ENOTTY | libc::ENODEV | libc::EINVAL
-    )
-}
-
-impl Abilities {
-    fn allows(self, method: Method) -> bool {
-        match method {
-            Method::Discard => self.discard,
-            Method::Punch => self.punch,
-            Method::ZeroRange => self.zero_range,
-            Method::Write => true,
-        }
-    }
-
-    fn strike_out(&mut self, method: Method) {
-        match method {
-            Method::Discard => self.discard = false,
-            Method::Punch => self.punch = false,
-            Method::ZeroRange => self.zero_range = false,
-            Method::Write => {}
-        }
     }
 }
 

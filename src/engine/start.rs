@@ -4,7 +4,7 @@ use libc::iovec;
 
 use super::memory::Memory;
 use super::slot::{Next, Slot};
-use super::target::{Disk, FileTarget, Target};
+use super::target::{Disk, FileTarget, IoPoll, Target};
 use super::{Busy, Command, EngineCounters, Errno, Payload};
 use crate::mq::limits::{MAX_RANGES, MAX_SEGMENTS};
 use crate::mq::request::Op;
@@ -36,7 +36,7 @@ pub(super) unsafe fn start(
     match command.op {
         // SAFETY: passed on to our caller. Unsafe because the buffers are the caller's.
         Op::Read | Op::Write => unsafe {
-            start_transfer(slot, index, file, command, fua, memory, counters)
+            start_transfer(slot, index, disk, file, command, fua, memory, counters)
         },
         Op::Flush if file.ignore_flush => Ok(Next::Done(Ok(0))),
         Op::Flush => {
@@ -53,9 +53,11 @@ pub(super) unsafe fn start(
 ///
 /// As for [`super::Engine::queue_rq`].
 #[inline]
+#[expect(clippy::too_many_arguments, reason = "parts of one call")]
 unsafe fn start_transfer(
     slot: &mut Slot,
     index: u16,
+    disk: &Disk,
     file: &FileTarget,
     command: Command<'_>,
     fua: bool,
@@ -68,6 +70,7 @@ unsafe fn start_transfer(
     if command.bytes == 0 {
         return Ok(Next::Done(Ok(0)));
     }
+    let polled = command.polled;
     let mut sum = Sum::default();
     let (segments, count, owned) = match command.payload {
         Payload::Buffers(buffers) => {
@@ -101,7 +104,7 @@ unsafe fn start_transfer(
         "the buffers are not what the command says"
     );
 
-    let bounce = if file.direct && sum.misaligned(file) {
+    let bounce = if file.direct && sum.misaligned(disk.align) {
         let bounce = memory.take_bounce().ok_or(Busy::WakesOnCompletion)?;
         counters.bounced += 1;
         Some(bounce)
@@ -121,7 +124,22 @@ unsafe fn start_transfer(
             bounce,
         );
     }
-    Ok(Next::Issue)
+    // A durable write may need a flush of the device, which nobody polls for.
+    slot.polled = disk.can.poll
+        && !fua
+        && match file.io_poll {
+            IoPoll::Never => false,
+            IoPoll::PollQueues => polled,
+            IoPoll::Always => true,
+        };
+    match &file.mapping {
+        Some(mapping) => {
+            counters.copied += 1;
+            slot.start_copy(mapping);
+            Ok(Next::Copy)
+        }
+        None => Ok(Next::Issue),
+    }
 }
 
 fn start_ranges(
@@ -183,8 +201,7 @@ impl Sum {
 
     /// Whether `O_DIRECT` would refuse them.
     #[inline]
-    fn misaligned(&self, file: &FileTarget) -> bool {
-        self.addresses & (file.memory_align as usize - 1) != 0
-            || self.lengths & (file.offset_align as usize - 1) != 0
+    fn misaligned(&self, (addresses, lengths): (usize, usize)) -> bool {
+        self.addresses & (addresses - 1) != 0 || self.lengths & (lengths - 1) != 0
     }
 }

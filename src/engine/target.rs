@@ -4,6 +4,7 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 
+use super::mapping::{Mapping, Medium};
 use super::{BOUNCE_BYTES, SyncFault, memory};
 
 /// A regular file or a block device.
@@ -21,8 +22,26 @@ pub struct FileTarget {
     pub offset_align: u32,
     /// A block device, which can be discarded in another way than a file can.
     pub block_device: bool,
-    /// Flush and FUA do nothing (cache mode "unsafe").
+    /// Flush and FUA do nothing (cache mode "unsafe", or a medium that forgets everything anyway).
     pub ignore_flush: bool,
+    /// Which transfers the device is polled for. Only if it has queues for that
+    /// (`queue/io_poll` of sysfs): on others such a transfer may never come back.
+    pub io_poll: IoPoll,
+    /// The file, mapped, if it lies in memory. Not with `direct`.
+    pub mapping: Option<Arc<Mapping>>,
+}
+
+/// Which transfers of a disk are completed by polling the device (IORING_SETUP_IOPOLL) rather than by
+/// its interrupt.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum IoPoll {
+    /// None.
+    #[default]
+    Never,
+    /// Those whose guest polls too.
+    PollQueues,
+    /// All.
+    Always,
 }
 
 /// What is behind a disk.
@@ -60,6 +79,8 @@ pub(super) struct Disk {
     pub(super) in_flight: u32,
     /// What remains of the ways to do things: each is struck out when the disk refuses it.
     pub(super) can: Abilities,
+    /// What `O_DIRECT` turned out to demand of buffers: of their addresses and of their lengths, in bytes.
+    pub(super) align: (usize, usize),
     /// The SQE's fd is an index of the registered file table.
     pub(super) registered: bool,
     /// Whether its syncs can be believed.
@@ -77,18 +98,32 @@ pub(super) struct Abilities {
     pub(super) zero_range: bool,
     /// `BLOCK_URING_CMD_DISCARD` (block devices, Linux 6.12)
     pub(super) discard: bool,
+    /// Zeroing memory.
+    pub(super) zero: bool,
+    /// Polling the device.
+    pub(super) poll: bool,
 }
 
 impl Disk {
     pub(super) fn new(index: u16, target: Target) -> io::Result<Self> {
+        let (mut is_mapped, mut allocates) = (false, true);
         let (fd, block_device) = match &target {
             Target::File(file) => {
+                if let Some(mapping) = &file.mapping {
+                    is_mapped = true;
+                    // Huge pages are set aside once; those given back may not be had again.
+                    allocates = !matches!(mapping.medium(), Medium::Hugetlbfs(_));
+                }
                 if file.direct {
                     check_alignment(file)?;
                 }
                 (file.file.as_raw_fd(), file.block_device)
             }
             Target::Null { .. } => (-1, false),
+        };
+        let align = match &target {
+            Target::File(file) => (file.memory_align as usize, file.offset_align as usize),
+            Target::Null { .. } => (1, 1),
         };
         Ok(Disk {
             target,
@@ -97,10 +132,13 @@ impl Disk {
             in_flight: 0,
             can: Abilities {
                 dsync: true,
-                punch: true,
-                zero_range: true,
+                punch: allocates,
+                zero_range: allocates,
                 discard: block_device,
+                zero: is_mapped,
+                poll: true,
             },
+            align,
             registered: false,
             sync_fault: Arc::default(),
         })

@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io::Read;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileExt, MetadataExt};
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -11,6 +12,7 @@ use libc::iovec;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd};
 use rustix::fs::{OFlags, fcntl_setfl};
 
+use super::mapping::{Mapping, Medium};
 use super::uring::Ask;
 use super::*;
 
@@ -20,6 +22,7 @@ const PATIENCE: Duration = Duration::from_secs(20);
 struct Image {
     file: File,
     size: u64,
+    on: On,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -30,14 +33,32 @@ enum On {
     Buffered,
     /// Memory: no ZERO_RANGE there.
     Tmpfs,
+    /// The same, mapped.
+    Mapped,
+    /// A file of the build's file system, mapped as if it were persistent memory.
+    Dax,
+}
+
+impl On {
+    const ALL: [On; 5] = [On::Direct, On::Buffered, On::Tmpfs, On::Mapped, On::Dax];
+
+    fn medium(self) -> Option<Medium> {
+        match self {
+            On::Direct | On::Buffered | On::Tmpfs => None,
+            On::Mapped => Some(Medium::Tmpfs),
+            On::Dax => Some(Medium::Dax),
+        }
+    }
 }
 
 impl Image {
     fn new(on: On, size: u64) -> Self {
         let file = match on {
-            On::Tmpfs => rustix::fs::memfd_create("image", rustix::fs::MemfdFlags::CLOEXEC)
-                .unwrap()
-                .into(),
+            On::Tmpfs | On::Mapped => {
+                rustix::fs::memfd_create("image", rustix::fs::MemfdFlags::CLOEXEC)
+                    .unwrap()
+                    .into()
+            }
             _ => tempfile::tempfile().unwrap(),
         };
         let mut random = Random(size | 1);
@@ -47,7 +68,7 @@ impl Image {
             file.sync_all().unwrap();
             fcntl_setfl(&file, OFlags::DIRECT).expect("a file system with O_DIRECT");
         }
-        Image { file, size }
+        Image { file, size, on }
     }
 
     fn target(&self) -> Target {
@@ -62,6 +83,10 @@ impl Image {
             offset_align: 512,
             block_device: false,
             ignore_flush: false,
+            io_poll: IoPoll::Never,
+            mapping: self.on.medium().map(|medium| {
+                Arc::new(Mapping::new(&self.file, self.size, true, medium).expect("a mapping"))
+            }),
         })
     }
 
@@ -149,6 +174,7 @@ fn transfer<'a>(op: Op, offset: u64, segments: &'a [iovec]) -> Command<'a> {
         bytes,
         fua: false,
         unmap: false,
+        polled: false,
         payload: Payload::Buffers(segments),
     }
 }
@@ -159,6 +185,7 @@ const FLUSH: Command<'static> = Command {
     bytes: 0,
     fua: false,
     unmap: false,
+    polled: false,
     payload: Payload::None,
 };
 
@@ -221,6 +248,7 @@ fn run_ranges(
             bytes,
             fua: true,
             unmap,
+            polled: false,
             payload,
         },
     )
@@ -269,7 +297,7 @@ fn null_completes_in_order_and_without_the_kernel() {
 
 #[test]
 fn data_goes_to_the_disk_and_back_whatever_the_buffers() {
-    for on in [On::Direct, On::Buffered, On::Tmpfs] {
+    for on in On::ALL {
         let image = Image::new(on, 4 << 20);
         let mut engine = engine(4);
         let disk = engine.add_disk(image.target()).unwrap();
@@ -322,6 +350,7 @@ fn merged_parts_are_one_transfer() {
         bytes: 5 * 4096,
         fua: false,
         unmap: false,
+        polled: false,
         payload,
     };
     assert_eq!(run(&mut engine, disk, command), Ok(5 * 4096));
@@ -364,7 +393,7 @@ fn a_truncated_image_is_an_error_and_a_write_beyond_the_end_does_not_grow_it() {
 
 #[test]
 fn ranges_are_discarded_and_zeroed() {
-    for on in [On::Direct, On::Buffered, On::Tmpfs] {
+    for on in On::ALL {
         let size = 4 << 20;
         let image = Image::new(on, size);
         let mut engine = engine(4);
@@ -426,6 +455,8 @@ fn a_flush_and_durable_writes_reach_the_disk() {
     };
     let file = Target::File(FileTarget {
         ignore_flush: true,
+        io_poll: IoPoll::Never,
+        mapping: None,
         ..file
     });
     let disk = engine.add_disk(file).unwrap();
@@ -538,6 +569,7 @@ fn against_a_model(on: On, operations: u32) {
                 bytes,
                 fua,
                 unmap,
+                polled: false,
                 payload,
             };
             let generation = u16::try_from(queued % 60_000).unwrap();
@@ -608,6 +640,16 @@ fn ten_thousand_operations_agree_with_a_model_buffered() {
 #[test]
 fn ten_thousand_operations_agree_with_a_model_in_memory() {
     against_a_model(On::Tmpfs, 10_000);
+}
+
+#[test]
+fn ten_thousand_operations_agree_with_a_model_mapped() {
+    against_a_model(On::Mapped, 10_000);
+}
+
+#[test]
+fn ten_thousand_operations_agree_with_a_model_on_persistent_memory() {
+    against_a_model(On::Dax, 10_000);
 }
 
 #[test]
@@ -882,6 +924,8 @@ fn a_request_that_hangs_can_be_given_up() {
             offset_align: 1,
             block_device: false,
             ignore_flush: false,
+            io_poll: IoPoll::Never,
+            mapping: None,
         }))
         .unwrap();
     let mut buffer = Buffer::new(512, 0);
@@ -974,6 +1018,95 @@ fn an_alignment_that_cannot_be_served_is_refused() {
 }
 
 #[test]
+fn direct_io_that_wants_more_alignment_than_it_said_gets_it() {
+    let image = Image::new(On::Direct, 1 << 20);
+    let Target::File(file) = image.target() else {
+        unreachable!()
+    };
+    let mut engine = engine(64);
+    // More fine than the file system is known to take.
+    let file = FileTarget {
+        memory_align: 1,
+        ..file
+    };
+    let disk = engine.add_disk(Target::File(file)).unwrap();
+    let content = image.content();
+    let mut buffers: Vec<Buffer> = (0..64).map(|_| Buffer::new(4096, 1)).collect();
+    let segments: Vec<Vec<iovec>> = buffers.iter_mut().map(|b| b.segments(&[])).collect();
+    // More of them than there are bounce buffers.
+    for (i, segments) in segments.iter().enumerate() {
+        let command = transfer(Op::Read, 4096 * i as u64, segments);
+        // SAFETY: the buffers are alive until the engine is. Unsafe because `queue_rq` is.
+        unsafe { engine.queue_rq(disk, tag(u16::try_from(i).unwrap(), 0), command) }.unwrap();
+    }
+    let events = reap_until(&mut engine, |events| events.len() == 64);
+    for event in events {
+        assert!(
+            matches!(
+                event,
+                Event::Done {
+                    result: Ok(4096),
+                    ..
+                }
+            ),
+            "{event:?}"
+        );
+    }
+    for (i, buffer) in buffers.iter_mut().enumerate() {
+        assert!(buffer.bytes() == &content[i * 4096..(i + 1) * 4096]);
+    }
+    assert_eq!(engine.counters().bounced, 64);
+    assert_eq!(engine.memory_free_bounces(), usize::from(BOUNCE_BUFFERS));
+    let sqes = engine.counters().sqes;
+    let mut buffer = Buffer::new(4096, 1);
+    let segments = buffer.segments(&[]);
+    let result = run(&mut engine, disk, transfer(Op::Read, 0, &segments));
+    assert_eq!(result, Ok(4096));
+    assert_eq!(engine.counters().sqes - sqes, 1, "it was learned");
+}
+
+/// The device here has no queues to be polled, so that such a read would never come back: what goes to
+/// the ring that polls is a file without direct I/O, which the kernel refuses at once.
+#[test]
+fn what_the_ring_that_polls_refuses_is_done_by_the_other_one() {
+    let image = Image::new(On::Buffered, 1 << 20);
+    let Target::File(file) = image.target() else {
+        unreachable!()
+    };
+    let mut engine = engine(8);
+    let file = FileTarget {
+        io_poll: IoPoll::Always,
+        ..file
+    };
+    let disk = engine.add_disk(Target::File(file)).unwrap();
+    let mut buffer = Buffer::new(4096, 0);
+    let segments = buffer.segments(&[]);
+    for op in [Op::Read, Op::Write, Op::Read] {
+        let result = run(&mut engine, disk, transfer(op, 8192, &segments));
+        assert_eq!(result, Ok(4096));
+    }
+    assert_eq!(engine.counters().polled, 1, "tried once");
+    assert_eq!(run(&mut engine, disk, FLUSH), Ok(0));
+    let Target::File(file) = engine.remove_disk(disk) else {
+        unreachable!()
+    };
+    // Only whoever polls, where that is asked for.
+    let file = FileTarget {
+        io_poll: IoPoll::PollQueues,
+        ..file
+    };
+    let disk = engine.add_disk(Target::File(file)).unwrap();
+    for polled in [false, true] {
+        let command = Command {
+            polled,
+            ..transfer(Op::Read, 8192, &segments)
+        };
+        assert_eq!(run(&mut engine, disk, command), Ok(4096));
+        assert_eq!(engine.counters().polled, 1 + u64::from(polled));
+    }
+}
+
+#[test]
 fn an_older_kernels_ring_does_the_same() {
     for skipped_modes in 0..3 {
         for all in [false, true] {
@@ -981,6 +1114,8 @@ fn an_older_kernels_ring_does_the_same() {
                 skipped_modes,
                 fixed_files: all,
                 silent_writes: all,
+                polled: false,
+                restricted: all,
             };
             let mut engine = Engine::asking(4, 8, ask).unwrap();
             let image = Image::new(On::Buffered, 1 << 20);

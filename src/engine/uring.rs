@@ -5,7 +5,11 @@ use std::mem::MaybeUninit;
 use std::time::Duration;
 
 use io_uring::types::{SubmitArgs, Timespec};
-use io_uring::{EnterFlags, IoUring, cqueue, opcode, register::Restriction, squeue};
+use io_uring::{
+    EnterFlags, IoUring, cqueue, opcode,
+    register::{Probe, Restriction},
+    squeue,
+};
 
 use super::{EngineCounters, MAX_DISKS};
 
@@ -19,6 +23,10 @@ pub(super) struct Ask {
     pub(super) skipped_modes: usize,
     pub(super) fixed_files: bool,
     pub(super) silent_writes: bool,
+    /// Completions are to be had by polling the device.
+    pub(super) polled: bool,
+    /// The ring can do what the engine does, and nothing else.
+    pub(super) restricted: bool,
 }
 
 impl Ask {
@@ -26,6 +34,8 @@ impl Ask {
         skipped_modes: 0,
         fixed_files: true,
         silent_writes: true,
+        polled: false,
+        restricted: true,
     };
 }
 
@@ -35,6 +45,7 @@ pub(super) struct Ring {
     pub(super) fixed_files: bool,
     /// A write can be told to complete without a word (Linux 5.17).
     pub(super) silent_writes: bool,
+    pub(super) restricted: bool,
     mode: &'static str,
 }
 
@@ -49,11 +60,13 @@ impl Ring {
     /// only: as good as `ask` says, or what the kernel has.
     pub(super) fn new(sqes: u32, cqes: u32, ask: Ask) -> io::Result<Self> {
         let mut builder = IoUring::builder();
-        builder
-            .dontfork()
-            .setup_cqsize(cqes)
-            .setup_clamp()
-            .setup_r_disabled();
+        builder.dontfork().setup_cqsize(cqes).setup_clamp();
+        if ask.restricted {
+            builder.setup_r_disabled();
+        }
+        if ask.polled {
+            builder.setup_iopoll();
+        }
         let mut best = builder.clone();
         best.setup_single_issuer()
             .setup_defer_taskrun()
@@ -102,11 +115,14 @@ impl Ring {
                 .submitter()
                 .register_files_sparse(u32::from(MAX_DISKS))
                 .is_ok();
-        restrict(&ring)?;
+        if ask.restricted {
+            restrict(&ring).map_err(unrestricted)?;
+        }
         Ok(Ring {
             ring,
             fixed_files,
             silent_writes,
+            restricted: ask.restricted,
             mode,
         })
     }
@@ -114,8 +130,9 @@ impl Ring {
     /// What kind of ring it became, for a log line.
     pub(super) fn describe(&self) -> String {
         format!(
-            "io_uring: {}, {}, {} submission and {} completion entries",
+            "io_uring: {}, {}{}, {} submission and {} completion entries",
             self.mode,
+            if self.restricted { "restricted, " } else { "" },
             if self.fixed_files {
                 "registered files"
             } else {
@@ -258,8 +275,8 @@ impl Drop for Ring {
     }
 }
 
-/// All that a worker's ring is for. What it does is no system call that a filter could see, so this is
-/// where it is made unable to open files, to send, or to run programs.
+/// All that a worker's ring is for. What a ring does is no system call that a filter could see, so this is
+/// where it is made unable to open files, to connect, or to send.
 const OPERATIONS: &[u8] = &[
     opcode::Read::CODE,
     opcode::Write::CODE,
@@ -278,8 +295,12 @@ const REGISTRATIONS: &[u8] = &[6, 3];
 
 /// Limits a ring that is still disabled to [`OPERATIONS`], for good, and enables it.
 fn restrict(ring: &IoUring) -> io::Result<()> {
+    // A list with an operation that the kernel has not got is refused.
+    let mut there = Probe::new();
+    ring.submitter().register_probe(&mut there)?;
     let mut list: Vec<Restriction> = OPERATIONS
         .iter()
+        .filter(|code| there.is_supported(**code))
         .map(|code| Restriction::sqe_op(*code))
         .chain(
             REGISTRATIONS
@@ -291,6 +312,12 @@ fn restrict(ring: &IoUring) -> io::Result<()> {
     list.push(Restriction::sqe_flags_allowed(flags.bits()));
     ring.submitter().register_restrictions(&mut list)?;
     ring.submitter().register_enable_rings()
+}
+
+fn unrestricted(error: io::Error) -> io::Error {
+    let text =
+        format!("the ring cannot be restricted (--sandbox io-uring=off does without): {error}");
+    io::Error::new(error.kind(), text)
 }
 
 /// Errors of `io_uring_enter` after which the same call is right again: a signal, no memory for the

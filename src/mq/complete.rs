@@ -24,7 +24,7 @@ impl<P> Hctx<P> {
         let now_ns = below.now_ns;
         let entry = self.table.get(tag);
         let request = entry.request;
-        let (queued_ns, started_ns) = (entry.queued_ns, entry.issued_ns);
+        let (queued_ns, started_ns, ctx) = (entry.queued_ns, entry.issued_ns, entry.ctx);
         if entry.elevated {
             let times = Times {
                 queued_ns,
@@ -38,21 +38,28 @@ impl<P> Hctx<P> {
             self.split(tag, below);
             return Want::Run;
         }
-        let device = match request.op {
-            Op::Read => &mut self.times.device_read,
-            _ => &mut self.times.device_other,
-        };
-        device.record(now_ns - started_ns);
-        let account = &mut below.queue.account;
-        account.done(now_ns, request.op, request.bytes / SECTOR_SIZE, queued_ns);
         let status = result.err().unwrap_or(Status::Ok);
         below
             .trace
             .completed(now_ns, self.id, tag, &request, status);
+        let plain = status == Status::Ok && !self.table.is_merged(tag);
+        if plain {
+            self.count_ended(&request, ctx, (queued_ns, started_ns), below);
+        } else {
+            self.times.device(request.op).record(now_ns - started_ns);
+            let sectors = request.bytes / SECTOR_SIZE;
+            let account = &mut below.queue.account;
+            account.done(now_ns, request.op, sectors, queued_ns);
+        }
         let (stats, ctxs) = (&mut self.stats, &mut self.ctxs.stats);
         self.table.remove(tag, |ctx, bytes, payload| {
-            stats.completed(request.op, bytes, status);
-            ctxs[ctx.index()].completed += 1;
+            if !plain {
+                ctxs[ctx.index()].completed += 1;
+                match status {
+                    Status::Ok => stats.succeeded(request.op, bytes),
+                    _ => stats.errors += 1,
+                }
+            }
             let read = if status == Status::Ok && request.op == Op::Read {
                 bytes
             } else {
@@ -76,9 +83,8 @@ impl<P> Hctx<P> {
         let mut parts = self.table.split(tag);
         self.stats.requeued += u64::from(parts.len());
         // The one that is in flight for the disk's account becomes several.
-        for _ in 1..parts.len() {
-            below.queue.account.start(below.now_ns, op);
-        }
+        let more = u64::from(parts.len() - 1);
+        below.queue.account.start_many(below.now_ns, op, more);
         self.leftovers.append(&mut self.table, &mut parts);
     }
 }

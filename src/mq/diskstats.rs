@@ -44,6 +44,7 @@ pub struct Account {
     busy_ns: u128,
     weighted_ns: u128,
     updated_ns: u64,
+    off: bool,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -78,44 +79,83 @@ impl Account {
     /// A request came in.
     #[inline]
     pub fn start(&mut self, now_ns: u64, op: Op) {
+        self.start_many(now_ns, op, 1);
+    }
+
+    /// So many requests came in.
+    #[inline]
+    pub fn start_many(&mut self, now_ns: u64, op: Op, count: u64) {
+        if self.off {
+            return;
+        }
         self.advance(now_ns);
-        self.in_flight[Group::of(op) as usize] += 1;
-        self.total_in_flight += 1;
+        self.in_flight[Group::of(op) as usize] += count;
+        self.total_in_flight += count;
     }
 
     #[inline]
-    fn leave(&mut self, now_ns: u64, group: Group) {
+    fn leave(&mut self, now_ns: u64, group: Group, count: u64) {
         self.advance(now_ns);
         let in_flight = &mut self.in_flight[group as usize];
-        assert!(*in_flight > 0, "{group:?} ended that never started");
-        *in_flight -= 1;
-        self.total_in_flight -= 1;
+        assert!(*in_flight >= count, "{group:?} ended that never started");
+        *in_flight -= count;
+        self.total_in_flight -= count;
     }
 
     /// A request ended, well or not, that started at `started_ns`. `sectors` are those it covered,
     /// with all that was merged into it, in units of 512 bytes; a flush's are not counted.
     #[inline]
     pub fn done(&mut self, now_ns: u64, op: Op, sectors: u64, started_ns: u64) {
+        self.done_many(now_ns, op, 1, sectors, started_ns);
+    }
+
+    /// So many requests ended that all started at `started_ns` and covered so many sectors together.
+    #[inline]
+    pub fn done_many(&mut self, now_ns: u64, op: Op, count: u64, sectors: u64, started_ns: u64) {
+        if self.off {
+            return;
+        }
         let group = Group::of(op);
-        self.leave(now_ns, group);
+        self.leave(now_ns, group, count);
         let counts = &mut self.groups[group as usize];
-        counts.ios += 1;
+        counts.ios += count;
         counts.sectors += sectors;
-        counts.time_ns += u128::from(now_ns.saturating_sub(started_ns));
+        let each = now_ns.saturating_sub(started_ns);
+        counts.time_ns += u128::from(each) * u128::from(count);
     }
 
     /// A request was merged into another before it was started: its sectors end with the other.
     #[inline]
     pub fn merged(&mut self, op: Op) {
-        self.groups[Group::of(op) as usize].merges += 1;
+        self.merged_many(op, 1);
+    }
+
+    /// So many requests were.
+    #[inline]
+    pub fn merged_many(&mut self, op: Op, count: u64) {
+        self.groups[Group::of(op) as usize].merges += count;
     }
 
     /// A request that was started has become a part of another and will not end by itself
     /// (blk_account_io_merge_request, block/blk-merge.c). The survivor keeps the earlier start.
     #[inline]
     pub fn merged_started(&mut self, now_ns: u64, op: Op) {
-        self.leave(now_ns, Group::of(op));
+        if self.off {
+            return;
+        }
+        self.leave(now_ns, Group::of(op), 1);
         self.merged(op);
+    }
+
+    /// Counts nothing, or everything again. Nothing may be in flight.
+    pub fn set_on(&mut self, on: bool) {
+        assert_eq!(self.total_in_flight, 0, "requests are in flight");
+        self.off = !on;
+    }
+
+    /// Whether anything is counted.
+    pub fn is_on(&self) -> bool {
+        !self.off
     }
 
     /// What is in flight: reads, and all else (the two numbers of a disk's `inflight` in sysfs).

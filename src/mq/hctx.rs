@@ -12,6 +12,7 @@ use super::queue::Below;
 use super::request::{Op, Request};
 use super::stats::{HctxStats, HctxTimes};
 use super::table::{Fifo, Parts, Table};
+use super::tally::Tally;
 use super::trace::Action;
 
 /// The engine does not take a request now; the variant says who wakes us.
@@ -28,10 +29,11 @@ pub enum Busy {
 pub trait Driver<P> {
     /// Prepares one request; the engine is told to begin when the turn's batch is committed.
     ///
-    /// `parts` are the payloads it consists of, in the order of their sectors.
+    /// `hctx` is whose request it is. `parts` are the payloads it consists of, in the order of their sectors.
     fn queue_rq(
         &mut self,
         disk: DiskId,
+        hctx: HctxId,
         tag: DriverTag,
         request: &Request,
         parts: Parts<'_, P>,
@@ -83,6 +85,8 @@ pub(super) struct Hctx<P> {
     pub used_tags: bool,
     pub stats: HctxStats,
     pub times: HctxTimes,
+    /// What is not in the two yet.
+    pub tally: Tally,
 }
 
 /// One flush at a time: those that come while it runs become one, which follows it
@@ -117,6 +121,7 @@ impl<P> Hctx<P> {
             used_tags: false,
             stats: HctxStats::default(),
             times: HctxTimes::default(),
+            tally: Tally::new(),
         }
     }
 
@@ -157,9 +162,8 @@ impl<P> Hctx<P> {
         payload: P,
         below: &mut Below<'_, D>,
     ) -> Want {
-        self.stats.accepted(&request);
         let ctx = self.ctxs.of(&request);
-        self.ctxs.stats[ctx.index()].queued += 1;
+        self.count_arrived(request.op, ctx, below);
         below.trace(Action::Queued, self.id, tag, &request);
         if self.plug.is_empty() {
             below.trace.plugged(below.now_ns, self.id);
@@ -168,11 +172,10 @@ impl<P> Hctx<P> {
         let merged = merge::into_newest(&mut self.table, &self.plug, tag, 1);
         if merged != Merged::No {
             self.count_merge(tag, merged, below);
-            below.queue.account.merged(request.op);
+            self.count_merged_arrival();
             return Want::Nothing;
         }
         below.trace(Action::Got, self.id, tag, &request);
-        below.queue.account.start(below.now_ns, request.op);
         let full = usize::from(self.plug.len()) >= PLUG_REQUESTS
             || self
                 .plug
@@ -203,6 +206,7 @@ impl<P> Hctx<P> {
         if self.plug.is_empty() {
             return Want::Nothing;
         }
+        self.fold_arrived(below.now_ns, &mut below.queue.account);
         below
             .trace
             .unplugged(below.now_ns, self.id, u32::from(self.plug.len()));
@@ -222,16 +226,13 @@ impl<P> Hctx<P> {
 
     /// Direct issue, until something is refused (blk_mq_try_issue_list_directly).
     fn issue_plug<D: Driver<P>>(&mut self, below: &mut Below<'_, D>) -> Want {
-        let mut issued = 0;
+        let mut issued: u16 = 0;
         let want = loop {
             let Some(tag) = self.plug.pop_front(&mut self.table) else {
                 break Want::Nothing;
             };
             match self.issue(tag, below) {
-                Issue::Done => {
-                    self.stats.direct += 1;
-                    issued += 1;
-                }
+                Issue::Done => issued += 1,
                 Issue::NoTag => {
                     self.stage(tag, below);
                     break Want::Completion;
@@ -249,7 +250,8 @@ impl<P> Hctx<P> {
                 }
             }
         };
-        self.times.runs.record(issued);
+        self.stats.direct += u64::from(issued);
+        self.times.runs.record(usize::from(issued));
         want
     }
 

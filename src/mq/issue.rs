@@ -50,7 +50,7 @@ impl<P> Hctx<P> {
         let parts = self.table.parts(tag);
         match below
             .driver
-            .queue_rq(self.config.disk, driver_tag, &request, parts)
+            .queue_rq(self.config.disk, self.id, driver_tag, &request, parts)
         {
             Ok(()) => {
                 if !below.tags.is_reserved(driver_tag) {
@@ -71,16 +71,16 @@ impl<P> Hctx<P> {
 
     #[inline]
     fn issued(&mut self, tag: RequestTag, request: &Request, now_ns: u64) {
-        self.stats.dispatched += 1;
         self.flush.running |= request.op == Op::Flush;
         let entry = self.table.get_mut(tag);
         entry.started = true;
         entry.issued_ns = now_ns;
-        self.ctxs.stats[entry.ctx.index()].dispatched += 1;
+        let ctx = entry.ctx;
         if let Some(dispatch_ns) = entry.dispatch_ns {
             self.times.staged.record(dispatch_ns - entry.queued_ns);
             self.times.dispatch.record(now_ns - dispatch_ns);
         }
+        self.count_sent(ctx);
     }
 
     /// The moving average of refusals (blk_mq_update_dispatch_busy).

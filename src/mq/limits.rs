@@ -19,8 +19,8 @@ pub const INLINE_SEGMENTS: u16 = 8;
 /// from one memory region to the next counts twice.
 pub const MAX_SEGMENTS: u16 = 2 * MAX_RING_SIZE;
 
-/// How many requests of one worker can have more than [`INLINE_SEGMENTS`] segments at a time. When
-/// all are lent out, the rest waits in the ring.
+/// How many requests of one disk on one worker can have more than [`INLINE_SEGMENTS`] segments at a
+/// time. When all are lent out, the rest waits in the ring.
 pub const BIG_REQUESTS: u16 = 64;
 
 /// Ranges in one discard or write-zeroes request (`max_discard_seg`, virtio 1.3, section 5.2.4).

@@ -29,23 +29,26 @@ mod settings;
 pub mod stats;
 mod table;
 pub mod tags;
+mod tally;
 pub mod trace;
 pub mod types;
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, VecDeque};
 
-use self::diskstats::DiskStats;
 pub use self::hctx::{Busy, Driver, HctxConfig};
 use self::hctx::{Hctx, Want};
 use self::ids::{DiskId, DriverTag, HctxId, RequestTag, RingId};
 use self::limits::ACTIVITY_DECAY_NS;
 use self::queue::{Below, RequestQueue};
 use self::request::{Request, Status};
-use self::stats::{CtxStats, HctxStats, HctxTimes};
+use self::stats::{HctxStats, HctxTimes};
 pub use self::table::Parts;
 use self::tags::TagSet;
 use self::trace::Trace;
+
+/// Stands for no hctx: there are fewer than [`limits::MAX_HCTXS`].
+const NOBODY: HctxId = HctxId(u16::MAX);
 
 /// Where an hctx stands that is not idle. It stands in one place at a time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -91,6 +94,8 @@ pub struct Mq<P> {
     delays: u64,
     completed_since_run: bool,
     trace: Trace,
+    /// The hctx whose latest requests are not in the statistics yet; there is never a second.
+    tallied: HctxId,
     now_ns: u64,
     next_decay_ns: u64,
     stale_completions: u64,
@@ -117,6 +122,7 @@ impl<P> Mq<P> {
             delays: 0,
             completed_since_run: false,
             trace: Trace::new(),
+            tallied: NOBODY,
             now_ns: 0,
             next_decay_ns: 0,
             stale_completions: 0,
@@ -129,8 +135,10 @@ impl<P> Mq<P> {
         let index = free.unwrap_or(self.hctxs.len());
         let id = HctxId(u16::try_from(index).expect("fewer hctxs than MAX_HCTXS"));
         assert!(id.0 < limits::MAX_HCTXS, "more hctxs than MAX_HCTXS");
+        let mut hctx = Hctx::new(id, config);
+        hctx.tally.off = !self.queue_of(config.disk).account.is_on();
         let member = Some(Member {
-            hctx: Hctx::new(id, config),
+            hctx,
             place: Place::Nowhere,
             ticket: None,
         });
@@ -149,6 +157,7 @@ impl<P> Mq<P> {
 
     /// Removes an hctx that has nothing in flight and says what it counted.
     pub fn remove_hctx(&mut self, id: HctxId) -> (HctxStats, Box<HctxTimes>) {
+        self.fold();
         let member = self.hctxs[id.index()].take().expect("the hctx exists");
         assert_eq!(
             member.hctx.table.live(),
@@ -182,7 +191,10 @@ impl<P> Mq<P> {
     /// Begins a turn at `now_ns`, a monotonic time in nanoseconds: the one clock reading the turn
     /// gets. Delayed hctxs whose time has come become runnable.
     pub fn start_turn(&mut self, now_ns: u64) {
-        self.now_ns = now_ns;
+        if self.now_ns != now_ns {
+            self.fold();
+            self.now_ns = now_ns;
+        }
         while let Some(&Reverse((at, _, id))) = self.delayed.peek() {
             if at > now_ns {
                 break;
@@ -252,6 +264,10 @@ impl<P> Mq<P> {
         id: HctxId,
         driver: &'a mut D,
     ) -> (&'a mut Hctx<P>, Below<'a, D>) {
+        if self.tallied != id {
+            self.fold();
+            self.tallied = id;
+        }
         let member = self.hctxs[id.index()].as_mut().expect("the hctx exists");
         let disk = member.hctx.config.disk;
         let below = Below {
@@ -349,6 +365,7 @@ impl<P> Mq<P> {
 
     /// Changes how many vCPUs are mapped to an hctx, and with it its number of ctxs.
     pub fn set_ctxs(&mut self, id: HctxId, count: u16) {
+        self.fold();
         let hctx = &mut self.member(id).hctx;
         hctx.set_ctxs(count);
         if hctx.has_work() {
@@ -372,30 +389,9 @@ impl<P> Mq<P> {
         self.hctx(id).ctxs.count()
     }
 
-    /// What each ctx of an hctx did since it has that many.
-    pub fn ctx_stats(&self, id: HctxId) -> &[CtxStats] {
-        &self.hctx(id).ctxs.stats
-    }
-
-    /// How long requests of an hctx were where.
-    pub fn times(&self, id: HctxId) -> &HctxTimes {
-        &self.hctx(id).times
-    }
-
-    /// A disk's counts as of the last turn, in the terms of /proc/diskstats.
-    pub fn disk_stats(&mut self, disk: DiskId) -> DiskStats {
-        let now_ns = self.now_ns;
-        self.queue_of(disk).account.at(now_ns)
-    }
-
     /// The busy average of an hctx, 0 to 16: above 0, requests are dispatched one by one.
     pub fn dispatch_busy(&self, id: HctxId) -> u32 {
         self.hctx(id).dispatch_busy
-    }
-
-    /// What an hctx counted so far.
-    pub fn stats(&self, id: HctxId) -> &HctxStats {
-        &self.hctx(id).stats
     }
 
     /// Completions that came for a driver tag nobody held.

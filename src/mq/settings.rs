@@ -17,6 +17,7 @@ impl<P> Mq<P> {
     /// Gives a disk another elevator. The disk must be frozen: none of its requests in flight or
     /// waiting (elevator_switch, block/elevator.c).
     pub fn set_elevator(&mut self, disk: DiskId, params: Params) {
+        self.fold();
         self.queue_of(disk).set_elevator(params);
     }
 

@@ -3,7 +3,7 @@
 use serde::Serialize;
 
 use super::hist::{Dispatched, Histogram};
-use super::request::{Op, Request, Status};
+use super::request::Op;
 
 /// What one hctx did since its ring was first started.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
@@ -46,24 +46,24 @@ pub struct HctxStats {
 
 impl HctxStats {
     #[inline]
-    pub(super) fn accepted(&mut self, request: &Request) {
-        self.requests += 1;
-        *match request.op {
+    pub(super) fn accepted(&mut self, op: Op, count: u64) {
+        self.requests += count;
+        *match op {
             Op::Read => &mut self.read,
             Op::Write => &mut self.write,
             Op::Flush => &mut self.flush,
             Op::Discard => &mut self.discard,
             Op::WriteZeroes => &mut self.write_zeroes,
-        } += 1;
+        } += count;
     }
 
+    /// Requests ended well that moved so many bytes together.
     #[inline]
-    pub(super) fn completed(&mut self, op: Op, bytes: u64, status: Status) {
-        match (status, op) {
-            (Status::Ok, Op::Read) => self.bytes_read += bytes,
-            (Status::Ok, Op::Write) => self.bytes_written += bytes,
-            (Status::Ok, _) => {}
-            _ => self.errors += 1,
+    pub(super) fn succeeded(&mut self, op: Op, bytes: u64) {
+        match op {
+            Op::Read => self.bytes_read += bytes,
+            Op::Write => self.bytes_written += bytes,
+            Op::Flush | Op::Discard | Op::WriteZeroes => {}
         }
     }
 
@@ -129,6 +129,15 @@ pub struct HctxTimes {
 }
 
 impl HctxTimes {
+    /// Where the device's times for `op` are counted.
+    #[inline]
+    pub(super) fn device(&mut self, op: Op) -> &mut Histogram {
+        match op {
+            Op::Read => &mut self.device_read,
+            _ => &mut self.device_other,
+        }
+    }
+
     /// Adds what another period of the same queue took.
     pub fn add(&mut self, other: &HctxTimes) {
         self.staged.merge(&other.staged);

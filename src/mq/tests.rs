@@ -21,6 +21,7 @@ impl Driver<u32> for Below {
     fn queue_rq(
         &mut self,
         _disk: DiskId,
+        _hctx: HctxId,
         tag: DriverTag,
         request: &Request,
         parts: Parts<'_, u32>,

@@ -130,6 +130,41 @@ pub(super) unsafe fn read_words(at: NonNull<u8>) -> [u64; 2] {
     }
 }
 
+/// Asks for the cache line at `at`, to read it soon. The address may be any: nothing is accessed.
+#[inline]
+pub(super) fn fetch(at: NonNull<u8>) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a prefetch changes nothing and never faults. Unsafe because it is an instruction.
+    unsafe {
+        std::arch::asm!("prefetcht0 [{}]", in(reg) at.as_ptr(), options(nostack, preserves_flags, readonly));
+    }
+    #[cfg(target_arch = "aarch64")]
+    // SAFETY: as above. Unsafe for the same reason.
+    unsafe {
+        std::arch::asm!("prfm pldl1keep, [{}]", in(reg) at.as_ptr(), options(nostack, preserves_flags, readonly));
+    }
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+    let _ = at;
+}
+
+/// As [`fetch`], to read and to write it soon: the line is taken away from other CPUs at once.
+#[inline]
+pub(super) fn fetch_to_write(at: NonNull<u8>) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: as in `fetch`; processors without the instruction do nothing. Unsafe for the same
+    // reason.
+    unsafe {
+        std::arch::asm!("prefetchw [{}]", in(reg) at.as_ptr(), options(nostack, preserves_flags, readonly));
+    }
+    #[cfg(target_arch = "aarch64")]
+    // SAFETY: as in `fetch`. Unsafe for the same reason.
+    unsafe {
+        std::arch::asm!("prfm pstl1keep, [{}]", in(reg) at.as_ptr(), options(nostack, preserves_flags, readonly));
+    }
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+    let _ = at;
+}
+
 /// Fills `into` from guest memory, reading each byte exactly once.
 ///
 /// # Safety

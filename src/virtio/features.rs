@@ -8,6 +8,9 @@ use super::shape::DiskShape;
 /// `VHOST_USER_F_PROTOCOL_FEATURES`: not a virtio feature, but negotiated among them
 /// (docs/interop/vhost-user, "Feature negotiation").
 pub const VHOST_USER_PROTOCOL_FEATURES: u64 = 1 << 30;
+/// `VHOST_F_LOG_ALL`: not a virtio feature either; the front end sets it while it migrates the guest
+/// (docs/interop/vhost-user, "Migration").
+pub const LOG_ALL: u64 = 1 << 26;
 /// `VIRTIO_RING_F_EVENT_IDX`
 pub const EVENT_IDX: u64 = 1 << virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 /// `VIRTIO_RING_F_INDIRECT_DESC`
@@ -43,6 +46,7 @@ pub fn offered(shape: &DiskShape, config: &ConfigSpace) -> u64 {
         | INDIRECT_DESC
         | EVENT_IDX
         | VHOST_USER_PROTOCOL_FEATURES
+        | LOG_ALL
         | SEG_MAX
         | BLK_SIZE
         | TOPOLOGY
@@ -98,7 +102,7 @@ mod tests {
         let config = ConfigSpace::default();
         // The bits by their numbers in the specification.
         let always = 1 << 2 | 1 << 6 | 1 << 9 | 1 << 10 | 1 << 11 | 1 << 12;
-        let transport = 1 << 28 | 1 << 29 | 1 << 30 | 1 << 32;
+        let transport = 1 << 26 | 1 << 28 | 1 << 29 | 1 << 30 | 1 << 32;
         assert_eq!(
             offered(&shape, &config),
             always | transport | 1 << 13 | 1 << 14

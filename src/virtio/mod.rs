@@ -13,6 +13,7 @@ mod chain;
 pub mod config_space;
 pub mod features;
 pub mod inflight;
+pub mod log;
 pub mod memory;
 pub mod parse;
 pub mod pool;

@@ -6,18 +6,17 @@
 
 use std::ptr::NonNull;
 
-use super::abi::{
-    self, DESC_INDIRECT, DESC_NEXT, DESC_WRITE, HEADER_BYTES, Header, ID_BYTES, request_type,
-};
+use super::abi::{self, DESC_INDIRECT, DESC_NEXT, DESC_WRITE, HEADER_BYTES, Header, request_type};
 use super::chain::{self, Layout};
 use super::pool::{Segment, SegmentPool};
-use super::receipt::{self, GuestIo, Slot, Used};
+use super::receipt::{self, GuestIo, Holds, Slot, Used};
 use super::ring::{Head, Ring, RingError};
 use super::shape::DiskShape;
 use crate::mq::ids::Sector;
 use crate::mq::limits::{INLINE_SEGMENTS, MAX_SEGMENTS};
 use crate::mq::request::{IoPrio, Op, Request, Status};
 
+mod id;
 mod ranges;
 
 /// What became of a chain.
@@ -75,7 +74,7 @@ impl Plain {
                 self.status,
                 Slot::inline(slot),
                 self.segments,
-                false,
+                Holds::of(self.op),
             )
         };
         Parsed::Request(
@@ -220,6 +219,10 @@ fn any(
             // SAFETY: the walk found the status byte in the guest's memory, which the ring keeps.
             // Unsafe because the compiler does not see that.
             let used = unsafe { receipt::answer(head, layout.status, status, bytes) };
+            if ring.log.is_some() {
+                let pieces = &pool.scratch[layout.readable..layout.pieces];
+                ring.log_answer(layout.status, pieces, bytes);
+            }
             return Ok(Parsed::Done(used));
         }
         Verdict::Request(request, segments) => (request, segments),
@@ -238,12 +241,20 @@ fn any(
         // nobody else refers to it yet. Unsafe because of raw pointers.
         unsafe { room.add(i).write(*segment) };
     }
-    let ranges = matches!(request.op, Op::Discard | Op::WriteZeroes);
     let head = ring.commit(head);
-    // SAFETY: the walk found the status byte; that many segments were just written, extents if it
-    // has ranges and buffers if not, inline up to INLINE_SEGMENTS and from the pool for more.
+    // SAFETY: the walk found the status byte; that many segments were just written, of the kind
+    // its operation has, inline up to INLINE_SEGMENTS and from the pool for more.
     // Unsafe because that is this module's logic.
-    let io = unsafe { GuestIo::new(slot, head, layout.status, room, request.segments, ranges) };
+    let io = unsafe {
+        GuestIo::new(
+            slot,
+            head,
+            layout.status,
+            room,
+            request.segments,
+            Holds::of(request.op),
+        )
+    };
     Ok(Parsed::Request(request, io))
 }
 
@@ -339,7 +350,7 @@ fn judge(
         request_type::GET_ID if readable > 0 => reject,
         request_type::GET_ID => {
             let data = data(layout, false, pieces);
-            Verdict::Answer(Status::Ok, write_id(&pieces[data], &shape.serial))
+            Verdict::Answer(Status::Ok, id::write(&pieces[data], &shape.serial))
         }
         request_type::DISCARD | request_type::WRITE_ZEROES => {
             if writable > 0 || shape.read_only {
@@ -392,22 +403,6 @@ fn data(layout: &Layout, readable: bool, pieces: &mut [Segment]) -> std::ops::Ra
         pieces[last].iovec.iov_len
     };
     layout.readable..if left == 0 { last } else { layout.pieces }
-}
-
-/// Writes as much of the serial as the guest has room for; returns how many bytes.
-fn write_id(pieces: &[Segment], serial: &[u8; ID_BYTES]) -> u32 {
-    let mut left = &serial[..];
-    for piece in pieces {
-        // SAFETY: pieces of a layout are buffers. Unsafe because a segment can also be an extent.
-        let iovec = unsafe { piece.iovec };
-        let (now, later) = left.split_at(iovec.iov_len.min(left.len()));
-        let base = NonNull::new(iovec.iov_base.cast::<u8>()).expect("made of a NonNull");
-        // SAFETY: the walk found the piece's `iov_len` bytes in guest memory. Unsafe because it is
-        // the guest's too.
-        unsafe { abi::write_bytes(base, now) };
-        left = later;
-    }
-    u32::try_from(serial.len() - left.len()).expect("at most ID_BYTES")
 }
 
 #[cfg(test)]

@@ -1,5 +1,5 @@
 //! Room for the host buffers (or ranges) of requests in flight: inline room for a few with each
-//! entry of a ring, and a pool of large buffers for each worker.
+//! entry of a ring, and a pool of large buffers for each disk on a worker.
 
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::fmt;
@@ -102,7 +102,7 @@ const _: () = assert!(
     "the pool keeps one bit for each in a u64"
 );
 
-/// A worker's room for requests of more than
+/// Room of one disk on one worker for requests of more than
 /// [`INLINE_SEGMENTS`](crate::mq::limits::INLINE_SEGMENTS) segments.
 pub struct SegmentPool {
     buffers: RawTable<Segment>,

@@ -7,7 +7,7 @@ use virtio_bindings::virtio_blk;
 
 use super::pool::{Extent, Segment, SegmentPool};
 use crate::mq::limits::INLINE_SEGMENTS;
-use crate::mq::request::Status;
+use crate::mq::request::{Op, Status};
 
 /// An element for the used ring: a chain whose status is written. Made by finishing a request.
 #[derive(Debug, PartialEq, Eq)]
@@ -77,6 +77,29 @@ pub(super) unsafe fn answer(head: u16, byte: NonNull<u8>, status: Status, bytes:
     Used::new(head, bytes.saturating_add(1))
 }
 
+/// What a chain's segments are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Holds {
+    /// Buffers that the device reads, or none.
+    Readable,
+    /// Buffers that the device writes.
+    Writable,
+    /// [`Extent`]s.
+    Ranges,
+}
+
+impl Holds {
+    /// What those of such a request are.
+    #[inline]
+    pub(super) fn of(op: Op) -> Holds {
+        match op {
+            Op::Read => Holds::Writable,
+            Op::Write | Op::Flush => Holds::Readable,
+            Op::Discard | Op::WriteZeroes => Holds::Ranges,
+        }
+    }
+}
+
 /// A ring's room for one chain in flight.
 #[repr(C)]
 pub(super) struct Slot {
@@ -84,8 +107,7 @@ pub(super) struct Slot {
     segments: NonNull<Segment>,
     head: u16,
     count: u16,
-    /// The segments are [`Extent`]s, not buffers.
-    ranges: bool,
+    holds: Holds,
     inline: [Segment; INLINE_SEGMENTS as usize],
 }
 
@@ -126,8 +148,7 @@ impl GuestIo {
     /// # Safety
     ///
     /// `slot` is the head's in its ring, and the head is in flight. `status` is mapped as long as
-    /// it is. The first `count` of `segments` are initialized, as extents if `ranges` says so and
-    /// as buffers if not, and neither move nor change until this is finished. If there are more
+    /// it is. The first `count` of `segments` are initialized, as what `holds` says, and neither move nor change until this is finished. If there are more
     /// than [`INLINE_SEGMENTS`], they are in a buffer of the pool that `finish` will be given.
     #[inline]
     pub(super) unsafe fn new(
@@ -136,7 +157,7 @@ impl GuestIo {
         status: NonNull<u8>,
         segments: NonNull<Segment>,
         count: u16,
-        ranges: bool,
+        holds: Holds,
     ) -> Self {
         let at = slot.as_ptr();
         // SAFETY: the slot is ours to write, as the caller vouches. Unsafe because it need not be
@@ -146,7 +167,7 @@ impl GuestIo {
             (*at).segments = segments;
             (*at).head = head;
             (*at).count = count;
-            (*at).ranges = ranges;
+            (*at).holds = holds;
         }
         GuestIo { slot }
     }
@@ -170,7 +191,7 @@ impl GuestIo {
     #[inline]
     pub fn iovecs(&self) -> &[libc::iovec] {
         let slot = self.slot();
-        if slot.ranges {
+        if slot.holds == Holds::Ranges {
             return &[];
         }
         // SAFETY: initialized as buffers and immutable, by the contract of `new`; a segment has
@@ -184,13 +205,26 @@ impl GuestIo {
     /// empty for everything else.
     pub fn ranges(&self) -> &[Extent] {
         let slot = self.slot();
-        if !slot.ranges {
+        if slot.holds != Holds::Ranges {
             return &[];
         }
         // SAFETY: as in `iovecs`, for extents. Unsafe for the same reason.
         unsafe {
             std::slice::from_raw_parts(slot.segments.as_ptr().cast(), usize::from(slot.count))
         }
+    }
+
+    /// The host buffers that the device may have written: those of a read.
+    pub(super) fn written(&self) -> &[libc::iovec] {
+        match self.slot().holds {
+            Holds::Writable => self.iovecs(),
+            Holds::Readable | Holds::Ranges => &[],
+        }
+    }
+
+    /// Where its status byte is mapped.
+    pub(super) fn status(&self) -> NonNull<u8> {
+        self.slot().status
     }
 
     /// Writes the status byte and makes the used element. `bytes` is how much data was really
@@ -225,7 +259,7 @@ impl fmt::Debug for GuestIo {
         f.debug_struct("GuestIo")
             .field("head", &slot.head)
             .field("segments", &slot.count)
-            .field("ranges", &slot.ranges)
+            .field("holds", &slot.holds)
             .finish_non_exhaustive()
     }
 }

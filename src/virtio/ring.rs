@@ -18,7 +18,9 @@ use super::pool::RawTable;
 use super::receipt::{Slot, Used};
 use crate::mq::limits::MAX_RING_SIZE;
 
+mod ahead;
 mod error;
+mod logged;
 mod notify;
 mod resume;
 
@@ -129,6 +131,8 @@ pub struct Ring {
     /// What the process before had in flight; `None` as soon as all of it has been taken again.
     resume: Option<Box<Resume>>,
     pub(super) memory: Arc<MemoryTable>,
+    /// Where what is written to the guest's memory is marked while it migrates.
+    pub(super) log: Option<Box<logged::RingLog>>,
     /// The region headers, status bytes and indirect tables were last found in.
     pub(super) meta_region: Region,
     /// The region data was last found in.
@@ -181,6 +185,7 @@ impl Ring {
             tracker: None,
             resume: None,
             memory,
+            log: None,
             meta_region: Region::NONE,
             data_region: Region::NONE,
         };
@@ -257,6 +262,12 @@ impl Ring {
         Ok(Some(Head(head)))
     }
 
+    /// Whether there are chains that were seen and not popped yet.
+    #[inline]
+    pub fn has_more(&self) -> bool {
+        self.next_avail != self.seen_avail || self.to_resume() > 0
+    }
+
     /// Writes a used element; [`Ring::publish`] shows it to the guest.
     #[inline]
     pub fn put_used(&mut self, used: Used) {
@@ -293,6 +304,9 @@ impl Ring {
         self.used_field(1).store(new.to_le(), Ordering::Release);
         if let Some(tracker) = &self.tracker {
             tracker.published(new.wrapping_sub(old), new);
+        }
+        if self.log.is_some() {
+            self.log_published(old, new);
         }
         self.published = new;
         self.used_before = true;

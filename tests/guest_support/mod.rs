@@ -11,6 +11,7 @@ use std::io::{BufRead, BufReader, Read};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -74,6 +75,11 @@ impl Disk {
         self.dir.path().join("disk.sock")
     }
 
+    /// The path of the daemon's control socket, where a test asks for one.
+    pub fn control(&self) -> PathBuf {
+        self.dir.path().join("control.sock")
+    }
+
     /// The SHA-256 of the whole image as the host reads it, in hexadecimal digits.
     pub fn sha256(&self) -> String {
         let out = Command::new("sha256sum")
@@ -125,12 +131,21 @@ impl Daemon {
     ///
     /// # Panics
     ///
-    /// With the daemon's own words, when it ends or has not said that it listens within 20 seconds.
+    /// With the daemon's own words, when it ends or has not said that it listens within 90 seconds: one that
+    /// follows a killed one waits for its last write.
     pub fn start(disk: &Disk, args: &[&str]) -> Self {
-        let log = disk.dir.path().join("daemon.log");
+        Self::start_at(disk, &disk.socket(), args)
+    }
+
+    /// The same at another socket, in the same way: two daemons can serve one disk.
+    pub fn start_at(disk: &Disk, socket: &Path, args: &[&str]) -> Self {
+        // Several daemons may serve a disk, one after another.
+        static DAEMONS: AtomicU32 = AtomicU32::new(0);
+        let name = format!("daemon.{}.log", DAEMONS.fetch_add(1, Ordering::Relaxed));
+        let log = disk.dir.path().join(name);
         let child = Command::new(env!("CARGO_BIN_EXE_vhost-user-blkmq"))
             .arg("--socket-path")
-            .arg(disk.socket())
+            .arg(socket)
             .arg("--blk-file")
             .arg(disk.image())
             .args(["--serial", "guest-test", "--summary", "json"])
@@ -141,7 +156,7 @@ impl Daemon {
             .spawn()
             .expect("the daemon starts");
         let mut daemon = Self { child, log };
-        daemon.await_that("it listens", Duration::from_secs(20), |d| {
+        daemon.await_that("it listens", Duration::from_secs(90), |d| {
             d.said().contains("listening on")
         });
         daemon
@@ -185,9 +200,18 @@ impl Daemon {
     /// # Panics
     ///
     /// When it has not ended within 30 seconds, ends with another status than 0, or prints no JSON.
-    pub fn stop(mut self) -> Summary {
+    pub fn stop(self) -> Summary {
         let pid = Pid::from_child(&self.child);
         kill_process(pid, Signal::TERM).expect("the daemon lives");
+        self.await_exit()
+    }
+
+    /// Waits for the daemon's end and returns the summary it prints.
+    ///
+    /// # Panics
+    ///
+    /// As [`Daemon::stop`].
+    pub fn await_exit(mut self) -> Summary {
         let deadline = Instant::now() + Duration::from_secs(30);
         let status = loop {
             if let Some(status) = self.child.try_wait().expect("the daemon can be waited for") {
@@ -195,7 +219,7 @@ impl Daemon {
             }
             assert!(
                 Instant::now() < deadline,
-                "not ended 30 s after SIGTERM. The daemon:\n{}",
+                "not ended after 30 s. The daemon:\n{}",
                 self.said()
             );
             thread::sleep(Duration::from_millis(10));
@@ -307,9 +331,20 @@ impl Guest {
         Self { command, dir }
     }
 
+    /// QEMU that listens for its machine protocol at `path`.
+    pub fn qmp(mut self, path: &Path) -> Self {
+        self.command.arg("--qmp").arg(path);
+        self
+    }
+
     /// One more disk: /dev/vda is the first, /dev/vdb the second.
-    pub fn disk(mut self, disk: &Disk) -> Self {
-        self.command.arg("--socket").arg(disk.socket());
+    pub fn disk(self, disk: &Disk) -> Self {
+        self.socket(&disk.socket())
+    }
+
+    /// The same, by the socket where the disk is served.
+    pub fn socket(mut self, socket: &Path) -> Self {
+        self.command.arg("--socket").arg(socket);
         self
     }
 

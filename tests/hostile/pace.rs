@@ -10,7 +10,13 @@ const SPAN: Duration = Duration::from_millis(400);
 #[ignore = "measures for a minute; run it alone, in the release profile, with --nocapture"]
 fn the_other_disk_keeps_its_pace() {
     let only = std::env::var("BLKMQ_ATTACK").ok();
-    let all: Vec<(&str, Attack)> = [crate::memory::ALL].concat();
+    let all: Vec<(&str, Attack)> = [
+        crate::memory::ALL,
+        crate::fds::ALL,
+        crate::messages::ALL,
+        crate::rings::ALL,
+    ]
+    .concat();
     println!("| attack | times | p99 before (µs) | p99 during (µs) |\n|---|---|---|---|");
     for (name, attack) in all {
         if only.as_deref().is_some_and(|only| only != name) {

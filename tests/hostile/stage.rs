@@ -3,6 +3,7 @@
 use crate::support::disk::{finish, kind, status};
 use crate::support::*;
 use std::collections::BTreeMap;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -63,11 +64,11 @@ pub struct Stage {
 impl Stage {
     /// Starts it and attaches the well-behaved front end.
     pub fn new() -> Stage {
-        Stage::with(&[])
+        Stage::with(Spec::image(DISK))
     }
 
-    /// The same with more arguments.
-    pub fn with(args: &[&str]) -> Stage {
+    /// The same with another disk to attack.
+    pub fn with(spec: Spec) -> Stage {
         let dir = TempDir::new().expect("a directory");
         let image = dir.path().join("other.img");
         let file = std::fs::File::create(&image).expect("an image");
@@ -78,10 +79,14 @@ impl Stage {
             socket.display(),
             image.display()
         );
-        let spec = Spec::image(DISK)
-            .lifetime(Duration::from_secs(300))
-            .args(["--workers", "1", "--serial", "attacked", "--disk", &disk])
-            .args(args.iter().copied());
+        let spec = spec.lifetime(Duration::from_secs(300)).args([
+            "--workers",
+            "1",
+            "--serial",
+            "attacked",
+            "--disk",
+            &disk,
+        ]);
         let daemon = Daemon::start_ours(&spec);
         let other = Other::attach(socket);
         Stage { daemon, other, dir }
@@ -90,6 +95,13 @@ impl Stage {
     /// The socket of the disk to attack.
     pub fn socket(&self) -> &Path {
         self.daemon.socket()
+    }
+
+    /// A plain connection to it.
+    pub fn connect(&self) -> UnixStream {
+        let stream = UnixStream::connect(self.socket()).expect("it listens");
+        stream.set_read_timeout(Some(DEADLINE)).expect("a timeout");
+        stream
     }
 
     /// A session as far as and with its memory.

@@ -115,8 +115,24 @@ fn random_io(disk: &mut Disk, area: u64, model: &mut [u8], rounds: usize, seed: 
 }
 
 fn random_io_on(setup: &Setup, queue: QueueSetup, seed: u64) {
-    let mut model = Rng::new(seed).bytes(8 << 20);
-    let daemon = Daemon::start(&Spec::image_of(&model));
+    let model = Rng::new(seed).bytes(8 << 20);
+    random_io_against(
+        Daemon::start(&Spec::image_of(&model)),
+        model,
+        setup,
+        queue,
+        seed,
+    );
+}
+
+/// The same for a daemon whose image has the content of `model`.
+pub fn random_io_against(
+    daemon: Daemon,
+    mut model: Vec<u8>,
+    setup: &Setup,
+    queue: QueueSetup,
+    seed: u64,
+) {
     let mut disk =
         Disk::attach_with(daemon.socket(), setup, 1, queue).expect("a session with a queue");
     // Where the first region is too small, the buffers fill all but the last one.

@@ -217,8 +217,11 @@ fn campaign(rounds: u64, args: &[&str], setup: QueueSetup) {
     let mut world = World::new((QUEUES * BLOCKS * BLOCK) as u64, QUEUES, setup);
     let mut loads: Vec<Load> = (0..QUEUES).map(|queue| Load::new(&world, queue)).collect();
     let (mut at_work, mut early, mut resumed) = (0, 0, 0);
+    let mut slowest = Duration::ZERO;
     for _ in 0..rounds {
+        let began = Instant::now();
         let mut daemon = world.daemon(args);
+        slowest = slowest.max(began.elapsed());
         // One in four is killed while the front end still negotiates or the rings begin.
         let most_us = if rng.one_in(4) { 2_000 } else { 25_000 };
         let killer = Killer::of(&daemon, Duration::from_micros(rng.below(most_us)));
@@ -290,7 +293,7 @@ fn campaign(rounds: u64, args: &[&str], setup: QueueSetup) {
     let completed: u64 = loads.iter().map(|load| load.completed).sum();
     println!(
         "{rounds} daemons killed, {at_work} at work and {early} before; {completed} requests, \
-         {resumed} taken up again"
+         {resumed} taken up again; the slowest start took {slowest:?}"
     );
     assert!(
         resumed > 0,

@@ -102,7 +102,7 @@ impl Spec {
 #[derive(Debug)]
 pub struct Daemon {
     child: Child,
-    dir: TempDir,
+    dir: Arc<TempDir>,
     socket: PathBuf,
     image: Option<PathBuf>,
     stderr: Arc<Lines>,
@@ -165,17 +165,39 @@ impl Daemon {
 
     /// Starts our program.
     pub fn start_ours(spec: &Spec) -> Self {
-        let dir = TempDir::new().expect("a temporary directory can be made");
+        let dir = Arc::new(TempDir::new().expect("a temporary directory can be made"));
         let image = spec.make_image(dir.path());
         let socket = dir.path().join("blk.sock");
+        let command = Self::our_command(spec, &socket, image.as_deref());
+        let daemon = Self::spawn(command, dir, socket, image, spec.lifetime);
+        if !daemon.stderr.wait_for("listening on") {
+            panic!("the daemon does not listen:\n{}", daemon.stderr());
+        }
+        daemon
+    }
+
+    /// Starts our program once more, for the same socket and image, and does not wait for anything.
+    pub fn beside(&self, spec: &Spec) -> Self {
+        let command = Self::our_command(spec, &self.socket, self.image.as_deref());
+        let dir = Arc::clone(&self.dir);
+        Self::spawn(
+            command,
+            dir,
+            self.socket.clone(),
+            self.image.clone(),
+            spec.lifetime,
+        )
+    }
+
+    fn our_command(spec: &Spec, socket: &Path, image: Option<&Path>) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_vhost-user-blkmq"));
         command
             .arg("--socket-path")
-            .arg(&socket)
+            .arg(socket)
             .args(["--summary", "json"])
             .args(["--num-queues", &spec.queues.to_string()])
             .args(["--queue-size", &spec.queue_size.to_string()]);
-        match (&image, &spec.image) {
+        match (image, &spec.image) {
             (Some(path), _) => command.arg("--blk-file").arg(path),
             (None, Image::Null(bytes)) => {
                 command.args(["--engine", "null", "--size", &bytes.to_string()])
@@ -186,16 +208,12 @@ impl Daemon {
             command.arg("--read-only");
         }
         command.args(&spec.args);
-        let daemon = Self::spawn(command, dir, socket, image, spec.lifetime);
-        if !daemon.stderr.wait_for("listening on") {
-            panic!("the daemon does not listen:\n{}", daemon.stderr());
-        }
-        daemon
+        command
     }
 
     /// Starts QEMU's storage daemon with the same disk, to try the front end or to compare.
     pub fn start_qsd(spec: &Spec) -> Self {
-        let dir = TempDir::new().expect("a temporary directory can be made");
+        let dir = Arc::new(TempDir::new().expect("a temporary directory can be made"));
         let image = spec.make_image(dir.path());
         let socket = dir.path().join("blk.sock");
         let ready = dir.path().join("ready");
@@ -238,7 +256,7 @@ impl Daemon {
 
     fn spawn(
         mut command: Command,
-        dir: TempDir,
+        dir: Arc<TempDir>,
         socket: PathBuf,
         image: Option<PathBuf>,
         lifetime: Duration,

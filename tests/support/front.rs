@@ -119,6 +119,8 @@ impl fmt::Debug for Inflight {
 pub struct Setup {
     /// Guest address and length in bytes of each memory region.
     pub memory: Vec<(u64, usize)>,
+    /// The regions are pages of 2 MiB (hugetlbfs).
+    pub huge_pages: bool,
     /// One ADD_MEM_REG a region instead of one SET_MEM_TABLE.
     pub add_regions: bool,
     /// Queues that get a call eventfd before there is memory, as QEMU does it.
@@ -133,6 +135,7 @@ impl Default for Setup {
     fn default() -> Self {
         Self {
             memory: vec![(0, 64 << 20)],
+            huge_pages: false,
             add_regions: false,
             early_calls: 0,
             features: features::KNOWN,
@@ -173,7 +176,11 @@ impl fmt::Debug for Front {
 impl Front {
     /// Connects and negotiates in QEMU's order, up to and with the memory table.
     pub fn connect(socket: &Path, setup: &Setup) -> Result<Self> {
-        let mem = Arc::new(GuestMemory::new(&setup.memory).map_err(vhost::Error::IOError)?);
+        let mem = match setup.huge_pages {
+            true => GuestMemory::huge(&setup.memory),
+            false => GuestMemory::new(&setup.memory),
+        };
+        let mem = Arc::new(mem.map_err(vhost::Error::IOError)?);
         Self::connect_with(socket, setup, mem)
     }
 

@@ -40,8 +40,8 @@ impl fmt::Debug for Region {
 }
 
 impl Region {
-    fn new(gpa: u64, len: usize) -> io::Result<Self> {
-        let file = memfd_create("guest-memory", MemfdFlags::CLOEXEC)?;
+    fn new(gpa: u64, len: usize, pages: MemfdFlags) -> io::Result<Self> {
+        let file = memfd_create("guest-memory", MemfdFlags::CLOEXEC | pages)?;
         ftruncate(&file, len as u64)?;
         // SAFETY: unsafe is needed to map memory. A new mapping at an address the kernel chooses replaces nothing.
         let base = unsafe {
@@ -96,6 +96,15 @@ pub struct GuestMemory {
 impl GuestMemory {
     /// Memory with one region for each `(guest address, length in bytes)`, sorted by address.
     pub fn new(layout: &[(u64, usize)]) -> io::Result<Self> {
+        Self::of_pages(layout, MemfdFlags::empty())
+    }
+
+    /// The same of pages of 2 MiB, of which the kernel has to have enough reserved.
+    pub fn huge(layout: &[(u64, usize)]) -> io::Result<Self> {
+        Self::of_pages(layout, MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB)
+    }
+
+    fn of_pages(layout: &[(u64, usize)], pages: MemfdFlags) -> io::Result<Self> {
         let mut layout = layout.to_vec();
         layout.sort_unstable();
         for pair in layout.windows(2) {
@@ -104,7 +113,7 @@ impl GuestMemory {
         }
         let regions = layout
             .into_iter()
-            .map(|(gpa, len)| Region::new(gpa, len).map(Arc::new))
+            .map(|(gpa, len)| Region::new(gpa, len, pages).map(Arc::new))
             .collect::<io::Result<_>>()?;
         Ok(Self { regions })
     }

@@ -13,6 +13,8 @@ pub struct ProcStats {
     pub threads: usize,
     /// Resident memory in KiB.
     pub rss_kib: u64,
+    /// Resident memory of its own, in KiB: not what it shares with others, as guest memory and code.
+    pub anon_kib: u64,
     /// Context switches of each thread, voluntary and not.
     pub switches: BTreeMap<u32, u64>,
     /// User and system time of each thread in clock ticks.
@@ -25,6 +27,7 @@ impl ProcStats {
         let proc = PathBuf::from(format!("/proc/{pid}"));
         let mut stats = Self {
             fds: entries(&proc.join("fd")).len(),
+            anon_kib: field(&text(&proc.join("status")), "RssAnon:"),
             rss_kib: field(&text(&proc.join("status")), "VmRSS:"),
             ..Self::default()
         };

@@ -7,6 +7,16 @@ use serde::Deserialize;
 pub struct Summary {
     /// One entry a disk.
     pub disks: Vec<DiskSummary>,
+    /// One entry a worker.
+    #[serde(default)]
+    pub workers: Vec<WorkerSummary>,
+}
+
+/// One worker's account.
+#[derive(Clone, Debug, Default, Deserialize)]
+pub struct WorkerSummary {
+    /// System calls it made.
+    pub enters: u64,
 }
 
 /// One disk's account.

@@ -230,6 +230,19 @@ pub(super) const WORKER_COUNTERS: &[Counter] = &[
         c.inline
     }),
     (
+        "copied",
+        "Commands copied from or to an image in memory.",
+        |c| c.copied,
+    ),
+    (
+        "copy_calls",
+        "System calls for the holes of images in memory.",
+        |c| c.copy_calls,
+    ),
+    ("polled", "Transfers the device was polled for.", |c| {
+        c.polled
+    }),
+    (
         "bounced",
         "Commands that went through an aligned buffer.",
         |c| c.bounced,

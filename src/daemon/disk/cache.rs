@@ -5,6 +5,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{MutexGuard, PoisonError};
 
 use super::Disk;
+use crate::daemon::device_state::DeviceState;
 use crate::daemon::message::Message;
 use crate::engine::Errno;
 use crate::engine::disk::ImageKind;
@@ -46,20 +47,44 @@ impl Disk {
     /// Anything but a valid cache mode, or one that cannot be kept; the disk does not change.
     pub fn write_config(&self, offset: u32, bytes: &[u8]) -> Result<(), CacheError> {
         let mode = self.space.write(offset, bytes)?;
-        let chosen = mode == WriteCache::WriteThrough;
+        self.choose(mode == WriteCache::WriteThrough)
+            .map_err(CacheError::Sync)?;
+        log::info!(
+            "disk {}: the guest chose {}",
+            self.config.serial,
+            mode.name()
+        );
+        Ok(())
+    }
+
+    /// What a snapshot has to keep.
+    pub fn device_state(&self) -> DeviceState {
+        DeviceState {
+            write_through: self.lock_cache().chosen,
+        }
+    }
+
+    /// Goes on as a snapshot left off.
+    ///
+    /// # Errors
+    ///
+    /// The guest's cache mode cannot be kept; the disk does not change.
+    pub fn restore_state(&self, state: DeviceState) -> io::Result<()> {
+        self.choose(state.write_through)?;
+        let serial = &self.config.serial;
+        log::info!("disk {serial}: a snapshot comes back whose guest has {state}");
+        Ok(())
+    }
+
+    fn choose(&self, chosen: bool) -> io::Result<()> {
         let before = self.lock_cache().chosen;
         if let Err(error) = self.change_cache(|cache| cache.chosen = chosen) {
             let mut cache = self.lock_cache();
             cache.chosen = before;
             self.write_through
                 .store(cache.is_write_through(), Ordering::Relaxed);
-            return Err(CacheError::Sync(error));
+            return Err(error);
         }
-        log::info!(
-            "disk {}: the guest chose {}",
-            self.config.serial,
-            mode.name()
-        );
         Ok(())
     }
 
@@ -77,7 +102,7 @@ impl Disk {
 
     /// Changes the cache mode, and returns when it holds: for all that completes from then on, and
     /// when write-through begins for all that completed before, too.
-    fn change_cache(&self, change: impl FnOnce(&mut CacheState)) -> io::Result<()> {
+    pub(super) fn change_cache(&self, change: impl FnOnce(&mut CacheState)) -> io::Result<()> {
         let mut cache = self.lock_cache();
         change(&mut cache);
         let now = cache.is_write_through();
@@ -113,6 +138,11 @@ impl Disk {
             self.sync_fault.set(Errno(errno));
         }
         synced
+    }
+
+    /// The error of the sync after which none is believed, if there was one.
+    pub fn sync_error(&self) -> Option<Errno> {
+        self.sync_fault.errno()
     }
 
     /// Whether writes are durable when they complete, as things are now.

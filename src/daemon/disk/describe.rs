@@ -25,7 +25,11 @@ pub(super) fn target(config: &DiskConfig, image: &Image) -> io::Result<Target> {
         memory_align: image.dio_mem_align,
         offset_align: image.dio_offset_align,
         block_device: image.kind == ImageKind::BlockDevice,
-        ignore_flush: config.cache.ignores_flush(),
+        // Memory forgets everything with the host, and there is nothing that a flush could change.
+        ignore_flush: config.cache.ignores_flush()
+            || (image.mapping.as_ref()).is_some_and(|mapping| !mapping.medium().needs_sync()),
+        io_poll: image.io_poll,
+        mapping: image.mapping.clone(),
     }))
 }
 

@@ -1,17 +1,22 @@
 //! Whether the disk is in use, for the lock of its image.
 
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use crate::config::{ImageSource, LockWhen};
-use crate::engine::disk::lock::{lock_image, unlock};
+use crate::engine::disk::lock::{lock_beside, lock_image, unlock};
 use crate::error::StartError;
 
 use super::Disk;
 
 /// How many rings run of a disk whose image is locked while one does.
 #[derive(Debug, Default)]
-pub(super) struct Usage(Mutex<u16>);
+pub(super) struct Usage {
+    rings: Mutex<u16>,
+    /// Another process has the image as well, and leaves it to us.
+    beside: AtomicBool,
+}
 
 impl Disk {
     /// One more ring is to run: the first locks the image, if it is not locked all the time.
@@ -24,12 +29,24 @@ impl Disk {
             return Ok(());
         };
         // Held while the lock is waited for: the rings of one disk are started by one thread.
-        let mut rings = self.usage.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut rings = self
+            .usage
+            .rings
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         if *rings == 0 {
-            lock_image(&self.image.file, path, &self.config)?;
+            match self.usage.beside.load(Ordering::Relaxed) {
+                true => lock_beside(&self.image.file, path, &self.config)?,
+                false => lock_image(&self.image.file, path, &self.config)?,
+            }
         }
         *rings += 1;
         Ok(())
+    }
+
+    /// Whether another process has the image as well, and is about to leave it to us.
+    pub fn set_beside(&self, beside: bool) {
+        self.usage.beside.store(beside, Ordering::Relaxed);
     }
 
     /// A ring for which [`Self::use_image`] was called has ended: the last unlocks the image. What was
@@ -38,7 +55,11 @@ impl Disk {
         if self.path_to_lock().is_none() {
             return;
         }
-        let mut rings = self.usage.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut rings = self
+            .usage
+            .rings
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         *rings -= 1;
         if *rings == 0 {
             unlock(&self.image.file);

@@ -32,6 +32,7 @@ fn child() {
         landlock: has("landlock"),
         privileges: has("privileges"),
         dumps: has("dumps"),
+        io_uring: false,
     };
     let dir = std::env::temp_dir();
     let ours = dir.join(format!("blkmq-sandbox-{}", std::process::id()));

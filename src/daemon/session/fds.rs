@@ -5,8 +5,10 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::OnceLock;
 
 use rustix::fs::{FileType, Mode, OFlags, fcntl_getfl, fstat, fstatfs, open, readlinkat};
-use rustix::net::sockopt::{socket_domain, socket_type};
-use rustix::net::{AddressFamily, SocketType};
+use rustix::io::Errno;
+use rustix::net::sockopt::{socket_domain, socket_peercred, socket_type};
+use rustix::net::{AddressFamily, SocketType, getpeername};
+use rustix::process::getpid;
 
 /// What stands behind a file descriptor, as far as a session cares.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -37,10 +39,19 @@ pub(super) enum FdKind {
 impl FdKind {
     /// Asks the kernel. Changes nothing: flags belong to the description shared with the sender.
     pub(super) fn of(fd: &OwnedFd) -> io::Result<FdKind> {
-        let stat = fstat(fd)?;
         let access = fcntl_getfl(fd)? & OFlags::ACCMODE;
         let read_write = access == OFlags::RDWR;
         let link = link(fd)?;
+        // Before the file system is asked anything more: one that a program implements may not answer,
+        // or not when one of its pages is touched.
+        let granule = match granule(fd)? {
+            Some(granule) => granule,
+            None => {
+                return Ok(FdKind::Other(format!(
+                    "{link} on a remote or FUSE file system"
+                )));
+            }
+        };
         // Before the file type: newer kernels call anonymous inodes regular files.
         if link == "anon_inode:[eventfd]" {
             return Ok(FdKind::Eventfd);
@@ -48,6 +59,7 @@ impl FdKind {
         if link.starts_with("anon_inode:") {
             return Ok(FdKind::Other(link));
         }
+        let stat = fstat(fd)?;
         Ok(match FileType::from_raw_mode(stat.st_mode) {
             FileType::Fifo => FdKind::Pipe {
                 writable: access != OFlags::RDONLY,
@@ -55,7 +67,7 @@ impl FdKind {
             FileType::RegularFile => FdKind::File {
                 bytes: u64::try_from(stat.st_size).unwrap_or(0),
                 read_write,
-                granule: granule(fd)?,
+                granule,
             },
             FileType::CharacterDevice => FdKind::Device { read_write },
             FileType::Socket
@@ -86,13 +98,55 @@ impl FdKind {
     }
 }
 
-fn granule(file: &OwnedFd) -> io::Result<u64> {
-    const HUGETLBFS_MAGIC: libc::c_long = 0x958458f6;
+/// What mappings of a file come in multiples of; `None` for a file whose pages are fetched from another
+/// program or another machine: a worker that touched one would wait for as long as they please.
+fn granule(file: &OwnedFd) -> io::Result<Option<u64>> {
     let system = fstatfs(file)?;
-    Ok(match system.f_type {
-        HUGETLBFS_MAGIC => u64::try_from(system.f_bsize).unwrap_or(1),
-        _ => 1,
-    })
+    // A file system's number is a bit pattern of 32 bits, whatever the type of the field.
+    let number = u32::try_from(system.f_type & 0xffff_ffff).unwrap_or(0);
+    Ok(granule_of(
+        number,
+        u64::try_from(system.f_bsize).unwrap_or(1),
+    ))
+}
+
+/// The same for a file system of this number whose blocks have so many bytes.
+fn granule_of(number: u32, block: u64) -> Option<u64> {
+    match number {
+        HUGETLBFS => Some(block),
+        number if ELSEWHERE.contains(&number) => None,
+        _ => Some(1),
+    }
+}
+
+/// HUGETLBFS_MAGIC (include/uapi/linux/magic.h).
+const HUGETLBFS: u32 = 0x9584_58f6;
+
+/// FUSE, NFS, CIFS, SMB2, SMB, 9p, Ceph, AFS (the same file, and fs/ceph/super.h).
+const ELSEWHERE: [u32; 8] = [
+    0x6573_5546,
+    0x6969,
+    0xff53_4d42,
+    0xfe53_4d42,
+    0x517b,
+    0x0102_1997,
+    0x00c3_6400,
+    0x5346_414f,
+];
+
+/// Whether `socket` is the other end of a connection to a socket of this process. To hold such an end
+/// is to keep that connection open after everybody else has closed it.
+///
+/// The kernel knows who listened (SO_PEERCRED), and that it was under a name tells a connection from a
+/// pair of sockets.
+pub(super) fn leads_to_us(socket: &OwnedFd) -> io::Result<bool> {
+    let named = match getpeername(socket) {
+        // The address of a socket without a name is its family and nothing else (unix(7)).
+        Ok(Some(peer)) => peer.addr_len() as usize > size_of::<libc::sa_family_t>(),
+        Ok(None) | Err(Errno::NOTCONN) => false,
+        Err(errno) => return Err(errno.into()),
+    };
+    Ok(named && socket_peercred(socket)?.pid == getpid())
 }
 
 /// Opens `/proc/self/fd`, which tells an eventfd from other anonymous inodes; `fstat` does not.
@@ -135,6 +189,37 @@ mod tests {
     use super::*;
     use rustix::event::{EventfdFlags, eventfd};
     use std::os::unix::net::{UnixDatagram, UnixStream};
+
+    #[test]
+    fn a_connection_to_us_is_told_from_others() {
+        let directory = tempfile::TempDir::new().unwrap();
+        let path = directory.path().join("socket");
+        let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        let theirs = UnixStream::connect(&path).unwrap();
+        let (ours, _) = listener.accept().unwrap();
+        let (one, _other) = UnixStream::pair().unwrap();
+        for (socket, leads) in [
+            (theirs.into(), true),
+            (ours.into(), false),
+            (one.into(), false),
+            (OwnedFd::from(listener), false),
+        ] {
+            assert_eq!(leads_to_us(&socket).unwrap(), leads, "{socket:?}");
+        }
+    }
+
+    #[test]
+    fn files_on_other_machines_and_of_other_programs_are_known() {
+        // tmpfs, ext4, XFS and btrfs.
+        for number in [0x0102_1994, 0xef53, 0x5846_5342, 0x9123_683e] {
+            assert_eq!(granule_of(number, 4096), Some(1));
+        }
+        assert_eq!(granule_of(HUGETLBFS, 2 << 20), Some(2 << 20));
+        // FUSE, NFS, 9p.
+        for number in [0x6573_5546, 0x6969, 0x0102_1997] {
+            assert_eq!(granule_of(number, 4096), None);
+        }
+    }
 
     #[test]
     fn kinds_are_told_apart() {

@@ -26,19 +26,50 @@ pub(super) const DESCRIPTION_BYTES_PADDED: usize = 24;
 /// The in-flight region a session has, if its front end wants one: set by the guard, used where rings
 /// start.
 #[derive(Debug, Default)]
-pub struct InflightStore(Mutex<Option<InflightRegion>>);
+pub struct InflightStore(Mutex<Option<Given>>);
+
+/// A region in use, and what it was made of, for the process after this one.
+#[derive(Debug)]
+struct Given {
+    region: InflightRegion,
+    inflight: CarriedInflight,
+}
+
+/// SET_INFLIGHT_FD as it was sent.
+#[derive(Debug)]
+pub struct CarriedInflight {
+    /// The description.
+    pub payload: Vec<u8>,
+    /// The region.
+    pub file: OwnedFd,
+}
 
 impl InflightStore {
     /// Uses this region for rings that start from now on.
-    fn set(&self, region: InflightRegion) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(region);
+    fn set(&self, region: InflightRegion, inflight: CarriedInflight) {
+        let given = Given { region, inflight };
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(given);
     }
 
     fn get(&self) -> Option<InflightRegion> {
-        self.0
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
+        let given = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        given.as_ref().map(|given| given.region.clone())
+    }
+
+    /// What the front end gave, for another process to go on with.
+    ///
+    /// # Errors
+    ///
+    /// The process is out of descriptors.
+    pub fn carry(&self) -> io::Result<Option<CarriedInflight>> {
+        let given = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let carry = |given: &Given| {
+            Ok(CarriedInflight {
+                payload: given.inflight.payload.clone(),
+                file: given.inflight.file.try_clone()?,
+            })
+        };
+        given.as_ref().map(carry).transpose()
     }
 
     /// The record for a ring of `size` entries that starts now; `None` without a region, or if the region has
@@ -173,7 +204,14 @@ pub(super) fn carry_out(
             .map_err(|error| Reason::InflightCreate(error.to_string()))?;
         (description.encode_new(message.payload.len()), vec![file])
     } else {
-        store.set(description.adopt(&message.fds[0])?);
+        let file = &message.fds[0];
+        let region = description.adopt(file)?;
+        let kept = file.try_clone();
+        let inflight = CarriedInflight {
+            payload: message.payload.clone(),
+            file: kept.map_err(|error| Reason::Examine(error.to_string()))?,
+        };
+        store.set(region, inflight);
         if !acked || message.header.flags & FLAG_NEED_REPLY == 0 {
             return Ok(None);
         }

@@ -105,6 +105,16 @@ pub(super) struct RegionTable {
 }
 
 impl RegionTable {
+    /// The first guest address after all regions.
+    pub(super) fn guest_end(&self) -> u64 {
+        self.regions.last().map_or(0, Region::guest_end)
+    }
+
+    /// The regions.
+    pub(super) fn regions(&self) -> &[Region] {
+        &self.regions
+    }
+
     /// How many regions there are.
     pub(super) fn len(&self) -> usize {
         self.regions.len()

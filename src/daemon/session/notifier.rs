@@ -80,6 +80,15 @@ impl Channel {
         self.state().socket = Some(socket);
     }
 
+    /// Another descriptor for the channel, if the front end gave one.
+    pub(super) fn duplicate(&self) -> io::Result<Option<OwnedFd>> {
+        self.state()
+            .socket
+            .as_ref()
+            .map(OwnedFd::try_clone)
+            .transpose()
+    }
+
     /// Whether BACKEND_REQ and CONFIG are negotiated.
     pub(super) fn set_negotiated(&self, negotiated: bool) {
         self.state().negotiated = negotiated;

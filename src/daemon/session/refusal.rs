@@ -93,6 +93,16 @@ pub enum Reason {
     },
     #[error("the back-end channel is {0}, expected a stream socket of the Unix domain")]
     ChannelKind(String),
+    #[error(
+        "the channel of the device's state is {0}, expected a pipe, a Unix stream socket or a file"
+    )]
+    StateChannel(String),
+    #[error("device state in direction {direction} and phase {phase}, expected 0 or 1 and 0")]
+    StateTransfer { direction: u32, phase: u32 },
+    #[error(
+        "the {role} descriptor is a connection to this daemon, which would keep it open for ever"
+    )]
+    OwnConnection { role: &'static str },
     #[error("a file descriptor could not be examined: {0}")]
     Examine(String),
     #[error("config access of {size} bytes at {offset} is outside 1 to {space} bytes")]
@@ -128,6 +138,18 @@ pub enum Reason {
     RegionFile { guest: u64, found: String },
     #[error("memory regions at guest addresses {first:#x} and {second:#x} overlap")]
     RegionOverlap { first: u64, second: u64 },
+    #[error(
+        "dirty log of {size:#x} bytes at {offset:#x}: expected some, from a multiple of {page:#x}"
+    )]
+    LogPlace { size: u64, offset: u64, page: u64 },
+    #[error(
+        "dirty log needs {needs:#x} bytes of {found}, expected that many of a file open for reading and writing"
+    )]
+    LogFile { needs: u64, found: String },
+    #[error("dirty log of {has} pages for guest memory that ends at page {needs}")]
+    LogShort { has: u64, needs: u64 },
+    #[error("the dirty log cannot be mapped: {0}")]
+    LogMap(String),
     #[error(
         "an in-flight region for {queues} queues of {queue_size}, expected 1 to {max_queues} queues of 1 to \
          {max_size}; the front end's num-queues or queue-size is too high"

@@ -7,22 +7,21 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use vhost::vhost_user::message::{
-    FrontendReq, VhostUserConfigFlags, VhostUserProtocolFeatures, VhostUserVirtioFeatures,
-    VhostUserVringAddrFlags,
+    FrontendReq, VhostUserProtocolFeatures, VhostUserVirtioFeatures, VhostUserVringAddrFlags,
 };
 
-use super::fds::FdKind;
+use super::SessionLimits;
+use super::contents;
+use super::fds::{FdKind, leads_to_us};
 use super::inflight::{self, InflightStore};
+use super::log::Log;
 use super::memory::{REGION_BYTES, Region, RegionTable};
 use super::notifier::Channel;
 use super::refusal::Reason;
-use super::shape::{
-    CONFIG_HEADER_BYTES, SINGLE_HEADER_BYTES, Shape, TABLE_HEADER_BYTES, U64_BYTES,
-};
+use super::shape::{SINGLE_HEADER_BYTES, Shape, TABLE_HEADER_BYTES, U64_BYTES};
 use super::wire::{
     FLAG_NEED_REPLY, FLAG_REPLY, Header, MAX_FDS, Message, VERSION, VERSION_MASK, u32_at, u64_at,
 };
-use super::{CONFIG_SPACE_BYTES, SessionLimits};
 
 /// Bits of the payload of SET_VRING_KICK, CALL and ERR that hold the queue index.
 const VRING_INDEX_MASK: u64 = 0xff;
@@ -37,14 +36,15 @@ const WRITTEN: &str = "an eventfd, a pipe to write or a Unix stream socket";
 pub(super) struct Rules {
     limits: SessionLimits,
     channel: Arc<Channel>,
-    owned: bool,
+    pub(super) owned: bool,
     /// What the device answered to GET_FEATURES, once it has.
     offered: Option<u64>,
-    acked: u64,
+    pub(super) acked: u64,
     /// What the device answered to GET_PROTOCOL_FEATURES, once it has.
     protocol_offered: Option<u64>,
-    protocol_acked: u64,
-    memory: RegionTable,
+    pub(super) protocol_acked: u64,
+    pub(super) memory: RegionTable,
+    pub(super) log: Log,
 }
 
 impl Rules {
@@ -58,6 +58,7 @@ impl Rules {
             protocol_offered: None,
             protocol_acked: 0,
             memory: RegionTable::default(),
+            log: Log::default(),
         }
     }
 
@@ -97,10 +98,15 @@ impl Rules {
         let request = R::try_from(message.header.request).expect("the header was checked");
         let payload = message.payload.as_slice();
         match request {
-            R::SET_MEM_TABLE => return self.set_mem_table(message),
+            R::SET_MEM_TABLE => {
+                let message = self.set_mem_table(message)?;
+                self.check_log()?;
+                return Ok(message);
+            }
             R::ADD_MEM_REG => {
                 expect_fds(&message, 1)?;
                 self.add_mem_region(&message)?;
+                self.check_log()?;
             }
             R::REM_MEM_REG => {
                 // The protocol wants none and allows for one that is closed unused.
@@ -108,6 +114,14 @@ impl Rules {
                 expect_fds(&message, 0)?;
                 self.memory
                     .remove(&Region::decode(&message.payload[SINGLE_HEADER_BYTES..]))?;
+            }
+            R::SET_LOG_BASE => {
+                expect_fds(&message, 1)?;
+                self.set_log_base(&message)?;
+            }
+            R::SET_DEVICE_STATE_FD => {
+                expect_fds(&message, 1)?;
+                contents::device_state(&message)?;
             }
             R::SET_BACKEND_REQ_FD => {
                 expect_fds(&message, 1)?;
@@ -129,14 +143,17 @@ impl Rules {
                         self.acked = 0;
                     }
                     R::RESET_DEVICE => self.acked = 0,
-                    R::SET_FEATURES => self.acked = offered(u64_at(payload, 0), self.offered)?,
+                    R::SET_FEATURES => {
+                        self.acked = offered(u64_at(payload, 0), self.offered)?;
+                        self.check_log()?;
+                    }
                     R::SET_PROTOCOL_FEATURES => self.set_protocol_features(u64_at(payload, 0))?,
                     R::SET_VRING_NUM => self.vring_num(payload)?,
                     R::SET_VRING_BASE => self.vring_base(payload)?,
                     R::GET_VRING_BASE => self.queue_index(u32_at(payload, 0))?,
                     R::SET_VRING_ENABLE => self.vring_enable(payload)?,
                     R::SET_VRING_ADDR => self.vring_addr(payload)?,
-                    R::GET_CONFIG | R::SET_CONFIG => config(payload)?,
+                    R::GET_CONFIG | R::SET_CONFIG => contents::config(payload)?,
                     // No payload and nothing to remember.
                     _ => {}
                 }
@@ -190,6 +207,10 @@ impl Rules {
         match FdKind::of(fd).map_err(examine)? {
             FdKind::UnixStream => {}
             other => return Err(Reason::ChannelKind(other.describe())),
+        }
+        if leads_to_us(fd).map_err(examine)? {
+            let role = "back-end channel's";
+            return Err(Reason::OwnConnection { role });
         }
         let duplicate = fd.as_fd().try_clone_to_owned().map_err(examine)?;
         self.channel.set_socket(duplicate);
@@ -286,7 +307,12 @@ impl Rules {
         };
         match kind {
             FdKind::Eventfd => Ok(()),
-            FdKind::Pipe { writable: true } | FdKind::UnixStream if !read => Ok(()),
+            FdKind::Pipe { writable: true } if !read => Ok(()),
+            FdKind::UnixStream if !read => match leads_to_us(fd) {
+                Ok(false) => Ok(()),
+                Ok(true) => Err(Reason::OwnConnection { role }),
+                Err(error) => Err(Reason::Examine(error.to_string())),
+            },
             other => Err(Reason::FdKind {
                 queue,
                 role,
@@ -356,7 +382,7 @@ impl Rules {
                 });
             }
         }
-        Ok(())
+        self.log_ring(queue, flags, u64_at(payload, 32))
     }
 }
 
@@ -382,27 +408,4 @@ fn offered(features: u64, offered: Option<u64>) -> Result<u64, Reason> {
         0 => Ok(features),
         extra => Err(Reason::NotOffered(extra)),
     }
-}
-
-fn config(payload: &[u8]) -> Result<(), Reason> {
-    let (offset, size, flags) = (u32_at(payload, 0), u32_at(payload, 4), u32_at(payload, 8));
-    let end = offset.checked_add(size);
-    if size == 0 || end.is_none_or(|end| end > CONFIG_SPACE_BYTES) {
-        return Err(Reason::ConfigRange {
-            offset,
-            size,
-            space: CONFIG_SPACE_BYTES,
-        });
-    }
-    if flags & !VhostUserConfigFlags::all().bits() != 0 {
-        return Err(Reason::ConfigFlags(flags));
-    }
-    let want = CONFIG_HEADER_BYTES + usize::try_from(size).expect("at most the config space");
-    if payload.len() != want {
-        return Err(Reason::PayloadContents {
-            got: payload.len(),
-            want,
-        });
-    }
-    Ok(())
 }

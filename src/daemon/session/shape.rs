@@ -16,6 +16,10 @@ pub(super) const U64_BYTES: usize = 8;
 const VRING_STATE_BYTES: usize = 8;
 /// Bytes of a vring address description.
 const VRING_ADDR_BYTES: usize = 40;
+/// Bytes of a state transfer: direction and phase, each a `u32`.
+const STATE_BYTES: usize = 8;
+/// Bytes of a log description: size and offset, each a `u64`.
+const LOG_BYTES: usize = 16;
 /// Bytes in front of the regions of SET_MEM_TABLE: their number and padding.
 pub(super) const TABLE_HEADER_BYTES: usize = 8;
 /// Bytes in front of the region of ADD_MEM_REG and REM_MEM_REG: padding.
@@ -41,6 +45,7 @@ impl Shape {
             | R::GET_QUEUE_NUM
             | R::SET_BACKEND_REQ_FD
             | R::RESET_DEVICE
+            | R::CHECK_DEVICE_STATE
             | R::GET_MAX_MEM_SLOTS => (0, 0),
             R::SET_FEATURES
             | R::SET_PROTOCOL_FEATURES
@@ -51,6 +56,8 @@ impl Shape {
                 (VRING_STATE_BYTES, VRING_STATE_BYTES)
             }
             R::SET_VRING_ADDR => (VRING_ADDR_BYTES, VRING_ADDR_BYTES),
+            R::SET_LOG_BASE => (LOG_BYTES, LOG_BYTES),
+            R::SET_DEVICE_STATE_FD => (STATE_BYTES, STATE_BYTES),
             R::SET_MEM_TABLE => (
                 TABLE_HEADER_BYTES + REGION_BYTES,
                 TABLE_HEADER_BYTES + REGION_BYTES * MAX_FDS,
@@ -70,6 +77,10 @@ impl Shape {
         };
         let needs = match request {
             R::GET_QUEUE_NUM => Some((Protocol::MQ, "MQ")),
+            R::SET_DEVICE_STATE_FD | R::CHECK_DEVICE_STATE => {
+                Some((Protocol::DEVICE_STATE, "DEVICE_STATE"))
+            }
+            R::SET_LOG_BASE => Some((Protocol::LOG_SHMFD, "LOG_SHMFD")),
             R::SET_BACKEND_REQ_FD => Some((Protocol::BACKEND_REQ, "BACKEND_REQ")),
             R::RESET_DEVICE => Some((Protocol::RESET_DEVICE, "RESET_DEVICE")),
             R::GET_CONFIG | R::SET_CONFIG => Some((Protocol::CONFIG, "CONFIG")),

@@ -18,6 +18,7 @@ use vhost::vhost_user::message::FrontendReq as R;
 use super::*;
 
 mod inflight;
+mod log;
 mod order;
 mod random;
 mod requests;
@@ -28,8 +29,8 @@ mod whole;
 const DEADLINE: Duration = Duration::from_secs(30);
 
 const PROTOCOL_FEATURES: u64 = 1 << 30;
-/// MQ, REPLY_ACK, BACKEND_REQ, CONFIG, RESET_DEVICE, CONFIGURE_MEM_SLOTS.
-const ALL_PROTOCOL: u64 = 0x1 | 0x8 | 0x20 | 0x200 | 0x2000 | 0x8000;
+/// MQ, LOG_SHMFD, REPLY_ACK, BACKEND_REQ, CONFIG, RESET_DEVICE, CONFIGURE_MEM_SLOTS.
+const ALL_PROTOCOL: u64 = 0x1 | 0x2 | 0x8 | 0x20 | 0x200 | 0x2000 | 0x8000 | 0x8_0000;
 
 fn limits() -> SessionLimits {
     SessionLimits::new(4, 256)

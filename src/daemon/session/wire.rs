@@ -144,6 +144,11 @@ impl Receiver {
         (self.filled >= HEADER_BYTES).then(|| u32_at(&self.bytes, 0))
     }
 
+    /// Whether a message has begun and is not whole.
+    pub(super) fn is_midway(&self) -> bool {
+        self.filled > 0
+    }
+
     /// Makes room for the payload of a header that was found good. The caller has bounded its size.
     pub(super) fn expect_payload(&mut self, header: Header) {
         assert!(self.header.is_none() && self.filled == HEADER_BYTES);

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use crate::virtio::memory::MemoryTable;
 
+use super::super::dirty::Logging;
 use super::super::disk::Disk;
 use super::super::message::Message;
 use super::super::session::InflightStore;
@@ -24,6 +25,8 @@ pub struct SessionState {
     pub(super) inflight: Arc<InflightStore>,
     pub(super) rings: Mutex<Vec<Vring>>,
     pub(super) end: EndFromWithin,
+    /// What is logged while the guest migrates.
+    pub(in crate::daemon) logging: Mutex<Logging>,
 }
 
 impl SessionState {
@@ -40,6 +43,7 @@ impl SessionState {
             inflight: Arc::default(),
             rings: Mutex::new(Vec::new()),
             end: EndFromWithin::default(),
+            logging: Mutex::new(Logging::default()),
         }))
     }
 
@@ -59,6 +63,7 @@ impl SessionState {
 
     /// Uses `memory` for rings that start from now on, and for those that run.
     pub fn set_memory(&self, memory: Arc<MemoryTable>) {
+        self.disk.memory_shown(&memory);
         *self.memory.write().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&memory));
         let disk = &self.disk;
         disk.tell_workers(|done| Message::SetMemory(disk.id, Arc::clone(&memory), done));
@@ -98,6 +103,7 @@ impl SessionState {
     /// Forgets the rings, which refer to the session in turn.
     pub fn end(&self) {
         self.stop_all();
+        self.end_log();
         self.rings
             .lock()
             .unwrap_or_else(PoisonError::into_inner)

@@ -7,16 +7,15 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use crate::engine::{CallSlot, Engine};
-use crate::mq::HctxConfig;
 use crate::mq::elevator::Params;
 use crate::mq::ids::{DiskId, HctxId, RingId};
 use crate::virtio::memory::MemoryTable;
-use crate::virtio::ring::{Ring, RingError};
 
-use super::super::message::{FdRole, Message, Reply, StartRing};
-use super::super::report::{RingStats, WorkerReport};
+use super::super::message::{FdRole, Message, Reply};
+use super::super::report::WorkerReport;
 use super::faults::Care;
-use super::port::{Gates, Port};
+use super::hold::HeldRings;
+use super::port::Port;
 use super::tally::report_of;
 use super::{LOOK_FOR_LOSSES, Worker, WorkerDisk, heat, open_port};
 
@@ -28,6 +27,7 @@ pub(super) enum Pending {
     Memory(DiskId, Arc<MemoryTable>, Reply<()>),
     Scheduler(DiskId, Params, Reply<()>),
     Drain(DiskId, Reply<()>),
+    Hold(DiskId, Reply<HeldRings>),
     Shutdown(Reply<WorkerReport>),
 }
 
@@ -35,9 +35,10 @@ impl Pending {
     /// The disk that is frozen until this is carried out.
     fn freezes(&self) -> Option<DiskId> {
         match self {
-            Pending::Memory(disk, ..) | Pending::Scheduler(disk, ..) | Pending::Drain(disk, _) => {
-                Some(*disk)
-            }
+            Pending::Memory(disk, ..)
+            | Pending::Scheduler(disk, ..)
+            | Pending::Drain(disk, _)
+            | Pending::Hold(disk, _) => Some(*disk),
             Pending::Stop(..) | Pending::Disable(..) | Pending::Shutdown(_) => None,
         }
     }
@@ -77,7 +78,9 @@ impl Worker {
                     self.disks[disk.index()] = Some(WorkerDisk {
                         shape: *shape,
                         write_through,
+                        log: None,
                         care: Care::new(on_error, hold),
+                        pool: None,
                     });
                 }));
             }
@@ -114,6 +117,7 @@ impl Worker {
             Message::SetMemory(disk, memory, done) => {
                 self.freeze(Pending::Memory(disk, memory, done));
             }
+            Message::SetLog(disk, log, done) => self.set_log(disk, log.as_ref(), done),
             Message::SetScheduler(disk, params, done) => {
                 self.freeze(Pending::Scheduler(disk, params, done));
             }
@@ -122,6 +126,11 @@ impl Worker {
                 done.send(self.mq.set_elevator_param(disk, &name, value));
             }
             Message::Resize(disk, size_bytes, done) => done.send(self.resize(disk, size_bytes)),
+            Message::Hold(disk, done) => self.hold(disk, done),
+            Message::Release(disk, throttle, group, done) => {
+                self.release(disk, throttle, group);
+                done.send(());
+            }
             Message::SetCtxs(ring, ctxs, done) => {
                 if let Some(hctx) = self.find(ring) {
                     self.mq.set_ctxs(hctx, ctxs);
@@ -163,7 +172,7 @@ impl Worker {
 
     /// Takes nothing more from the disk's rings until what waits for that has been carried out
     /// (blk_mq_freeze_queue).
-    fn freeze(&mut self, until: Pending) {
+    pub(super) fn freeze(&mut self, until: Pending) {
         let disk = until.freezes();
         for hctx in self.hctxs() {
             let port = open_port(&mut self.ports, hctx);
@@ -176,7 +185,7 @@ impl Worker {
     }
 
     /// Goes on, unless something else waits for the disk to be frozen.
-    fn thaw(&mut self, disk: DiskId) {
+    pub(super) fn thaw(&mut self, disk: DiskId) {
         if self.is_freezing(disk) {
             return;
         }
@@ -189,11 +198,11 @@ impl Worker {
         self.end_hold(disk);
     }
 
-    fn is_freezing(&self, disk: DiskId) -> bool {
-        self.pending.iter().any(|p| p.freezes() == Some(disk))
+    pub(super) fn is_freezing(&self, disk: DiskId) -> bool {
+        self.held.contains(&disk) || self.pending.iter().any(|p| p.freezes() == Some(disk))
     }
 
-    fn find(&self, ring: RingId) -> Option<HctxId> {
+    pub(super) fn find(&self, ring: RingId) -> Option<HctxId> {
         self.ports().find(|(_, port)| port.id == ring).map(|p| p.0)
     }
 
@@ -204,77 +213,7 @@ impl Worker {
         })
     }
 
-    fn start(&mut self, start: StartRing) -> Result<(), RingError> {
-        let StartRing {
-            ring: id,
-            setup,
-            memory,
-            memory_lost,
-            kick,
-            call,
-            err,
-            enabled,
-            inflight,
-            ctxs,
-        } = start;
-        assert!(self.find(id).is_none(), "{id} is started twice");
-        let mut ring = Ring::new(&setup, memory)?;
-        if let Some(record) = inflight {
-            ring.track(record)?;
-        }
-        if ring.to_resume() > 0 {
-            log::info!(
-                "{id}: goes on with {} requests that were in flight",
-                ring.to_resume()
-            );
-        }
-        let hctx = self.mq.add_hctx(HctxConfig {
-            disk: id.disk,
-            queue: id.queue,
-            ring_size: setup.size,
-            ctxs,
-        });
-        if self.ports.len() <= hctx.index() {
-            self.ports.resize_with(hctx.index() + 1, || None);
-            // A port is on each list at most once.
-            self.hot.reserve(self.ports.len());
-            self.touched.reserve(self.ports.len());
-        }
-        let frozen = self.is_freezing(id.disk);
-        let next_avail = ring.next_avail();
-        self.ports[hctx.index()] = Some(Port {
-            id,
-            ring,
-            memory_lost,
-            has_kick: false,
-            call: None,
-            err: None,
-            gates: Gates {
-                disabled: !enabled,
-                frozen,
-                ..Gates::default()
-            },
-            hot: false,
-            touched: false,
-            no_room: false,
-            was_enabled: enabled,
-            stats: RingStats::default(),
-        });
-        self.join_hold(hctx);
-        self.losses = LOOK_FOR_LOSSES;
-        self.set_fd(hctx, FdRole::Kick, kick);
-        self.set_fd(hctx, FdRole::Call, call);
-        self.set_fd(hctx, FdRole::Err, err);
-        log::debug!(
-            "worker {}: {id} started: {} entries at {}, {ctxs} ctx",
-            self.id,
-            setup.size,
-            next_avail
-        );
-        Ok(())
-    }
-
-    fn set_fd(&mut self, hctx: HctxId, role: FdRole, fd: Option<OwnedFd>) {
+    pub(super) fn set_fd(&mut self, hctx: HctxId, role: FdRole, fd: Option<OwnedFd>) {
         let token = u32::from(hctx.0);
         let port = self.ports[hctx.index()].as_mut().expect("the port exists");
         match role {
@@ -294,6 +233,10 @@ impl Worker {
                 heat(&mut self.hot, port, hctx);
             }
             FdRole::Call => {
+                if self.polled.len() <= hctx.index() {
+                    self.polled.resize(hctx.index() + 1, false);
+                }
+                self.polled[hctx.index()] = fd.is_none();
                 replace_call(&mut self.engine, &mut port.call, port.id, fd, token);
                 // Whoever waits on the new fd has not been told of what was used before.
                 port.ring.request_call();
@@ -311,7 +254,8 @@ impl Worker {
                 Pending::Stop(hctx, _) | Pending::Disable(hctx, _) => self.is_drained(*hctx),
                 Pending::Memory(disk, ..)
                 | Pending::Scheduler(disk, ..)
-                | Pending::Drain(disk, _) => self
+                | Pending::Drain(disk, _)
+                | Pending::Hold(disk, _) => self
                     .ports()
                     .all(|(hctx, port)| port.id.disk != *disk || self.mq.in_flight(hctx) == 0),
                 Pending::Shutdown(_) => self.ports().all(|(hctx, _)| self.is_drained(hctx)),
@@ -327,7 +271,8 @@ impl Worker {
 
     /// Whether nothing is in flight, what the daemon before has left included.
     fn is_drained(&self, hctx: HctxId) -> bool {
-        let owes = |port: &Port| port.owes();
+        // What a held disk owes stays in the record, for the next process.
+        let owes = |port: &Port| port.owes() && !self.held.contains(&port.id.disk);
         self.mq.in_flight(hctx) == 0 && !self.ports[hctx.index()].as_ref().is_some_and(owes)
     }
 
@@ -353,6 +298,7 @@ impl Worker {
                 self.thaw(disk);
                 done.send(());
             }
+            Pending::Hold(disk, done) => self.is_held(disk, done),
             Pending::Shutdown(done) => {
                 for hctx in self.hctxs() {
                     self.stop(hctx);

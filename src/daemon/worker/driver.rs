@@ -1,7 +1,7 @@
 //! Between blk-mq and the engine: turns a request's payloads into a command.
 
 use crate::engine::{self, Command, DiskSlot, Engine, Extent, Payload};
-use crate::mq::ids::{DiskId, DriverTag};
+use crate::mq::ids::{DiskId, DriverTag, HctxId};
 use crate::mq::request::{Op, Request};
 use crate::mq::{Busy, Driver, Parts};
 use crate::virtio::receipt::GuestIo;
@@ -11,6 +11,8 @@ pub(super) struct EngineDriver<'a> {
     pub engine: &'a mut Engine,
     /// The engine's number for each disk.
     pub slots: &'a [Option<DiskSlot>],
+    /// By hctx: its guest polls for completions (HCTX_TYPE_POLL).
+    pub polled: &'a [bool],
 }
 
 impl Driver<GuestIo> for EngineDriver<'_> {
@@ -18,6 +20,7 @@ impl Driver<GuestIo> for EngineDriver<'_> {
     fn queue_rq(
         &mut self,
         disk: DiskId,
+        hctx: HctxId,
         tag: DriverTag,
         request: &Request,
         parts: Parts<'_, GuestIo>,
@@ -48,6 +51,7 @@ impl Driver<GuestIo> for EngineDriver<'_> {
             bytes: request.bytes,
             fua: request.fua,
             unmap: request.unmap,
+            polled: self.polled.get(hctx.index()) == Some(&true),
             payload,
         };
         // SAFETY: queue_rq wants the buffers to stay valid until the command is done. They lie in

@@ -1,67 +1,131 @@
 //! From the rings into blk-mq.
 
+use std::mem;
 use std::sync::atomic::Ordering;
 
+use crate::engine::Event;
 use crate::mq::ids::{HctxId, RequestTag};
 use crate::virtio::parse::{Parsed, parse};
 use crate::virtio::ring::RingError;
 
 use super::driver::EngineDriver;
-use super::{Worker, open_port, touch};
+use super::{Worker, finish, open_disk, open_port, touch};
+
+/// How many chains are taken at a time from a ring whose requests the engine answers at once: few
+/// enough that the guest soon has something to do, enough that publishing costs little.
+const SLICE: u16 = 8;
+
+/// The same in bytes: no more than one large request.
+const SLICE_BYTES: u64 = 128 * 1024;
+
+/// How a slice of a drain ended.
+enum Slice {
+    /// All that it was to take, or all there was.
+    Whole,
+    /// The next chain has more segments than there is room for now.
+    NoRoom,
+}
 
 impl Worker {
     /// Takes what is available on every hot ring. One drain is one plug.
     pub(super) fn drain(&mut self) -> bool {
-        let mut found = false;
+        let mut busy = mem::take(&mut self.busy);
         for at in 0..self.hot.len() {
             let hctx = self.hot[at];
             let port = open_port(&mut self.ports, hctx);
             if port.no_room || !port.is_open() && !port.must_resume() {
                 continue;
             }
-            match self.drain_ring(hctx) {
-                Ok(any) => found |= any,
+            match port.ring.available() {
+                Ok(0) => {}
+                Ok(_) => {
+                    busy.push(hctx);
+                    (0..3).for_each(|after| port.ring.fetch_descriptor(after));
+                }
                 Err(error) => self.break_ring(hctx, &error),
             }
         }
+        // While the lines of one ring come, the others' are asked for.
+        for hctx in &busy {
+            let ring = &mut open_port(&mut self.ports, *hctx).ring;
+            (0..2).for_each(|after| ring.fetch_table(after));
+        }
+        for hctx in &busy {
+            open_port(&mut self.ports, *hctx).ring.fetch_header(0);
+        }
+        let found = !busy.is_empty();
+        // A slice of each in turn: large requests that the engine serves at once keep nobody waiting
+        // for longer than one of them takes.
+        while !busy.is_empty() {
+            busy.retain(|hctx| match self.drain_ring(*hctx) {
+                Ok(more) => more,
+                Err(error) => {
+                    self.break_ring(*hctx, &error);
+                    false
+                }
+            });
+        }
+        self.busy = busy;
         found
     }
 
+    /// Takes a slice of the chains of a ring that were seen; true if there are more.
     fn drain_ring(&mut self, hctx: HctxId) -> Result<bool, RingError> {
-        let port = self.ports[hctx.index()].as_mut().expect("hot ports exist");
-        if port.ring.available()? == 0 {
-            return Ok(false);
+        open_port(&mut self.ports, hctx).ring.suppress_kicks();
+        let taken = self.take_slice(hctx);
+        let answered = self.finish_inline();
+        let port = open_port(&mut self.ports, hctx);
+        port.inline = answered;
+        match taken? {
+            Slice::Whole if !port.ring.has_more() => Ok(false),
+            Slice::Whole => {
+                // The guest can look at these while the next are at work.
+                port.ring.publish();
+                Ok(true)
+            }
+            Slice::NoRoom if answered => Ok(true),
+            Slice::NoRoom => {
+                port.no_room = true;
+                self.starving = true;
+                Ok(false)
+            }
         }
-        port.ring.suppress_kicks();
-        let disk = self.disks[port.id.disk.index()]
-            .as_ref()
-            .expect("rings belong to disks that were added");
+    }
+
+    /// Takes the next chains of those that were seen. One slice is one plug.
+    fn take_slice(&mut self, hctx: HctxId) -> Result<Slice, RingError> {
+        let port = open_port(&mut self.ports, hctx);
+        let disk = open_disk(&mut self.disks, port.id.disk);
         // A guest that turns write-through on waits for the answer, so what it sends after that is
         // drained after this load.
         let write_through = disk.write_through.load(Ordering::Relaxed);
         let mut driver = EngineDriver {
             engine: &mut self.engine,
             slots: &self.slots,
+            polled: &self.polled,
         };
-        let mut outcome = Ok(());
-        loop {
+        let pool = disk.pool.as_mut().expect("made with the first ring");
+        let (mut left, mut bytes_left) = match port.inline {
+            true => (SLICE, SLICE_BYTES),
+            false => (u16::MAX, u64::MAX),
+        };
+        let outcome = loop {
+            if left == 0 || bytes_left == 0 {
+                break Ok(Slice::Whole);
+            }
+            left -= 1;
+            port.ring.fetch_descriptor(3);
+            port.ring.fetch_table(2);
+            port.ring.fetch_header(1);
             let head = match port.ring.pop_head() {
                 Ok(Some(head)) => head,
-                Ok(None) => break,
-                Err(error) => {
-                    outcome = Err(error);
-                    break;
-                }
+                Ok(None) => break Ok(Slice::Whole),
+                Err(error) => break Err(error),
             };
-            match parse(
-                &mut port.ring,
-                head,
-                &disk.shape,
-                write_through,
-                &mut self.pool,
-            ) {
+            match parse(&mut port.ring, head, &disk.shape, write_through, pool) {
                 Ok(Parsed::Request(request, io)) => {
                     let tag = RequestTag(io.head());
+                    bytes_left = bytes_left.saturating_sub(request.bytes);
                     self.mq.plug(hctx, tag, request, io, &mut driver);
                 }
                 Ok(Parsed::Done(used)) => {
@@ -71,17 +135,37 @@ impl Worker {
                 }
                 Ok(Parsed::NoRoom(head)) => {
                     port.ring.unpop(head);
-                    port.no_room = true;
-                    break;
+                    break Ok(Slice::NoRoom);
                 }
-                Err(error) => {
-                    outcome = Err(error);
-                    break;
-                }
+                Err(error) => break Err(error),
             }
-        }
+        };
         self.mq.unplug(hctx, &mut driver);
-        outcome.map(|()| true)
+        outcome
+    }
+
+    /// What the engine did without the kernel goes back at once, in the turn that brought it; true
+    /// if there was any.
+    fn finish_inline(&mut self) -> bool {
+        if !self.engine.has_inline() {
+            return false;
+        }
+        let Worker {
+            engine,
+            mq,
+            ports,
+            disks,
+            touched,
+            now_ns,
+            ..
+        } = self;
+        engine.reap_inline(&mut |event| {
+            if let Event::Done { tag, result } = event {
+                finish(mq, ports, disks, touched, *now_ns, tag, result);
+            }
+        });
+        self.room |= self.starving;
+        true
     }
 
     /// The guest broke the rules in a way that leaves nothing to answer: the ring stops, its

@@ -13,13 +13,13 @@ impl Worker {
     pub(super) fn find_lost_memory(&mut self) {
         self.losses = sigbus::losses();
         for index in 0..self.ports.len() {
-            let is_lost = self.ports[index]
-                .as_ref()
-                .is_some_and(|port| port.ring.is_memory_lost());
-            if is_lost {
-                let hctx = HctxId(u16::try_from(index).expect("fewer ports than MAX_HCTXS"));
-                self.break_ring(hctx, &RingError::MemoryLost);
-            }
+            let error = match &self.ports[index] {
+                Some(port) if port.ring.is_memory_lost() => RingError::MemoryLost,
+                Some(port) if port.ring.is_log_lost() => RingError::LogLost,
+                _ => continue,
+            };
+            let hctx = HctxId(u16::try_from(index).expect("fewer ports than MAX_HCTXS"));
+            self.break_ring(hctx, &error);
         }
     }
 }

@@ -53,6 +53,8 @@ pub(super) struct Port {
     pub touched: bool,
     /// The segment pool was empty; a completion gives it something back.
     pub no_room: bool,
+    /// The engine answered what was last taken from it without the kernel.
+    pub inline: bool,
     /// The front end has enabled it, at the latest now.
     pub was_enabled: bool,
     pub stats: RingStats,

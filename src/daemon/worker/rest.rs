@@ -29,7 +29,7 @@ impl Worker {
     /// Ends the turn: submits what was queued, tells the guests, and, when there is nothing left to
     /// do and looking on is not worth it, sleeps. All that is waited for arrives in the engine.
     pub(super) fn wait(&mut self, progress: bool) {
-        let busy = self.engine.has_events() || self.mq.must_run() || self.has_mail;
+        let busy = self.engine.has_events() || self.mq.must_run() || self.has_mail || self.room;
         if busy || (progress && self.spin.is_on()) || self.spin.again(self.now_ns) {
             self.notify();
             self.commit();

@@ -1,6 +1,6 @@
 //! What a worker has counted, for whoever asks.
 
-use crate::mq::ids::{DiskId, RingId, WorkerId};
+use crate::mq::ids::{DiskId, HctxId, RingId, WorkerId};
 
 use super::super::report::{QueueReport, WorkerReport};
 use super::Worker;
@@ -9,14 +9,13 @@ impl Worker {
     /// Counts of the rings that were stopped and of those that run.
     pub(super) fn report(&mut self) -> WorkerReport {
         let mut reports = self.reports.clone();
-        for (hctx, port) in self.ports() {
+        for (port, index) in self.ports.iter().zip(0..) {
+            let Some(port) = port else { continue };
+            let hctx = HctxId(index);
             let ctx = self.mq.ctx_stats(hctx).to_vec();
-            report_of(&mut reports, port.id, self.id).add(
-                ctx,
-                self.mq.stats(hctx),
-                self.mq.times(hctx),
-                &port.stats,
-            );
+            let stats = *self.mq.stats(hctx);
+            let times = self.mq.times(hctx);
+            report_of(&mut reports, port.id, self.id).add(ctx, &stats, times, &port.stats);
         }
         let disks = (0..self.disks.len())
             .map(|index| DiskId(u16::try_from(index).expect("disks are bounded")))

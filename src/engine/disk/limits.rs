@@ -26,6 +26,8 @@ pub(super) struct QueueLimits {
     pub write_zeroes_max_bytes: u64,
     /// `rotational`.
     pub rotational: bool,
+    /// `io_poll`: the device has queues whose completions can be polled for.
+    pub io_poll: bool,
 }
 
 impl QueueLimits {
@@ -53,6 +55,7 @@ impl QueueLimits {
             discard_granularity_bytes: value(queue, "discard_granularity").unwrap_or(0),
             write_zeroes_max_bytes: value(queue, "write_zeroes_max_bytes").unwrap_or(0),
             rotational: value::<u8>(queue, "rotational").is_some_and(|turns| turns != 0),
+            io_poll: value::<u8>(queue, "io_poll").is_some_and(|polls| polls != 0),
         }
     }
 }
@@ -81,6 +84,7 @@ mod tests {
             ("discard_granularity", "65536\n"),
             ("write_zeroes_max_bytes", "0\n"),
             ("rotational", "1\n"),
+            ("io_poll", "1\n"),
         ] {
             fs::write(dir.path().join(name), text).expect("a file");
         }
@@ -93,6 +97,7 @@ mod tests {
             discard_granularity_bytes: 65536,
             write_zeroes_max_bytes: 0,
             rotational: true,
+            io_poll: true,
         };
         assert_eq!(QueueLimits::from_dir(dir.path()), expected);
     }
@@ -104,6 +109,6 @@ mod tests {
             (limits.logical_block_bytes, limits.discard_max_bytes),
             (512, 0)
         );
-        assert!(!limits.rotational);
+        assert!(!limits.rotational && !limits.io_poll);
     }
 }

@@ -26,8 +26,11 @@ use std::time::{Duration, Instant};
 
 use log::warn;
 
+use self::holder::is_open_elsewhere;
 use crate::config::DiskConfig;
 use crate::error::StartError;
+
+mod holder;
 
 const USES_BASE: i64 = 100;
 const UNSHARED_BASE: i64 = 200;
@@ -46,8 +49,13 @@ const UNSHARED: [i64; 2] = [WRITE, RESIZE];
 /// I/O has ended, and whoever supervises it starts the next one at once.
 pub const PATIENCE: Duration = Duration::from_secs(5);
 
+/// How long it is waited out after that where no process that lives has the image: then it is only the last I/O
+/// of one that was killed, and to serve the image before that has ended would let an old write land on a new
+/// one.
+const LAST_IO_PATIENCE: Duration = Duration::from_secs(60);
+
 /// Between two attempts.
-const PAUSE: Duration = Duration::from_millis(50);
+const PAUSE: Duration = Duration::from_millis(10);
 
 /// What is done with the image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -208,8 +216,42 @@ pub fn lock_image(file: &impl AsFd, path: &Path, config: &DiskConfig) -> Result<
     let locked = if config.force_share {
         announce(file, access).map_err(LockError::Unsupported)
     } else {
-        lock(file, access, PATIENCE)
+        lock(file, access, PATIENCE).or_else(|error| match error {
+            LockError::Held(_) if !is_open_elsewhere(file) => {
+                warn!(
+                    "{path:?}: a process that was killed has I/O on it that has not ended; waiting for that"
+                );
+                lock(file, access, LAST_IO_PATIENCE)
+            }
+            error => Err(error),
+        })
     };
+    judge(locked, path)
+}
+
+/// The same beside another process that has the image and is about to leave it to us: takes all
+/// locks and looks at nobody's. As all are read locks, both have them for a while, and a third sees
+/// that the image is in use at every moment.
+///
+/// # Errors
+///
+/// None; where the file system has no locks the log says so.
+pub fn lock_beside(file: &impl AsFd, path: &Path, config: &DiskConfig) -> Result<(), StartError> {
+    let access = if config.read_only {
+        Access::Read
+    } else {
+        Access::Write
+    };
+    let mut taken = announce(file, access);
+    if !config.force_share {
+        for permission in UNSHARED {
+            taken = taken.and_then(|()| take(file, UNSHARED_BASE + permission));
+        }
+    }
+    judge(taken.map_err(LockError::Unsupported), path)
+}
+
+fn judge(locked: Result<(), LockError>, path: &Path) -> Result<(), StartError> {
     match locked {
         Ok(()) => Ok(()),
         Err(LockError::Held(by)) => Err(StartError::ImageInUse {

@@ -7,7 +7,7 @@ use tempfile::TempDir;
 use super::align::{reads, tried_memory_align, tried_offset_align};
 use super::*;
 use crate::cli::{CacheMode, EngineKind};
-use crate::config::{Scheduler, SocketSource};
+use crate::config::{PollDevice, Scheduler, SocketSource};
 use crate::mq::map::MapKind;
 use crate::mq::qos::Limits;
 
@@ -17,11 +17,13 @@ fn config(image: ImageSource) -> DiskConfig {
         socket: SocketSource::Fd(3),
         image,
         read_only: false,
+        engine: EngineKind::Auto,
         lock: LockWhen::Always,
         force_share: false,
         socket_mode: None,
         socket_group: None,
         on_error: crate::config::OnError::Report,
+        io_poll: PollDevice::Auto,
         cache: CacheMode::None,
         discard: true,
         serial: "test".to_owned(),
@@ -299,6 +301,7 @@ fn a_devices_limits_are_made_to_fit_the_logical_block() {
         discard_granularity_bytes: 0,
         write_zeroes_max_bytes: 0,
         rotational: true,
+        io_poll: false,
     };
     image.take_device_limits(&queue, &config);
     assert_eq!(
@@ -361,4 +364,34 @@ fn a_device_of_a_bad_size_is_not_told_to_be_truncated() {
         assert!(error.to_string().contains("set the device up"), "{error}");
     }
     assert!(check_size(Path::new("/dev/x"), ImageKind::BlockDevice, 8192, 4096).is_ok());
+}
+
+#[test]
+fn a_device_is_polled_only_if_it_has_queues_for_that() {
+    let (_dir, path) = image(1 << 20);
+    let mut queue = QueueLimits::of_device(0, u32::MAX);
+    let asked = |wanted, direct, queue: &QueueLimits| {
+        let config = DiskConfig {
+            io_poll: wanted,
+            ..of_file(&path)
+        };
+        io_poll(&path, queue, direct, &config)
+    };
+    assert_eq!(
+        asked(PollDevice::Auto, true, &queue).unwrap(),
+        IoPoll::Never
+    );
+    let refused = asked(PollDevice::On, true, &queue).unwrap_err().to_string();
+    assert!(refused.contains("queue/io_poll in sysfs is 0"), "{refused}");
+    queue.io_poll = true;
+    let refused = asked(PollDevice::On, false, &queue).unwrap_err();
+    assert!(refused.to_string().contains("O_DIRECT"), "{refused}");
+    for (wanted, direct, expected) in [
+        (PollDevice::On, true, IoPoll::Always),
+        (PollDevice::Auto, true, IoPoll::PollQueues),
+        (PollDevice::Auto, false, IoPoll::Never),
+        (PollDevice::Off, true, IoPoll::Never),
+    ] {
+        assert_eq!(asked(wanted, direct, &queue).unwrap(), expected);
+    }
 }

@@ -579,7 +579,7 @@ impl World {
     fn stop(&mut self, at: usize, hctx: HctxId) {
         let stats = *self.mq.stats(hctx);
         assert_eq!(stats.requests, stats.direct + stats.staged + stats.merged);
-        let sum = |of: fn(&mq::stats::CtxStats) -> u64| -> u64 {
+        let mut sum = |of: fn(&mq::stats::CtxStats) -> u64| -> u64 {
             self.mq.ctx_stats(hctx).iter().map(of).sum()
         };
         if !self.rings[at].recounted {

@@ -38,6 +38,23 @@ impl Slot {
         }
     }
 
+    /// What the addresses and the lengths of the segments left are multiples of, in bytes.
+    pub(super) fn alignment(&self) -> (usize, usize) {
+        let (mut addresses, mut lengths) = (0, 0);
+        for at in 0..self.segment_count as usize {
+            // SAFETY: `segments` has so many (`start_transfer`'s contract). Unsafe as in `advance`.
+            let segment = unsafe { *self.segments.add(at) };
+            addresses |= segment.iov_base.addr();
+            lengths |= segment.iov_len;
+        }
+        let unit = |bits: usize| {
+            1_usize
+                .checked_shl(bits.trailing_zeros())
+                .unwrap_or(usize::MAX)
+        };
+        (unit(addresses), unit(lengths))
+    }
+
     /// The bytes of the next bounced piece.
     pub(super) fn piece(&self) -> u32 {
         u32::try_from(self.total - self.done).map_or(BOUNCE_BYTES, |left| left.min(BOUNCE_BYTES))
@@ -46,18 +63,29 @@ impl Slot {
     /// Copies `bytes` between the bounce buffer and the front of the segments.
     pub(super) fn copy_bounced(&self, bytes: usize, into_guest: bool) {
         let Some(bounce) = self.bounce else { return };
+        // SAFETY: the bounce buffer is this slot's and large enough (`piece`). Unsafe as below.
+        unsafe { self.copy_segments(bounce.base.as_ptr(), bytes, into_guest) };
+    }
+
+    /// Copies `bytes` between `ours` and the front of the segments.
+    ///
+    /// # Safety
+    ///
+    /// There are so many bytes at `ours`, and so many left in the segments.
+    #[inline]
+    pub(super) unsafe fn copy_segments(&self, ours: *mut u8, bytes: usize, into_guest: bool) {
         let (mut at, mut left) = (0, bytes);
         let mut segment = self.segments;
         while left > 0 {
             // SAFETY: as in `advance`, the walk stays inside the segments, whose sum is at least
             // what is left of the command; the buffers are valid (`start_transfer`'s contract) and
-            // the bounce buffer is this slot's and large enough (`piece`). The guest may write to its
-            // buffers meanwhile, from outside this program: then it gets what it made of it. Unsafe
-            // because guest memory has no Rust owner.
+            // `ours` is large enough (our contract). The guest may write to its buffers meanwhile,
+            // from outside this program: then it gets what it made of it. Unsafe because guest
+            // memory has no Rust owner.
             unsafe {
                 let len = (*segment).iov_len.min(left);
                 let guest = (*segment).iov_base.cast::<u8>();
-                let ours = bounce.base.as_ptr().add(at);
+                let ours = ours.add(at);
                 if into_guest {
                     ptr::copy_nonoverlapping(ours, guest, len);
                 } else {

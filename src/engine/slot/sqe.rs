@@ -63,7 +63,7 @@ impl Slot {
             unreachable!("a null disk has no SQEs")
         };
         let entry = match self.stage {
-            Stage::Idle | Stage::Inline => unreachable!("nothing to submit"),
+            Stage::Idle | Stage::Inline | Stage::Copy => unreachable!("nothing to submit"),
             Stage::Transfer => self.transfer_sqe(file, disk),
             Stage::Range(method) => self.range_sqe(method, disk, extents, zeroes),
             Stage::Sync => on_file!(disk, |fd| opcode::Fsync::new(fd)
@@ -139,6 +139,7 @@ impl Slot {
                 .build())
         };
         match method {
+            Method::Zero => unreachable!("nothing to submit"),
             Method::Punch => fallocate(libc::FALLOC_FL_PUNCH_HOLE),
             Method::ZeroRange => fallocate(libc::FALLOC_FL_ZERO_RANGE),
             Method::Write => {

@@ -6,7 +6,7 @@ use io_uring::opcode as op;
 
 use super::*;
 use crate::engine::ZERO_BYTES;
-use crate::engine::target::FileTarget;
+use crate::engine::target::{FileTarget, IoPoll};
 use crate::mq::limits::MAX_SEGMENTS;
 
 const EAGAIN: i32 = -libc::EAGAIN;
@@ -34,6 +34,8 @@ impl Bench {
             offset_align: 512,
             block_device,
             ignore_flush: false,
+            io_poll: IoPoll::Never,
+            mapping: None,
         });
         let empty = iovec {
             iov_base: ptr::null_mut(),

@@ -94,6 +94,7 @@ impl Driver<u32> for Engine {
     fn queue_rq(
         &mut self,
         _disk: DiskId,
+        _hctx: HctxId,
         tag: DriverTag,
         request: &Request,
         parts: Parts<'_, u32>,
@@ -408,6 +409,7 @@ impl<'a> World<'a> {
             assert_eq!((self.mq.in_flight(id), self.mq.staged(id)), (0, 0));
         }
         for disk in self.plan.disks {
+            self.mq.fold();
             let queue = self.mq.queue_of(DiskId(disk));
             assert_eq!(queue.account.in_flight(), [0, 0]);
             assert!(!queue.elevator_waits());

@@ -41,6 +41,7 @@ impl Driver<u32> for Device {
     fn queue_rq(
         &mut self,
         _disk: DiskId,
+        _hctx: HctxId,
         tag: DriverTag,
         _request: &Request,
         parts: Parts<'_, u32>,

@@ -26,7 +26,7 @@ impl fmt::Display for RingPart {
     }
 }
 
-/// Why a ring cannot be set up, or cannot go on. All but the first four come from what the guest
+/// Why a ring cannot be set up, or cannot go on. All but the first five come from what the guest
 /// or its front end did meanwhile, and mean that the ring is broken: nothing more can be taken from it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum RingError {
@@ -53,6 +53,17 @@ pub enum RingError {
         /// Its bytes.
         len: u64,
     },
+    /// The front end's dirty log has no bits for the used ring.
+    #[error("the dirty log does not reach to the used ring's {len} bytes at {address:#x}")]
+    LogShort {
+        /// Where the used ring is logged: a guest-physical address.
+        address: u64,
+        /// Its bytes.
+        len: u64,
+    },
+    /// The front end's dirty log was truncated.
+    #[error("the file of the dirty log was made shorter")]
+    LogLost,
     /// A part of the guest's memory was taken away; see [`crate::sigbus`].
     #[error(
         "its memory is gone: a file of the guest's memory was truncated, or a page of it failed"

@@ -45,6 +45,9 @@ impl Ring {
         if !self.setup.event_idx {
             self.used_field(0)
                 .store(USED_NO_NOTIFY.to_le(), Ordering::Relaxed);
+            if self.log.is_some() {
+                self.log_wish(0);
+            }
         }
     }
 
@@ -52,12 +55,15 @@ impl Ring {
     /// [`Ring::available`] looked last, and its kick may not come, so look again.
     #[inline]
     pub fn arm_kicks(&mut self) -> bool {
-        if self.setup.event_idx {
-            let event = 2 + 4 * usize::from(self.setup.size);
-            self.used_field(event)
-                .store(self.seen_avail.to_le(), Ordering::Relaxed);
+        let (field, wish) = if self.setup.event_idx {
+            (2 + 4 * usize::from(self.setup.size), self.seen_avail)
         } else {
-            self.used_field(0).store(0, Ordering::Relaxed);
+            (0, 0)
+        };
+        self.used_field(field)
+            .store(wish.to_le(), Ordering::Relaxed);
+        if self.log.is_some() {
+            self.log_wish(field);
         }
         // Orders our wish before our second look. Its partner is the full barrier in the driver
         // between its available index and its look at our wish (section 2.7.13.4;

@@ -13,7 +13,7 @@ fn lawful(found: &Found) -> bool {
         return false;
     }
     match found.request {
-        1 | 3 | 4 | 15 | 17 | 34 | 36 => bytes == 0 && fds == 0,
+        1 | 3 | 4 | 15 | 17 | 34 | 36 | 43 => bytes == 0 && fds == 0,
         21 => bytes == 0 && fds == 1,
         2 | 16 => bytes == 8 && fds == 0,
         8 => bytes == 8 && fds == 0 && words(0) < 4 && matches!(words(4).count_ones(), 1),
@@ -42,6 +42,7 @@ fn lawful(found: &Found) -> bool {
         }
         37 => bytes == 40 && fds == 1 && sound(&found.payload[8..]),
         38 => bytes == 40 && fds == 0,
+        42 => bytes == 8 && fds == 1 && words(0) < 2 && words(4) == 0,
         _ => false,
     }
 }

@@ -32,7 +32,6 @@ fn requests_without_contents_pass_and_take_none() {
 #[test]
 fn what_the_daemon_does_not_offer_is_refused_by_name() {
     for (request, name) in [
-        (6, "SET_LOG_BASE"),
         (7, "SET_LOG_FD"),
         (19, "SEND_RARP"),
         (22, "IOTLB_MSG"),
@@ -41,7 +40,6 @@ fn what_the_daemon_does_not_offer_is_refused_by_name() {
         (35, "VRING_KICK"),
         (40, "GET_STATUS"),
         (41, "GET_SHARED_OBJECT"),
-        (42, "SET_DEVICE_STATE_FD"),
         (44, "GET_SHMEM_CONFIG"),
         (0, "request 0"),
         (45, "request 45"),
@@ -67,6 +65,9 @@ fn flags_are_those_of_a_request_of_version_1() {
 fn a_request_needs_its_protocol_feature() {
     for (request, name) in [
         (R::GET_QUEUE_NUM, "MQ"),
+        (R::SET_LOG_BASE, "LOG_SHMFD"),
+        (R::SET_DEVICE_STATE_FD, "DEVICE_STATE"),
+        (R::CHECK_DEVICE_STATE, "DEVICE_STATE"),
         (R::SET_BACKEND_REQ_FD, "BACKEND_REQ"),
         (R::GET_CONFIG, "CONFIG"),
         (R::SET_CONFIG, "CONFIG"),
@@ -80,6 +81,24 @@ fn a_request_needs_its_protocol_feature() {
         assert!(end.to_string().contains(&want), "{end}");
         assert!(found.is_empty());
     }
+}
+
+#[test]
+fn a_device_state_has_a_direction_and_a_channel_that_ends() {
+    let transfer = |direction, phase| u32s(R::SET_DEVICE_STATE_FD, &[direction, phase]);
+    let (reader, writer) = rustix::pipe::pipe().unwrap();
+    let (socket, _peer) = UnixStream::pair().unwrap();
+    pass(vec![
+        transfer(0, 0).with(writer),
+        plain(R::CHECK_DEVICE_STATE),
+        transfer(1, 0).with(reader),
+        transfer(1, 0).with(socket),
+        transfer(1, 0).with(file_of(1)),
+    ]);
+    refuse(vec![transfer(0, 0)], "0 file descriptors attached");
+    refuse(vec![transfer(0, 0).with(event())], "state is an eventfd");
+    refuse(vec![transfer(2, 0).with(file_of(1))], "in direction 2");
+    refuse(vec![transfer(0, 1).with(file_of(1))], "phase 1, expected");
 }
 
 #[test]
@@ -204,7 +223,7 @@ fn ring_addresses(queue: u32, flags: u32, at: u64) -> Sent {
     let first = u64::from(queue) | u64::from(flags) << 32;
     u64s(
         R::SET_VRING_ADDR,
-        &[first, at, at + PAGE, at + 2 * PAGE, u64::MAX],
+        &[first, at, at + PAGE, at + 2 * PAGE, u64::MAX - 3],
     )
 }
 
@@ -519,6 +538,28 @@ fn a_region_is_sound_wherever_it_comes() {
     let memfd = rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
     rustix::fs::ftruncate(&memfd, PAGE).unwrap();
     pass(vec![table([0, PAGE, 0, 0]).with(memfd)]);
+}
+
+#[test]
+fn a_region_is_whole_huge_pages() {
+    use rustix::fs::MemfdFlags;
+    const HUGE: u64 = 2 << 20;
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB;
+    // It takes no page to make one, but hugetlbfs.
+    let Ok(file) = rustix::fs::memfd_create("huge", flags) else {
+        println!("not tested: no hugetlbfs");
+        return;
+    };
+    rustix::fs::ftruncate(&file, 4 * HUGE).unwrap();
+    let table =
+        |size, offset| mem_table(&[[0, size, 0x7000_0000, offset]]).with(file.try_clone().unwrap());
+    pass(vec![table(2 * HUGE, HUGE)]);
+    for (size, offset) in [(HUGE + 4096, 0), (HUGE, 4096)] {
+        refuse(
+            vec![table(size, offset)],
+            "is no whole number of its file's huge pages of 0x200000 bytes",
+        );
+    }
 }
 
 #[test]

@@ -1,0 +1,72 @@
+//! Which worker serves which queue of the disk.
+
+use std::sync::PoisonError;
+
+use super::Disk;
+use crate::daemon::message::WorkerHandle;
+use crate::daemon::placement::deal;
+use crate::mq::ids::QueueId;
+use crate::virtio::memory::MemoryTable;
+
+/// The worker of each queue at first, when no memory is known.
+pub(super) fn at_first(disk: usize, queues: u16, workers: &[WorkerHandle]) -> Vec<usize> {
+    deal(queues, disk, &vec![None; workers.len()], &[])
+}
+
+impl Disk {
+    /// The worker a queue belongs to: the same as long as a ring of the disk runs.
+    ///
+    /// Queues are dealt to workers one by one, beginning with a different worker for each disk. A
+    /// grouping as the guest's queue map makes would be better for caches, but a disk offers many
+    /// more queues than a guest uses, and grouping them all would put the few that are used onto
+    /// the first worker.
+    pub fn worker_of(&self, queue: QueueId) -> &WorkerHandle {
+        let dealt = self.dealt.lock().unwrap_or_else(PoisonError::into_inner);
+        &self.workers[dealt[queue.index()]]
+    }
+
+    /// A front end has shown its guest's memory. On a machine with several NUMA nodes the queues go to
+    /// workers near it, unless some are with their workers already.
+    pub fn memory_shown(&self, memory: &MemoryTable) {
+        let nodes: Vec<Option<u16>> = self.workers.iter().map(|w| w.seat().node).collect();
+        let several = nodes.iter().any(|node| *node != nodes[0]);
+        // Rings start while this is held, or before.
+        let queues = self.lock_queues();
+        if !several || !queues.started.is_empty() {
+            return;
+        }
+        let shares = memory.nodes();
+        let dealt = deal(self.config.num_queues, self.id.index(), &nodes, &shares);
+        log::info!(
+            "disk {}: its guest's memory is on {}; queues go to workers {}",
+            self.config.serial,
+            in_words(&shares),
+            first_workers(&dealt)
+        );
+        *self.dealt.lock().unwrap_or_else(PoisonError::into_inner) = dealt;
+    }
+}
+
+/// `node 0 (1.5 GiB), node 1 (512 MiB)`.
+fn in_words(shares: &[(u16, u64)]) -> String {
+    if shares.is_empty() {
+        return "no node that is known".to_owned();
+    }
+    let bytes = crate::daemon::report::bytes;
+    let nodes = shares
+        .iter()
+        .map(|(node, share)| format!("node {node} ({})", bytes(*share)));
+    nodes.collect::<Vec<_>>().join(", ")
+}
+
+/// The workers that have queues, in the order in which they get their first.
+fn first_workers(dealt: &[usize]) -> String {
+    let mut seen = Vec::new();
+    for worker in dealt {
+        let worker = worker.to_string();
+        if !seen.contains(&worker) {
+            seen.push(worker);
+        }
+    }
+    seen.join(", ")
+}

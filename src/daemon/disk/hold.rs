@@ -1,0 +1,133 @@
+//! A disk that another process takes over, or that was taken over from one: held still on all
+//! workers, and described with what was changed since it was configured.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::time::Instant;
+
+use crate::engine::Errno;
+use crate::mq::elevator::Params;
+use crate::mq::ids::QueueId;
+use crate::mq::qos::Limits;
+
+use super::super::message::Message;
+use super::super::worker::HeldRings;
+use super::{Disk, Membership};
+
+/// What was chosen while the disk was served, by its guest or with the control socket, and differs
+/// from its configuration. `None`: as configured.
+#[derive(Clone, Debug, Default)]
+pub struct Changes {
+    /// Another elevator, or other parameters.
+    pub scheduler: Option<Params>,
+    /// Other limits.
+    pub limits: Option<Limits>,
+    /// Another group, or none.
+    pub group: Option<Option<String>>,
+    /// The guest chose another cache mode: true for write-through.
+    pub write_through: Option<bool>,
+    /// The image could not be synced, so that no flush can succeed any more: a host's `errno`.
+    pub sync_fault: Option<i32>,
+}
+
+/// A disk whose workers were told to hold it.
+#[derive(Debug)]
+pub struct Holding(Vec<Receiver<HeldRings>>);
+
+impl Holding {
+    /// Waits until nothing is in flight, not longer than `deadline`. Where each started ring is then;
+    /// `None` if something is in flight still.
+    pub fn wait(self, deadline: Instant) -> Option<BTreeMap<QueueId, u16>> {
+        let mut rings = BTreeMap::new();
+        for answer in self.0 {
+            let left = deadline.saturating_duration_since(Instant::now());
+            match answer.recv_timeout(left) {
+                Ok(held) => rings.extend(held),
+                Err(RecvTimeoutError::Timeout) => return None,
+                // The worker has ended, and with it all requests.
+                Err(RecvTimeoutError::Disconnected) => {}
+            }
+        }
+        Some(rings)
+    }
+}
+
+impl Disk {
+    /// Stops taking requests, on all workers. [`Disk::release`] has to follow, or the end of the
+    /// process.
+    pub fn hold(&self) -> Holding {
+        let workers = self.workers.iter();
+        Holding(
+            workers
+                .filter_map(|worker| worker.send(|done| Message::Hold(self.id, done)).ok())
+                .collect(),
+        )
+    }
+
+    /// Goes on after [`Disk::hold`].
+    pub fn release(&self) {
+        let group = self.group().map(|group| group.throttle);
+        self.tell_workers(|done| {
+            Message::Release(self.id, Arc::clone(&self.throttle), group.clone(), done)
+        });
+    }
+
+    /// Whether the guest was promised that writes are durable when they complete, by its own choice or
+    /// by the configuration.
+    pub fn chose_write_through(&self) -> bool {
+        self.lock_cache().chosen
+    }
+
+    /// What differs from the configuration by now.
+    pub fn changes(&self) -> Changes {
+        let config = &self.config;
+        let (scheduler, limits) = (self.scheduler(), self.limits());
+        let group = self.group().map(|group| group.name);
+        let chosen = self.lock_cache().chosen;
+        Changes {
+            scheduler: (scheduler != self.choose_scheduler(config.scheduler)).then_some(scheduler),
+            limits: (limits != config.limits).then_some(limits),
+            group: (group != config.group).then_some(group),
+            sync_fault: self.sync_fault.errno().map(|errno| errno.0),
+            write_through: (chosen != config.cache.is_write_through()).then_some(chosen),
+        }
+    }
+
+    /// Adopts what was changed in the process before this one, and what was promised there:
+    /// `was_write_through` is whether writes were durable when they completed.
+    ///
+    /// A guest that was promised write-through keeps it even if the configuration no longer says so,
+    /// because it does not look again. An image that could not be synced is still one.
+    ///
+    /// # Errors
+    ///
+    /// Write-through begins here, and the image cannot be synced.
+    pub fn adopt_changes(
+        &self,
+        changes: Changes,
+        was_write_through: bool,
+        now_ns: u64,
+        find_group: impl FnOnce(&str) -> Option<Membership>,
+    ) -> io::Result<()> {
+        if let Some(errno) = changes.sync_fault {
+            self.sync_fault.set(Errno(errno));
+        }
+        if let Some(limits) = changes.limits {
+            self.set_limits(now_ns, limits);
+        }
+        if let Some(group) = changes.group {
+            self.set_group(group.and_then(|name| find_group(&name)));
+        }
+        if let Some(params) = changes.scheduler {
+            self.set_scheduler(params);
+        }
+        self.change_cache(|cache| {
+            cache.chosen = match changes.write_through {
+                Some(chosen) => chosen,
+                None => cache.chosen || was_write_through,
+            };
+        })
+    }
+}

@@ -1,0 +1,51 @@
+//! How many file descriptors the process may need, and how many it may have.
+
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+
+use super::session::MAX_REGIONS;
+use crate::config::DiskConfig;
+
+/// Descriptors of one queue: kick, call and error, each held by the control plane, by what negotiates and
+/// by the worker.
+pub const FDS_OF_A_QUEUE: u64 = 9;
+
+/// Descriptors of a session beside its queues' and its memory regions': its connection, the one inside the
+/// process, events, the back-end channel, and what has been received and is not judged yet.
+pub const FDS_OF_A_SESSION: u64 = 80;
+
+/// Descriptors of the process without any session: images, sockets, rings, signals, the control socket's
+/// connections, and some to spare.
+const FDS_OF_THE_PROCESS: u64 = 256;
+
+/// Descriptors that may be open at once when each disk's front end uses all it can have.
+pub fn most(disks: &[DiskConfig]) -> u64 {
+    let regions = u64::try_from(MAX_REGIONS).expect("a small number");
+    let sessions = disks
+        .iter()
+        .map(|disk| regions + FDS_OF_A_SESSION + FDS_OF_A_QUEUE * u64::from(disk.num_queues));
+    FDS_OF_THE_PROCESS + sessions.sum::<u64>()
+}
+
+/// Allows as many descriptors as the system lets us have, and says so if that may not be enough.
+pub fn allow(disks: &[DiskConfig]) {
+    let limit = getrlimit(Resource::Nofile);
+    let raised = Rlimit {
+        current: limit.maximum,
+        ..limit
+    };
+    let now = match setrlimit(Resource::Nofile, raised) {
+        Ok(()) => raised.current,
+        Err(errno) => {
+            log::warn!("the limit of open files cannot be raised to the hard limit: {errno}");
+            limit.current
+        }
+    };
+    // None is no limit.
+    let most = most(disks);
+    if let Some(now) = now.filter(|now| *now < most) {
+        log::warn!(
+            "{now} open files may not be enough: front ends that use all their queues and memory regions \
+             need {most}; raise the hard limit (ulimit -Hn, LimitNOFILE=) or lower --num-queues"
+        );
+    }
+}

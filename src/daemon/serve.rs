@@ -1,0 +1,302 @@
+//! One disk's thread: it takes front ends as they come, serves one session after another, and rests
+//! while another process may take the disk over.
+
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use vhost_user_backend::VhostUserDaemon;
+use vm_memory::{
+    GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryMmap,
+    GuestMemoryRegion,
+};
+
+use crate::config::SocketSource;
+use crate::mq::limits::MAX_RING_SIZE;
+
+use super::backend::DeviceBackend;
+use super::dirty::Unlogged;
+use super::disk::Disk;
+use super::session::{
+    CarriedSession, ConfigNotifier, Guard, LogKeeper, PrimeError, Served, SessionEnd, SessionLimits,
+};
+use super::socket::{Door, Junction, SocketFile, Stop};
+use super::takeover::Beginning;
+use super::takeover::rest::{AtRest, CarriedListener, RestPlace, RestingSession, Verdict, Woken};
+use super::vring::{GuestMemory, SessionState, bind};
+
+/// What one disk's thread needs.
+#[derive(Debug)]
+pub struct DiskServer {
+    /// The disk.
+    pub disk: Arc<Disk>,
+    /// Where guards meet devices.
+    pub junction: Arc<Junction>,
+    /// The end of the process.
+    pub stop: Arc<Stop>,
+    /// Where it rests.
+    pub rest: Arc<RestPlace>,
+}
+
+/// Where front ends connect.
+struct Listening {
+    listener: UnixListener,
+    file: Option<SocketFile>,
+}
+
+impl DiskServer {
+    /// Serves what the beginning has on a thread of its own, and calls `done` at the end.
+    ///
+    /// # Errors
+    ///
+    /// The thread cannot be started.
+    pub fn spawn(
+        self,
+        beginning: Beginning,
+        done: impl FnOnce() + Send + 'static,
+    ) -> io::Result<JoinHandle<()>> {
+        let name = format!("disk-{}", self.disk.id);
+        thread::Builder::new().name(name).spawn(move || {
+            self.run(beginning);
+            self.rest.gone(self.disk.id);
+            done();
+        })
+    }
+
+    fn run(&self, beginning: Beginning) {
+        let Beginning { door, session } = beginning;
+        let (door, connected) = match door {
+            Some(Door::Listening(listener, file)) => (Some(Listening { listener, file }), None),
+            Some(Door::Connected(stream)) => (None, Some(stream)),
+            None => (None, None),
+        };
+        match &self.disk.config.socket {
+            _ if door.is_none() => {}
+            SocketSource::Path(path) => log::info!("listening on {}", path.display()),
+            SocketSource::Fd(fd) => log::info!("listening on file descriptor {fd}"),
+        }
+        let mut verdict = Verdict::GoOn;
+        if let Some(session) = session {
+            verdict = self.carry_on(session, door.as_ref());
+        } else if let Some(stream) = connected {
+            verdict = self.serve(stream, None);
+        }
+        let Some(door) = door else {
+            return;
+        };
+        if verdict == Verdict::GoOn {
+            verdict = self.listen(&door);
+        }
+        if let (Verdict::Leave, Some(file)) = (verdict, door.file) {
+            file.leave();
+        }
+    }
+
+    /// One session at a time: a front end that connects meanwhile waits until it is its turn.
+    fn listen(&self, door: &Listening) -> Verdict {
+        loop {
+            let verdict = match self.rest.wait(&self.stop, &door.listener) {
+                Woken::Stopped => return Verdict::GoOn,
+                Woken::Wished => {
+                    let with = Self::at_rest(Some(door), None);
+                    self.rest.rest(self.disk.id, with)
+                }
+                Woken::Readable => match door.listener.accept() {
+                    Ok((stream, _)) => self.serve(stream, Some(door)),
+                    Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => Verdict::GoOn,
+                    Err(error) => {
+                        log::error!("disk {}: cannot accept: {error}", self.disk.config.serial);
+                        // Out of descriptors or memory: that passes, but not by trying at once.
+                        thread::sleep(Duration::from_millis(100));
+                        Verdict::GoOn
+                    }
+                },
+            };
+            if verdict == Verdict::Leave {
+                return verdict;
+            }
+        }
+    }
+
+    fn serve(&self, stream: UnixStream, door: Option<&Listening>) -> Verdict {
+        let serial = &self.disk.config.serial;
+        log::info!("disk {serial}: a front end connected");
+        match Session::open(self, stream) {
+            Ok(session) => self.carry_on(session, door),
+            Err(error) => {
+                log::error!("disk {serial}: the session could not begin: {error}");
+                Verdict::GoOn
+            }
+        }
+    }
+
+    /// Serves a session to its end, or until another process has it.
+    fn carry_on(&self, mut session: Session, door: Option<&Listening>) -> Verdict {
+        let serial = &self.disk.config.serial;
+        self.disk.set_connected(true);
+        self.disk.set_notifier(Some(session.notifier()));
+        let verdict = loop {
+            match session.guard.serve() {
+                Served::AtRest => {
+                    let with = Self::at_rest(door, Some(&session));
+                    if self.rest.rest(self.disk.id, with) == Verdict::Leave {
+                        break Verdict::Leave;
+                    }
+                }
+                Served::Over(end) => {
+                    session.guard.close();
+                    match end {
+                        SessionEnd::FrontEndLeft | SessionEnd::Stopped => {
+                            log::info!("disk {serial}: the session ended");
+                        }
+                        end => log::warn!("disk {serial}: the session was closed: {end}"),
+                    }
+                    break Verdict::GoOn;
+                }
+            }
+        };
+        self.disk.set_notifier(None);
+        drop(session);
+        self.disk.set_connected(false);
+        verdict
+    }
+
+    fn at_rest(door: Option<&Listening>, session: Option<&Session>) -> io::Result<AtRest> {
+        let carry = |door: &Listening| {
+            Ok::<_, io::Error>(CarriedListener {
+                socket: door.listener.as_fd().try_clone_to_owned()?,
+                file: door.file.as_ref().map(SocketFile::identity),
+            })
+        };
+        Ok(AtRest {
+            listener: door.map(carry).transpose()?,
+            session: session.map(Session::at_rest).transpose()?,
+        })
+    }
+}
+
+/// A front end's connection, the guard, and the device behind it.
+pub struct Session {
+    disk: Arc<Disk>,
+    state: Arc<SessionState>,
+    memory: GuestMemory,
+    daemon: VhostUserDaemon<Arc<DeviceBackend>>,
+    guard: Guard,
+}
+
+impl std::fmt::Debug for Session {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Session")
+            .field("guard", &self.guard)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Session {
+    /// Puts a guard and a device behind `stream`. Nothing of it is read before [`Guard::serve`].
+    ///
+    /// # Errors
+    ///
+    /// The process is out of descriptors, memory or threads.
+    pub fn open(server: &DiskServer, stream: UnixStream) -> io::Result<Session> {
+        let state = SessionState::new(Arc::clone(&server.disk))?;
+        let opened = Session::with(server, stream, &state);
+        if opened.is_err() {
+            // Its rings refer to it.
+            state.end();
+        }
+        opened
+    }
+
+    fn with(
+        server: &DiskServer,
+        stream: UnixStream,
+        state: &Arc<SessionState>,
+    ) -> io::Result<Session> {
+        let disk = Arc::clone(&server.disk);
+        let backend = Arc::new(DeviceBackend::new(Arc::clone(state)));
+        let memory = GuestMemoryAtomic::new(GuestMemoryMmap::<Unlogged>::new());
+        let name = format!("session-{}", disk.id);
+        let mut daemon = bind(state, || {
+            VhostUserDaemon::new(name, backend, memory.clone())
+        })
+        .map_err(|error| io::Error::other(error.to_string()))?;
+        let device = server.junction.join(|listener| {
+            daemon
+                .start(listener)
+                .map_err(|error| io::Error::other(error.to_string()))
+        })?;
+        state.can_give_up(&device)?;
+        let limits = SessionLimits::new(disk.config.num_queues, MAX_RING_SIZE);
+        let guard = Guard::new(stream, device, limits, server.stop.watch()?)?
+            .heed(server.rest.wish()?)
+            .watch_memory(state.watch_memory()?)
+            .with_inflight(Arc::clone(state.inflight()))
+            .with_log(Arc::clone(state) as Arc<dyn LogKeeper>);
+        Ok(Session {
+            disk,
+            state: Arc::clone(state),
+            memory,
+            daemon,
+            guard,
+        })
+    }
+
+    /// Brings guard and device to where `carried` was; see [`Guard::prime`].
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    pub fn prime(&mut self, carried: CarriedSession, deadline: Instant) -> Result<(), PrimeError> {
+        self.guard.prime(carried, deadline)
+    }
+
+    /// Whether a worker has the ring.
+    pub fn is_running(&self, index: u16) -> bool {
+        self.state.is_running(index)
+    }
+
+    /// How its front end is told of changes.
+    pub fn notifier(&self) -> ConfigNotifier {
+        self.guard.notifier()
+    }
+
+    /// What another process needs to go on with it, but for the rings.
+    fn at_rest(&self) -> io::Result<RestingSession> {
+        if self.state.is_logging() {
+            // Its log would have to travel too, for a guest that is about to leave anyway.
+            return Err(io::Error::other("its guest is being migrated"));
+        }
+        let (front_end, channel) = self.guard.connections()?;
+        let memory = self.memory.memory();
+        let file_of = |guest: u64| {
+            let region = memory.find_region(GuestAddress(guest));
+            let file = region.and_then(|region| region.file_offset());
+            let file = file.ok_or_else(|| io::Error::other("memory without a file"))?;
+            file.file().as_fd().try_clone_to_owned()
+        };
+        Ok(RestingSession {
+            front_end,
+            channel,
+            negotiated: self.guard.negotiated(),
+            regions: self.guard.regions(file_of)?,
+            inflight: self.state.inflight().carry()?,
+            state: Arc::clone(&self.state),
+        })
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        self.guard.part();
+        self.daemon.request_shutdown();
+        if let Err(error) = self.daemon.wait() {
+            log::debug!("disk {}: {error}", self.disk.config.serial);
+        }
+        // Last: its rings stop when nobody can start one any more.
+        self.state.end();
+    }
+}

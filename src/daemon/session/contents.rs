@@ -1,0 +1,46 @@
+//! Messages that are judged by what they hold and by nothing before them.
+
+use vhost::vhost_user::message::VhostUserConfigFlags;
+
+use super::CONFIG_SPACE_BYTES;
+use super::fds::FdKind;
+use super::refusal::Reason;
+use super::shape::CONFIG_HEADER_BYTES;
+use super::wire::{Message, u32_at};
+
+/// GET_CONFIG and SET_CONFIG: offset, size, flags and contents.
+pub(super) fn config(payload: &[u8]) -> Result<(), Reason> {
+    let (offset, size, flags) = (u32_at(payload, 0), u32_at(payload, 4), u32_at(payload, 8));
+    let end = offset.checked_add(size);
+    if size == 0 || end.is_none_or(|end| end > CONFIG_SPACE_BYTES) {
+        return Err(Reason::ConfigRange {
+            offset,
+            size,
+            space: CONFIG_SPACE_BYTES,
+        });
+    }
+    if flags & !VhostUserConfigFlags::all().bits() != 0 {
+        return Err(Reason::ConfigFlags(flags));
+    }
+    let want = CONFIG_HEADER_BYTES + usize::try_from(size).expect("at most the config space");
+    if payload.len() != want {
+        return Err(Reason::PayloadContents {
+            got: payload.len(),
+            want,
+        });
+    }
+    Ok(())
+}
+
+/// SET_DEVICE_STATE_FD: which way a state goes, and the channel it goes through.
+pub(super) fn device_state(message: &Message) -> Result<(), Reason> {
+    let (direction, phase) = (u32_at(&message.payload, 0), u32_at(&message.payload, 4));
+    if direction > 1 || phase != 0 {
+        return Err(Reason::StateTransfer { direction, phase });
+    }
+    let examine = |error: std::io::Error| Reason::Examine(error.to_string());
+    match FdKind::of(&message.fds[0]).map_err(examine)? {
+        FdKind::Pipe { .. } | FdKind::UnixStream | FdKind::File { .. } => Ok(()),
+        other => Err(Reason::StateChannel(other.describe())),
+    }
+}

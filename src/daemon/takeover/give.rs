@@ -1,0 +1,351 @@
+//! The old process's side: hands everything over, or goes on as before.
+
+use std::fmt;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+use rustix::net::sockopt::socket_peercred;
+
+use crate::config::SocketSource;
+use crate::mq::ids::{DiskId, QueueId};
+
+use super::super::disk::{Disk, Holding};
+use super::super::roster::Roster;
+use super::super::session::CarriedSession;
+use super::super::socket::SocketFile;
+use super::rest::{AtRest, CarriedListener, RestPlace, RestingSession};
+use super::state::{
+    Ask, CarriedDisk, Common, DiskFacts, FORMAT, Facts, Plan, plain, read_plain, read_refusal,
+    refusal,
+};
+use super::wire::{Frame, Frames, Kind};
+use super::{PATIENCE, PREPARATION, file_of, socket_name};
+
+/// The control socket, which the new process takes over as well if it has the same place for its own.
+#[derive(Debug)]
+pub struct ControlSocket {
+    name: String,
+    listener: OwnedFd,
+    file: Mutex<Option<SocketFile>>,
+}
+
+impl ControlSocket {
+    /// Of `listener`, whose file is at `path`.
+    ///
+    /// # Errors
+    ///
+    /// No descriptor to be had.
+    pub fn new(
+        path: &Path,
+        listener: &UnixListener,
+        file: SocketFile,
+    ) -> io::Result<ControlSocket> {
+        Ok(ControlSocket {
+            name: socket_name(&SocketSource::Path(path.to_owned())),
+            listener: listener.as_fd().try_clone_to_owned()?,
+            file: Mutex::new(Some(file)),
+        })
+    }
+
+    fn carry(&self) -> io::Result<CarriedListener> {
+        Ok(CarriedListener {
+            socket: self.listener.try_clone()?,
+            file: self.lock().as_ref().map(SocketFile::identity),
+        })
+    }
+
+    /// The file is another process's from now on.
+    fn leave(&self) {
+        if let Some(file) = self.lock().take() {
+            file.leave();
+        }
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Option<SocketFile>> {
+        self.file.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// An offer that somebody asked for and may have.
+#[derive(Debug)]
+pub struct Offer {
+    version: String,
+}
+
+/// Hands the disks over to a process that asks for them.
+pub struct Giver {
+    roster: Arc<Roster>,
+    rest: Arc<RestPlace>,
+    control: Arc<ControlSocket>,
+    /// By disk: the name of its socket. Found out at the start, since it may need the working directory.
+    names: Vec<String>,
+    /// Called once the disks are another's.
+    left: Box<dyn Fn() + Send + Sync>,
+}
+
+impl fmt::Debug for Giver {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Giver")
+            .field("control", &self.control)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Giver {
+    /// For the disks of `roster`, whose threads rest at `rest`. `left` is called once they are
+    /// another process's.
+    pub fn new(
+        roster: Arc<Roster>,
+        rest: Arc<RestPlace>,
+        control: Arc<ControlSocket>,
+        left: impl Fn() + Send + Sync + 'static,
+    ) -> Giver {
+        let disks = roster.disks().iter();
+        Giver {
+            names: disks.map(|disk| socket_name(&disk.config.socket)).collect(),
+            roster,
+            rest,
+            control,
+            left: Box::new(left),
+        }
+    }
+
+    /// Judges who asks on `stream` with the body `ask`.
+    ///
+    /// # Errors
+    ///
+    /// Another user; a program that does not read what this one writes.
+    pub fn consider(&self, stream: &UnixStream, ask: &[u8]) -> Result<Offer, String> {
+        let peer = socket_peercred(stream).map_err(|errno| errno.to_string())?;
+        if peer.uid != rustix::process::geteuid() && !peer.uid.is_root() {
+            return Err(format!(
+                "user {} may not take over from user {}",
+                peer.uid.as_raw(),
+                rustix::process::geteuid().as_raw()
+            ));
+        }
+        let ask: Ask = serde_json::from_slice(ask)
+            .map_err(|error| format!("the body is not understood: {error}"))?;
+        if !ask.formats.contains(&FORMAT) {
+            return Err(format!(
+                "version {} reads the state formats {:?}, and this daemon, version {}, writes {FORMAT}; \
+                 restart instead",
+                ask.version,
+                ask.formats,
+                env!("CARGO_PKG_VERSION"),
+            ));
+        }
+        Ok(Offer {
+            version: ask.version,
+        })
+    }
+
+    /// Hands over to the process at the other end of `stream`, or tells it why not; whether the disks
+    /// are its own now.
+    pub fn give(&self, offer: &Offer, stream: UnixStream) -> bool {
+        let frames = Frames::new(stream);
+        log::info!("version {} asks to take over", offer.version);
+        match self.negotiate(&frames) {
+            Ok(stalled_from) => {
+                log::info!(
+                    "handed over {} disks; the guests waited for {} ms",
+                    self.roster.disks().len(),
+                    stalled_from.elapsed().as_millis()
+                );
+                (self.left)();
+                true
+            }
+            Err(why) => {
+                log::warn!("not taken over, this daemon serves on: {why}");
+                // It may have gone, and may not listen.
+                let _ = frames.send(&refusal(&why), Instant::now() + PATIENCE);
+                false
+            }
+        }
+    }
+
+    /// When the guests began to wait, if all is handed over.
+    fn negotiate(&self, frames: &Frames) -> Result<Instant, String> {
+        let frame = expect(frames, Kind::Plan, Instant::now() + PATIENCE)?;
+        let plan: Plan = read_plain(&frame).map_err(|error| error.to_string())?;
+        if let Some(name) = self.names.iter().find(|name| !plan.disks.contains(name)) {
+            return Err(format!(
+                "the new daemon has no disk on {name}; give it the same sockets"
+            ));
+        }
+        let control = plan.control.as_ref() == Some(&self.control.name);
+        let facts = plain(Kind::Facts, &self.facts(control));
+        send(frames, &facts, Instant::now() + PATIENCE)?;
+        expect(frames, Kind::Ready, Instant::now() + PREPARATION)?;
+
+        let begin = Instant::now();
+        let holds = Holds(self);
+        match self.hand_over(frames, control, begin + PATIENCE) {
+            Ok(()) => {
+                // Leaving is all that is done with what is another's now.
+                std::mem::forget(holds);
+                if control {
+                    self.control.leave();
+                }
+                self.rest.leave();
+                Ok(begin)
+            }
+            Err(why) => Err(why),
+        }
+    }
+
+    /// From the moment the guests wait to the one that decides.
+    fn hand_over(&self, frames: &Frames, control: bool, deadline: Instant) -> Result<(), String> {
+        let resting = self
+            .rest
+            .gather(deadline)
+            .map_err(|(disk, why)| format!("the session of disk {} {why}", self.serial(disk)))?;
+        let holds: Vec<Holding> = self.roster.disks().iter().map(|disk| disk.hold()).collect();
+        let mut carried = Vec::new();
+        for ((disk, hold), with) in self.roster.disks().iter().zip(holds).zip(resting) {
+            let rings = hold.wait(deadline).ok_or_else(|| {
+                format!(
+                    "disk {} has requests in flight after {} seconds",
+                    disk.config.serial,
+                    PATIENCE.as_secs()
+                )
+            })?;
+            let base_of = |queue: QueueId| rings.get(&queue).copied();
+            let name = self.names[disk.id.index()].clone();
+            carried.push(carry(disk, name, with, base_of).map_err(|error| error.to_string())?);
+        }
+        let common = Common {
+            groups: self.roster.changed_groups(),
+            disks: carried.len(),
+            control: control
+                .then(|| self.control.carry())
+                .transpose()
+                .map_err(|error| error.to_string())?,
+        };
+        send(frames, &common.write(), deadline)?;
+        for disk in carried {
+            send(frames, &disk.write(), deadline)?;
+        }
+        match expect(frames, Kind::Taken, deadline) {
+            Ok(_) => Ok(()),
+            Err(why) => {
+                // It may be written in this moment. After this it is, or never will be.
+                frames.close_ear();
+                match frames.receive(Instant::now()) {
+                    Ok(Some(frame)) if frame.kind == Kind::Taken => Ok(()),
+                    _ => Err(why),
+                }
+            }
+        }
+    }
+
+    fn facts(&self, control: bool) -> Facts {
+        let disks = self.roster.disks().iter();
+        Facts {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            control,
+            disks: disks
+                .map(|disk| DiskFacts {
+                    socket: self.names[disk.id.index()].clone(),
+                    file: file_of(disk.image()),
+                    size_bytes: disk.size_bytes(),
+                    logical_block_size: disk.config.logical_block_size,
+                    read_only: disk.config.read_only,
+                    num_queues: disk.config.num_queues,
+                    queue_size: disk.config.queue_size,
+                })
+                .collect(),
+        }
+    }
+
+    fn serial(&self, disk: DiskId) -> &str {
+        &self.roster.disks()[disk.index()].config.serial
+    }
+}
+
+/// Lets everything go on when it goes out of scope.
+struct Holds<'a>(&'a Giver);
+
+impl Drop for Holds<'_> {
+    fn drop(&mut self) {
+        for disk in self.0.roster.disks() {
+            disk.release();
+        }
+        self.0.rest.go_on();
+    }
+}
+
+/// A disk that is held, with the session that rests.
+fn carry(
+    disk: &Disk,
+    name: String,
+    with: AtRest,
+    base_of: impl Fn(QueueId) -> Option<u16>,
+) -> io::Result<CarriedDisk> {
+    let session = with
+        .session
+        .map(|resting| carry_session(resting, base_of))
+        .transpose()?;
+    Ok(CarriedDisk {
+        socket: name,
+        size_bytes: disk.size_bytes(),
+        was_write_through: disk.chose_write_through(),
+        changes: disk.changes(),
+        listener: with.listener,
+        session,
+    })
+}
+
+fn carry_session(
+    resting: RestingSession,
+    base_of: impl Fn(QueueId) -> Option<u16>,
+) -> io::Result<CarriedSession> {
+    let RestingSession {
+        front_end,
+        channel,
+        negotiated,
+        regions,
+        inflight,
+        state,
+    } = resting;
+    let user_of = |guest: u64| {
+        let mut regions = regions.iter();
+        let region = regions.find(|r| guest >= r.guest && guest - r.guest < r.size)?;
+        Some(guest - region.guest + region.user)
+    };
+    let rings = state.carry_rings(base_of, user_of)?;
+    Ok(CarriedSession {
+        front_end,
+        channel,
+        negotiated,
+        regions,
+        inflight,
+        rings,
+    })
+}
+
+fn send(frames: &Frames, frame: &Frame, deadline: Instant) -> Result<(), String> {
+    frames
+        .send(frame, deadline)
+        .map_err(|error| format!("the new daemon takes nothing: {error}"))
+}
+
+/// The next frame, if it is of this kind.
+fn expect(frames: &Frames, kind: Kind, deadline: Instant) -> Result<Frame, String> {
+    match frames.receive(deadline) {
+        Ok(Some(frame)) if frame.kind == kind => Ok(frame),
+        Ok(Some(frame)) if frame.kind == Kind::Refused => {
+            Err(format!("the new daemon gave up: {}", read_refusal(&frame)))
+        }
+        Ok(Some(frame)) => Err(format!("the new daemon said {:?}", frame.kind)),
+        Ok(None) => Err("the new daemon ended".to_owned()),
+        Err(error) if error.kind() == io::ErrorKind::TimedOut => {
+            Err("the new daemon does not answer".to_owned())
+        }
+        Err(error) => Err(format!("the new daemon cannot be heard: {error}")),
+    }
+}

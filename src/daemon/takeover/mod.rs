@@ -1,0 +1,80 @@
+//! Live upgrade: one process takes all disks over from another, with the front ends connected and the
+//! guests running.
+//!
+//! The new process connects to the control socket of the old one and asks with
+//! `POST /v1/take-over`; from there on the connection carries frames (`wire.rs`):
+//!
+//! ```text
+//! new                                     old
+//!  POST /v1/take-over {formats} ─────────▶  same user? a format that both know?
+//!  ◀───────────────────────────── 101
+//!  Plan {disks, control socket} ─────────▶  are these all my disks?
+//!  ◀──────────────────────────── Facts      what each guest was promised
+//!  opens images, starts workers
+//!  Ready ────────────────────────────────▶  sessions come to rest, disks are held still
+//!  ◀──────────────────────────── State      sockets, sessions, memory, rings, eventfds, changes
+//!  sets all of it up, holding the disks
+//!  Taken ════════════════════════════════▶  leaves without touching anything
+//!  releases the disks
+//! ```
+//!
+//! **One moment decides.** `Taken` is a single small write. Before it, nothing of what the old process
+//! has is changed: if either side fails, says so, dies or is late, the old one releases its disks and
+//! goes on, and the new one ends with an error. After it, the disks are the new one's. That both
+//! always agree about it is the socket's work: the old process gives up waiting by shutting down its
+//! receiving side, after which the new one's write fails and what was written before is still there
+//! to be read.
+//!
+//! **Nobody writes for both.** A held disk's worker touches neither the guest's memory nor the image
+//! (`worker/hold.rs`), and the new process starts each ring on a disk that it holds until `Taken` is
+//! written.
+//!
+//! What travels is described in one place, `state.rs`, under a format number.
+
+mod give;
+pub mod rest;
+mod state;
+mod take;
+mod wire;
+
+use std::os::unix::fs::MetadataExt;
+use std::time::Duration;
+
+use crate::config::SocketSource;
+use crate::engine::disk::{Image, ImageKind};
+
+pub use give::{ControlSocket, Giver, Offer};
+pub use take::{Beginning, Inheritance, Predecessor, TakeOverError};
+
+/// How long the guests may stand still until it is given up: sessions have to come to rest, what is in
+/// flight has to end, and the new process has to set itself up.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// How long the new process may take to open its images and start its workers; the guests run.
+const PREPARATION: Duration = Duration::from_secs(60);
+
+/// What both processes call a disk: its socket, as the command line gives it. A descriptor has its
+/// number in the process that was started with it.
+fn socket_name(socket: &SocketSource) -> String {
+    match socket {
+        // Quoted, so that any name of a file is text, and no two names are the same text.
+        SocketSource::Path(path) => {
+            let absolute = std::path::absolute(path).unwrap_or_else(|_| path.clone());
+            format!("the socket {absolute:?}")
+        }
+        SocketSource::Fd(fd) => format!("file descriptor {fd}"),
+    }
+}
+
+/// Which file an image is: its device and inode, and the number of a device.
+fn file_of(image: &Image) -> Option<[u64; 3]> {
+    if image.kind == ImageKind::Null {
+        return None;
+    }
+    let facts = image.file.metadata().ok()?;
+    Some(match image.kind {
+        // A device may have several nodes.
+        ImageKind::BlockDevice => [0, 0, facts.rdev()],
+        ImageKind::File | ImageKind::Null => [facts.dev(), facts.ino(), 0],
+    })
+}

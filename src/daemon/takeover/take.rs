@@ -1,0 +1,378 @@
+//! The new process's side: asks, prepares, sets up what it gets, and takes it.
+
+mod ask;
+
+use std::io;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Instant;
+
+use crate::config::{Config, DiskConfig, SocketSource};
+use crate::engine::disk::{Image, ImageKind};
+use crate::error::StartError;
+
+use super::super::clock::Clock;
+use super::super::disk::Disk;
+use super::super::roster::Roster;
+use super::super::serve::{DiskServer, Session};
+use super::super::session::CarriedSession;
+use super::super::socket::{Door, SocketFile};
+use super::rest::CarriedListener;
+use super::state::{
+    CarriedDisk, Common, DiskFacts, Facts, Plan, plain, read_plain, read_refusal, refusal,
+};
+use super::wire::{Frame, Frames, Kind};
+use super::{PATIENCE, socket_name};
+use ask::{ask, compatible};
+
+/// Why the disks stay where they are. One line; the other daemon serves on.
+#[derive(Debug)]
+pub struct TakeOverError {
+    path: PathBuf,
+    why: String,
+}
+
+impl From<TakeOverError> for StartError {
+    fn from(error: TakeOverError) -> Self {
+        StartError::TakeOver {
+            path: error.path,
+            why: error.why,
+        }
+    }
+}
+
+/// The daemon that serves the disks so far, waiting until this one is ready.
+#[derive(Debug)]
+pub struct Predecessor {
+    path: PathBuf,
+    frames: Frames,
+    facts: Facts,
+}
+
+/// What a disk's thread begins with: where front ends connect, and the session it goes on with.
+#[derive(Debug, Default)]
+pub struct Beginning {
+    /// Where front ends connect.
+    pub door: Option<Door>,
+    /// The session.
+    pub session: Option<Session>,
+}
+
+/// Everything is set up; nothing is taken yet.
+#[derive(Debug)]
+pub struct Inheritance {
+    path: PathBuf,
+    frames: Frames,
+    /// By disk; `None` for those that the other did not have.
+    beginnings: Vec<Option<Beginning>>,
+    /// Disks that have grown meanwhile.
+    grown: Vec<bool>,
+    control: Option<CarriedListener>,
+}
+
+impl Predecessor {
+    /// Asks the daemon whose control socket is at `path` for the disks of `config`. `None`: nobody is
+    /// there.
+    ///
+    /// # Errors
+    ///
+    /// It refuses, or is no such daemon.
+    pub fn find(path: &Path, config: &Config) -> Result<Option<Predecessor>, TakeOverError> {
+        let fail = |why: String| TakeOverError {
+            path: path.to_owned(),
+            why,
+        };
+        let stream = match UnixStream::connect(path) {
+            Ok(stream) => stream,
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
+                ) =>
+            {
+                log::info!("no daemon to take over from at {path:?}: starting afresh");
+                return Ok(None);
+            }
+            Err(error) => return Err(fail(format!("it cannot be reached: {error}"))),
+        };
+        ask(&stream).map_err(fail)?;
+        let frames = Frames::new(stream);
+        let plan = Plan {
+            disks: config
+                .disks
+                .iter()
+                .map(|disk| socket_name(&disk.socket))
+                .collect(),
+            control: config
+                .control_path
+                .as_ref()
+                .map(|path| socket_name(&SocketSource::Path(path.clone()))),
+        };
+        let deadline = Instant::now() + PATIENCE;
+        send(&frames, &plain(Kind::Plan, &plan), deadline).map_err(fail)?;
+        let frame = expect(&frames, Kind::Facts, deadline).map_err(fail)?;
+        let facts: Facts = read_plain(&frame).map_err(|error| fail(error.to_string()))?;
+        log::info!(
+            "taking over {} disks from version {}",
+            facts.disks.len(),
+            facts.version
+        );
+        Ok(Some(Predecessor {
+            path: path.to_owned(),
+            frames,
+            facts,
+        }))
+    }
+
+    /// Whether it serves this disk.
+    pub fn serves(&self, disk: &DiskConfig) -> bool {
+        self.facts_of(disk).is_some()
+    }
+
+    /// Whether its control socket is where ours is to be.
+    pub fn has_our_control_socket(&self) -> bool {
+        self.facts.control
+    }
+
+    fn facts_of(&self, disk: &DiskConfig) -> Option<&DiskFacts> {
+        let name = socket_name(&disk.socket);
+        self.facts.disks.iter().find(|facts| facts.socket == name)
+    }
+
+    /// Checks that the guests can go on with `images`, opened as the configuration says.
+    ///
+    /// # Errors
+    ///
+    /// The first thing that a guest knows and that would not be so any more.
+    pub fn check(&self, disks: &[DiskConfig], images: &[Image]) -> Result<(), TakeOverError> {
+        for (disk, image) in disks.iter().zip(images) {
+            if let Some(facts) = self.facts_of(disk) {
+                compatible(facts, disk, image)
+                    .map_err(|why| self.fail(format!("the disk on {}: {why}", facts.socket)))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Says that all is prepared, and sets up what comes: the guests wait from here on. The disks of
+    /// `servers` are held until [`Inheritance::take`].
+    ///
+    /// # Errors
+    ///
+    /// The other gives up; what it has cannot be gone on with here.
+    pub fn inherit(
+        self,
+        roster: &Roster,
+        servers: &[DiskServer],
+        clock: Clock,
+    ) -> Result<Inheritance, TakeOverError> {
+        match self.set_up(roster, servers, clock) {
+            Ok((beginnings, grown, control)) => Ok(Inheritance {
+                path: self.path,
+                frames: self.frames,
+                beginnings,
+                grown,
+                control,
+            }),
+            Err(why) => {
+                // It may have gone itself.
+                let _ = self.frames.send(&refusal(&why), Instant::now() + PATIENCE);
+                Err(self.fail(why))
+            }
+        }
+    }
+
+    #[allow(
+        clippy::type_complexity,
+        reason = "the parts of an inheritance, taken apart at once"
+    )]
+    fn set_up(
+        &self,
+        roster: &Roster,
+        servers: &[DiskServer],
+        clock: Clock,
+    ) -> Result<(Vec<Option<Beginning>>, Vec<bool>, Option<CarriedListener>), String> {
+        let ready = Frame {
+            kind: Kind::Ready,
+            json: Vec::new(),
+            fds: Vec::new(),
+        };
+        send(&self.frames, &ready, Instant::now() + PATIENCE)?;
+        // As long as the other waits for requests in flight, and then as long as it waits for us.
+        let deadline = Instant::now() + 2 * PATIENCE;
+        let text = |error: io::Error| error.to_string();
+        let frame = expect(&self.frames, Kind::State, deadline)?;
+        let common = Common::read(frame).map_err(text)?;
+        for (name, limits) in &common.groups {
+            roster.set_group_limits(name, *limits);
+        }
+        let mut beginnings: Vec<Option<Beginning>> = servers.iter().map(|_| None).collect();
+        let mut grown = vec![false; servers.len()];
+        for _ in 0..common.disks {
+            let frame = expect(&self.frames, Kind::Disk, deadline)?;
+            let carried = CarriedDisk::read(frame).map_err(text)?;
+            let place = servers
+                .iter()
+                .position(|server| socket_name(&server.disk.config.socket) == carried.socket)
+                .ok_or_else(|| format!("a disk on {} that was not asked for", carried.socket))?;
+            let server = &servers[place];
+            let serial = &server.disk.config.serial;
+            let promised = carried.size_bytes;
+            let beginning = begin(server, carried, roster, clock, deadline)
+                .map_err(|why| format!("disk {serial}: {why}"))?;
+            grown[place] = server.disk.size_bytes() > promised;
+            beginnings[place] = Some(beginning);
+        }
+        Ok((beginnings, grown, common.control))
+    }
+
+    fn fail(&self, why: String) -> TakeOverError {
+        TakeOverError {
+            path: self.path.clone(),
+            why,
+        }
+    }
+}
+
+impl Inheritance {
+    /// The control socket, if the other's is ours now: its listener and its file at `path`.
+    pub fn control(
+        &mut self,
+        path: &Path,
+    ) -> Option<(std::os::unix::net::UnixListener, SocketFile)> {
+        let control = self.control.take()?;
+        let file = SocketFile::inherited(path, control.file.unwrap_or_default());
+        Some((control.socket.into(), file))
+    }
+
+    /// Takes the disks: the guests go on. What each disk's thread begins with; `None` for the disks
+    /// that the other did not have.
+    ///
+    /// # Errors
+    ///
+    /// The other gave up waiting, or is gone. The disks are not ours.
+    pub fn take(self, disks: &[Arc<Disk>]) -> Result<Vec<Option<Beginning>>, TakeOverError> {
+        let taken = Frame {
+            kind: Kind::Taken,
+            json: Vec::new(),
+            fds: Vec::new(),
+        };
+        // After this they are, or never will be.
+        send(&self.frames, &taken, Instant::now() + PATIENCE).map_err(|why| TakeOverError {
+            path: self.path.clone(),
+            why,
+        })?;
+        for (disk, beginning) in disks.iter().zip(&self.beginnings) {
+            if beginning.is_some() {
+                disk.set_beside(false);
+                disk.release();
+            }
+        }
+        for (disk, beginning) in disks.iter().zip(&self.beginnings) {
+            let session = beginning.as_ref().and_then(|b| b.session.as_ref());
+            if let Some(session) = session {
+                disk.set_notifier(Some(session.notifier()));
+            }
+        }
+        for (disk, grown) in disks.iter().zip(&self.grown) {
+            if *grown {
+                disk.tell_front_end();
+            }
+        }
+        log::info!("took over; the guests go on");
+        Ok(self.beginnings)
+    }
+}
+
+/// Sets up what a disk's thread begins with. The disk is held from here on.
+fn begin(
+    server: &DiskServer,
+    carried: CarriedDisk,
+    roster: &Roster,
+    clock: Clock,
+    deadline: Instant,
+) -> Result<Beginning, String> {
+    let disk = &server.disk;
+    disk.set_beside(true);
+    disk.hold()
+        .wait(deadline)
+        .ok_or("the workers do not answer")?;
+    if disk.size_bytes() < carried.size_bytes {
+        let size = match disk.image().kind {
+            ImageKind::Null => disk.grow_to(carried.size_bytes),
+            ImageKind::File | ImageKind::BlockDevice => disk.follow_image(),
+        };
+        let size = size.map_err(|error| error.to_string())?;
+        if size < carried.size_bytes {
+            return Err(format!(
+                "the image has {size} bytes, less than the {} that the guest was promised",
+                carried.size_bytes
+            ));
+        }
+    }
+    disk.adopt_changes(
+        carried.changes,
+        carried.was_write_through,
+        clock.now_ns(),
+        |name| roster.group(name),
+    )
+    .map_err(|error| format!("the image cannot be synced: {error}"))?;
+    let door = carried.listener.map(|listener| {
+        let file = match (&disk.config.socket, listener.file) {
+            (SocketSource::Path(path), Some(identity)) => {
+                Some(SocketFile::inherited(path, identity))
+            }
+            _ => None,
+        };
+        Door::Listening(listener.socket.into(), file)
+    });
+    let session = carried
+        .session
+        .map(|session| resume(server, session, deadline))
+        .transpose()?;
+    Ok(Beginning { door, session })
+}
+
+fn resume(
+    server: &DiskServer,
+    carried: CarriedSession,
+    deadline: Instant,
+) -> Result<Session, String> {
+    let text = |error: io::Error| error.to_string();
+    let front_end = carried.front_end.try_clone().map_err(text)?;
+    let running: Vec<u16> = carried
+        .rings
+        .iter()
+        .filter(|ring| ring.running)
+        .map(|ring| ring.index)
+        .collect();
+    let mut session = Session::open(server, front_end.into()).map_err(text)?;
+    session
+        .prime(carried, deadline)
+        .map_err(|error| error.to_string())?;
+    match running.iter().find(|index| !session.is_running(**index)) {
+        Some(index) => Err(format!("queue {index} cannot be started; see above")),
+        None => Ok(session),
+    }
+}
+
+fn send(frames: &Frames, frame: &Frame, deadline: Instant) -> Result<(), String> {
+    frames
+        .send(frame, deadline)
+        .map_err(|error| format!("it does not listen any more: {error}"))
+}
+
+/// The next frame, if it is of this kind.
+fn expect(frames: &Frames, kind: Kind, deadline: Instant) -> Result<Frame, String> {
+    match frames.receive(deadline) {
+        Ok(Some(frame)) if frame.kind == kind => Ok(frame),
+        Ok(Some(frame)) if frame.kind == Kind::Refused => Err(read_refusal(&frame)),
+        Ok(Some(frame)) => Err(format!("it said {:?}", frame.kind)),
+        Ok(None) => Err("it ended".to_owned()),
+        Err(error) if error.kind() == io::ErrorKind::TimedOut => {
+            Err("it does not answer".to_owned())
+        }
+        Err(error) => Err(format!("it cannot be heard: {error}")),
+    }
+}

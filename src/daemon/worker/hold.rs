@@ -1,0 +1,50 @@
+//! A disk held still: nothing of it is in flight and nothing is taken, until it is released.
+//!
+//! While it is held, the worker writes nothing to the guest's memory: what ended is published and
+//! called for before the answer, rings that take nothing are not armed for kicks, and kicks are never
+//! read from their eventfd, so they are still there for whoever serves the rings next.
+
+use std::sync::Arc;
+
+use crate::mq::ids::{DiskId, QueueId};
+use crate::mq::qos::Throttle;
+
+use super::super::message::Reply;
+use super::Worker;
+use super::control::Pending;
+
+/// The rings of a held disk: the next avail index of each.
+pub type HeldRings = Vec<(QueueId, u16)>;
+
+impl Worker {
+    /// Begins to hold a disk: no more is taken, and what was taken goes out without regard to limits,
+    /// so that it does not take longer than the disk does.
+    pub(super) fn hold(&mut self, disk: DiskId, done: Reply<HeldRings>) {
+        self.mq.set_throttle(disk, None);
+        self.mq.set_group(disk, None);
+        self.freeze(Pending::Hold(disk, done));
+    }
+
+    /// Nothing of the disk is in flight any more.
+    pub(super) fn is_held(&mut self, disk: DiskId, done: Reply<HeldRings>) {
+        self.held.push(disk);
+        let rings = self.ports().filter(|(_, port)| port.id.disk == disk);
+        let rings = rings.map(|(_, port)| (port.id.queue, port.ring.next_avail()));
+        done.send(rings.collect());
+    }
+
+    /// Goes on where it was held, or gives up waiting for it to be. Its limits are these again.
+    pub(super) fn release(
+        &mut self,
+        disk: DiskId,
+        throttle: Arc<Throttle>,
+        group: Option<Arc<Throttle>>,
+    ) {
+        self.held.retain(|held| *held != disk);
+        self.pending
+            .retain(|pending| !matches!(pending, Pending::Hold(held, _) if *held == disk));
+        self.mq.set_throttle(disk, Some(throttle));
+        self.mq.set_group(disk, group);
+        self.thaw(disk);
+    }
+}

@@ -1,0 +1,93 @@
+use std::fs::File;
+use std::ptr::{self, NonNull};
+
+use libc::iovec;
+
+use super::super::{Next, Slot, Stage};
+use crate::engine::memory::PAGE_BYTES;
+use crate::engine::target::{Disk, FileTarget, IoPoll, Target};
+use crate::engine::{EngineCounters, Errno};
+use crate::mq::request::Op;
+
+fn disk() -> Disk {
+    let target = Target::File(FileTarget {
+        file: File::open("/dev/null").unwrap().into(),
+        size_bytes: 1 << 30,
+        direct: true,
+        memory_align: 4,
+        offset_align: 512,
+        block_device: false,
+        ignore_flush: false,
+        io_poll: IoPoll::Always,
+        mapping: None,
+    });
+    Disk::new(0, target).unwrap()
+}
+
+/// A transfer under way of one segment at this address; no data is touched.
+fn slot(own: &mut [iovec; 1], address: usize, len: usize) -> Slot {
+    own[0] = iovec {
+        iov_base: ptr::without_provenance_mut(address),
+        iov_len: len,
+    };
+    let mut slot = Slot::new(NonNull::new(own.as_mut_ptr()).unwrap());
+    slot.claim(1, 0, Op::Write, len as u64);
+    // SAFETY: the caller keeps the segment, and nothing is submitted. Unsafe because the slot cannot
+    // know.
+    unsafe { slot.start_transfer(0, own.as_ptr(), 1, true, false, None) };
+    slot
+}
+
+const NOTHING: [iovec; 1] = [iovec {
+    iov_base: ptr::null_mut(),
+    iov_len: 0,
+}];
+
+#[test]
+fn a_buffer_refused_for_its_alignment_is_copied_and_so_are_those_that_follow() {
+    let (mut disk, mut own, mut counters) = (disk(), NOTHING, EngineCounters::default());
+    let mut slot = slot(&mut own, 0x10000 + 512, 8192);
+    let next = slot.on_cqe(-libc::EINVAL, &mut disk, &[], &mut counters);
+    assert_eq!((next, slot.wants_bounce), (Next::Issue, true));
+    assert_eq!(disk.align, (4, 512), "not proved yet");
+    slot.learn_alignment(&mut disk);
+    assert_eq!(disk.align, (1024, 512), "lengths were not to blame");
+    slot.learn_alignment(&mut disk);
+    assert_eq!(disk.align, (1024, 512));
+}
+
+#[test]
+fn a_refusal_that_alignment_does_not_explain_is_an_error() {
+    let (mut disk, mut own, mut counters) = (disk(), NOTHING, EngineCounters::default());
+    let mut slot = slot(&mut own, 0x10000, 2 * PAGE_BYTES);
+    let next = slot.on_cqe(-libc::EINVAL, &mut disk, &[], &mut counters);
+    assert_eq!(next, Next::Done(Err(Errno(libc::EINVAL))));
+    assert_eq!(disk.align, (4, 512));
+}
+
+#[test]
+fn what_cannot_be_polled_goes_the_usual_way() {
+    for (errno, polls_on) in [
+        (libc::EAGAIN, true),
+        (libc::EINVAL, true),
+        (libc::EOPNOTSUPP, false),
+    ] {
+        let (mut disk, mut own, mut counters) = (disk(), NOTHING, EngineCounters::default());
+        let mut slot = slot(&mut own, 0x10000, 4096);
+        slot.polled = true;
+        assert!(slot.goes_polled());
+        let next = slot.on_cqe(-errno, &mut disk, &[], &mut counters);
+        assert_eq!((next, slot.goes_polled()), (Next::Issue, false));
+        assert_eq!(disk.can.poll, polls_on, "{errno}");
+        assert_eq!(counters.retried, 0, "all tries are left");
+        let next = slot.on_cqe(4096, &mut disk, &[], &mut counters);
+        assert_eq!(next, Next::Done(Ok(4096)));
+    }
+    // A real error is one.
+    let (mut disk, mut own, mut counters) = (disk(), NOTHING, EngineCounters::default());
+    let mut slot = slot(&mut own, 0x10000, 4096);
+    slot.polled = true;
+    let next = slot.on_cqe(-libc::EIO, &mut disk, &[], &mut counters);
+    assert_eq!(next, Next::Done(Err(Errno(libc::EIO))));
+    assert_eq!(slot.stage, Stage::Transfer);
+}
