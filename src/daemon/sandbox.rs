@@ -66,9 +66,14 @@ pub fn enter(
     sockets: &[&Path],
 ) -> Result<(), StartError> {
     let fail = |layer: &'static str| move |source| StartError::Sandbox { layer, source };
+    // Asks the kernel for the auxiliary vector, once, and may need a file for that.
+    rustix::param::page_size();
     if layers.dumps {
         set_dumpable_behavior(DumpableBehavior::NotDumpable)
             .map_err(|errno| fail("dumps")(errno.into()))?;
+    }
+    if layers.privileges {
+        privileges::bound().map_err(fail("privileges"))?;
     }
     if let Some(Identity(user)) = user {
         user.assume()?;

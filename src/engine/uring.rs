@@ -341,3 +341,41 @@ fn unavailable(error: io::Error) -> io::Error {
     };
     io::Error::new(error.kind(), format!("io_uring is {hint}: {error}"))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use io_uring::types::Fd;
+
+    /// What a ring says to opening a file, and to being given buffers of its own.
+    fn tries(ask: Ask) -> (i32, bool) {
+        let mut counters = EngineCounters::default();
+        let mut ring = Ring::new(8, 16, ask).expect("a ring");
+        let path = c"/dev/null";
+        let open = opcode::OpenAt::new(Fd(libc::AT_FDCWD), path.as_ptr()).build();
+        // SAFETY: the path is there for ever. Unsafe because the kernel works on addresses.
+        assert!(unsafe { ring.push(&open, &mut counters) });
+        ring.submit(&mut counters).expect("submitted");
+        while !ring.has_completions() {
+            ring.enter_events(&mut counters).expect("entered");
+        }
+        let result = ring
+            .ring
+            .completion()
+            .next()
+            .expect("there is one")
+            .result();
+        let bound = ring.ring.submitter().register_iowq_max_workers(&mut [1, 1]);
+        (result, bound.is_ok())
+    }
+
+    #[test]
+    fn a_restricted_ring_opens_no_files() {
+        assert_eq!(tries(Ask::ALL), (-libc::EACCES, false));
+        let (result, bound) = tries(Ask {
+            restricted: false,
+            ..Ask::ALL
+        });
+        assert!(result >= 0 && bound, "{result}");
+    }
+}

@@ -4,6 +4,7 @@
 
 use std::io;
 
+use rustix::io::Errno;
 use rustix::process::{Gid, Uid, geteuid};
 use rustix::thread::{
     CapabilitySet, CapabilitySets, clear_ambient_capability_set,
@@ -63,7 +64,7 @@ impl User {
 
     /// Becomes the user, for good.
     pub(super) fn assume(&self) -> Result<(), StartError> {
-        let fail = |errno: rustix::io::Errno| StartError::BecomeUser {
+        let fail = |errno: Errno| StartError::BecomeUser {
             user: self.name.clone(),
             source: errno.into(),
         };
@@ -87,17 +88,24 @@ pub fn find_group(group: &str) -> Option<u32> {
     found.map(|group| group.gid())
 }
 
+/// Sees to it that no program which is run could bring a capability back. That takes a capability, so it
+/// comes before those are given up, and before the user changes; who has none has nothing to drop.
+pub(super) fn bound() -> io::Result<()> {
+    for bit in 0..64 {
+        let capability = CapabilitySet::from_bits_retain(1 << bit);
+        match remove_capability_from_bounding_set(capability) {
+            Ok(()) => {}
+            // The first the kernel does not know; not ours to drop.
+            Err(Errno::INVAL | Errno::PERM) => break,
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+    Ok(())
+}
+
 /// Gives all capabilities up, and any way to get some.
 pub(super) fn drop_all() -> io::Result<()> {
     set_no_new_privs(true)?;
-    // What was dropped from the bounding set cannot come back with a program that is run. That needs a
-    // capability itself, and who has none has nothing to drop.
-    for bit in 0..64 {
-        let capability = CapabilitySet::from_bits_retain(1 << bit);
-        if remove_capability_from_bounding_set(capability).is_err() {
-            break;
-        }
-    }
     clear_ambient_capability_set()?;
     let none = CapabilitySet::empty();
     set_capabilities(

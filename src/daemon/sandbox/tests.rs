@@ -51,6 +51,11 @@ fn child() {
         "become" => told(Err(Command::new("/bin/true").exec())),
         "spawn" => told(Command::new("/bin/true").status().map(drop)),
         "network" => told(TcpStream::connect("127.0.0.1:1").map(drop)),
+        "execute" => told(executable().map_err(io::Error::from)),
+        "signal" => told(
+            rustix::process::test_kill_process(rustix::process::getppid().expect("we have one"))
+                .map_err(io::Error::from),
+        ),
         "thread" => {
             std::thread::spawn(|| println!("outcome: allowed"))
                 .join()
@@ -74,6 +79,14 @@ fn child() {
         other => panic!("what is {other}?"),
     }
     let _ = std::fs::remove_file(&ours);
+}
+
+/// Memory that can be run.
+fn executable() -> rustix::io::Result<()> {
+    use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous};
+    let access = ProtFlags::READ | ProtFlags::EXEC;
+    // SAFETY: a new mapping, which nobody looks at. Unsafe because mapping is.
+    unsafe { mmap_anonymous(std::ptr::null_mut(), 4096, access, MapFlags::PRIVATE) }.map(drop)
 }
 
 fn outcome(output: &Output) -> String {
@@ -103,7 +116,8 @@ fn seccomp_ends_what_nobody_foresaw() {
     assert_eq!(outcome(&attempt("spawn", "none")), "allowed");
     // The C library blocks all signals around it, so that there are no last words.
     assert!(is_killed(&attempt("spawn", "seccomp")));
-    for what in ["become", "network", "ptrace"] {
+    assert_eq!(outcome(&attempt("execute", "none")), "allowed");
+    for what in ["become", "network", "ptrace", "execute", "signal"] {
         let output = attempt(what, "seccomp");
         assert!(is_ended(&output), "{what}: {output:?}");
     }
@@ -123,10 +137,15 @@ fn landlock_leaves_our_sockets_to_be_removed_and_nothing_else() {
     assert_eq!(outcome(&attempt("open", layers)), "PermissionDenied");
     assert_eq!(outcome(&attempt("create", layers)), "PermissionDenied");
     assert_eq!(outcome(&attempt("remove ours", layers)), "allowed");
-    assert_eq!(outcome(&attempt("network", "none")), "ConnectionRefused");
-    let network = outcome(&attempt("network", layers));
-    // Since Linux 6.7.
-    assert!(["PermissionDenied", "ConnectionRefused"].contains(&&*network));
+    // TCP since Linux 6.7, signals since 6.12.
+    for (what, freely) in [("network", "ConnectionRefused"), ("signal", "allowed")] {
+        assert_eq!(outcome(&attempt(what, "none")), freely);
+        let shut_in = outcome(&attempt(what, layers));
+        assert!(
+            shut_in == "PermissionDenied" || shut_in == freely,
+            "{what}: {shut_in}"
+        );
+    }
 }
 
 #[test]
