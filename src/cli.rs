@@ -19,6 +19,8 @@ pub use self::choices::{
     CacheMode, Discard, EngineKind, LockWhen, LogLevel, OnError, OnTimeout, PollDevice,
     SummaryFormat, Switch,
 };
+pub use self::coalesce::Coalesce;
+use self::coalesce::parse_coalesce;
 use self::cpus::CpuList;
 pub use self::safety::{DiskSafety, ProcessSafety, SandboxLayers, UserName};
 use self::tuning::{
@@ -30,6 +32,7 @@ use self::values::{
 };
 
 mod choices;
+mod coalesce;
 pub mod cpus;
 mod safety;
 pub mod tuning;
@@ -254,6 +257,15 @@ pub struct DiskArguments {
         help_heading = QUEUES
     )]
     pub queue_map: Option<MapKind>,
+
+    /// Interrupt coalescing: while a queue has more in flight, tell the guest of what is
+    /// done only after US microseconds, or when COUNT requests are done; 0 for at once
+    /// [default: 0; COUNT 32]
+    #[arg(
+        verbatim_doc_comment, long, value_name = "US[:COUNT]", value_parser = parse_coalesce,
+        help_heading = QUEUES
+    )]
+    pub coalesce: Option<Coalesce>,
 
     /// Who reads and writes the image: io_uring; mmap, for images in memory (tmpfs,
     /// memfd, hugetlbfs, DAX); auto, the better one; null has no image: it forgets what

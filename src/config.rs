@@ -18,8 +18,8 @@ use crate::mq::qos::Limits;
 use self::whole::{check_control_path, check_groups, check_on_error, no_socket_twice};
 pub use crate::cli::tuning::{Group, Scheduler};
 pub use crate::cli::{
-    CacheMode, EngineKind, LockWhen, OnError, OnTimeout, PollDevice, SandboxLayers, SummaryFormat,
-    UserName,
+    CacheMode, Coalesce, EngineKind, LockWhen, OnError, OnTimeout, PollDevice, SandboxLayers,
+    SummaryFormat, UserName,
 };
 
 mod whole;
@@ -108,6 +108,8 @@ pub struct DiskConfig {
     /// Which vCPU uses which queue. An explicit map names queues below `num_queues` only, and then
     /// `vcpus` is its length.
     pub queue_map: MapKind,
+    /// How late the guest may be told that requests are done; at once where it is `None`.
+    pub coalesce: Option<Coalesce>,
     /// Its elevator.
     pub scheduler: Scheduler,
     /// What it may do in a second.
@@ -265,6 +267,7 @@ impl DiskConfig {
             queue_size: disk.queue_size.unwrap_or(DEFAULT_QUEUE_SIZE),
             vcpus,
             queue_map,
+            coalesce: disk.coalesce.filter(|coalesce| coalesce.delay_us != 0),
             scheduler: disk.scheduler.unwrap_or_default(),
             limits: disk.limit.unwrap_or_default(),
             group: disk.group,

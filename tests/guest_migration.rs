@@ -94,6 +94,7 @@ fn a_guest_migrates_twice_under_load() {
             verify moving 8192 --ioengine=libaio --rw=randwrite --bsrange=512-64k --rate=2m --fsync=32 \
                 --offset=128m --size=4m --offset_increment=32m --numjobs=2 || break
         done >/tmp/rounds 2>&1 &
+        writer=$!
         echo @@running
         # 32 MiB in the first move, 32 in the second, slowly.
         for half in 0 1; do
@@ -106,6 +107,9 @@ fn a_guest_migrates_twice_under_load() {
             echo "@@arrived $half"
         done
         same 'the page cache' "$(dd if=/dev/vda bs=1M count=64 2>/dev/null | sha256sum)" "$before"
+        # A whole round where it is now: the one under way may be reading only.
+        rounds=$(($(wc -l </tmp/rounds) + 2))
+        while [ "$(wc -l </tmp/rounds)" -lt "$rounds" ] && kill -0 "$writer"; do usleep 200000; done
         : >/tmp/enough
         wait
         cat /tmp/rounds

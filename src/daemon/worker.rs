@@ -9,6 +9,7 @@
 //!
 //! Nothing in here locks, and nothing sleeps but `wait`.
 
+mod coalesce;
 mod control;
 mod driver;
 mod faults;
@@ -41,6 +42,7 @@ use crate::virtio::pool::SegmentPool;
 use crate::virtio::receipt::GuestIo;
 use crate::virtio::shape::DiskShape;
 
+use self::coalesce::Patience;
 use self::control::Pending;
 use self::driver::EngineDriver;
 use self::faults::{Care, failed};
@@ -70,6 +72,8 @@ struct WorkerDisk {
     /// While the guest migrates.
     log: Option<Arc<DiskLog>>,
     care: Care,
+    /// How late calls may be.
+    patience: Option<Patience>,
     /// Room for its long requests. Each disk has its own, so that none can keep others waiting; made
     /// with the first ring.
     pool: Option<SegmentPool>,
@@ -100,6 +104,10 @@ struct Worker {
     busy: Vec<HctxId>,
     /// Ports with used elements nobody was told about.
     touched: Vec<HctxId>,
+    /// Some disk's calls may be late.
+    coalesces: bool,
+    /// Ports whose calls are.
+    held_back: Vec<HctxId>,
     /// There are ports that wait for room in the pool.
     starving: bool,
     /// Some has been made for them since the last look.
@@ -206,6 +214,8 @@ impl Worker {
             hot: Vec::new(),
             busy: Vec::new(),
             touched: Vec::new(),
+            coalesces: false,
+            held_back: Vec::new(),
             starving: false,
             room: false,
             inbox,

@@ -32,6 +32,7 @@ fn config(image: ImageSource) -> DiskConfig {
         queue_size: 128,
         vcpus: None,
         queue_map: MapKind::Grouping,
+        coalesce: None,
         scheduler: Scheduler::Auto,
         limits: Limits::default(),
         group: None,
