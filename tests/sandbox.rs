@@ -151,16 +151,12 @@ fn another_user_serves_with_nothing_of_roots() {
 
     let path = |name: &str| sockets.join(name).to_str().expect("text").to_owned();
     let (disk_socket, control) = (path("disk"), path("control"));
-    let start = |more: &[&str]| {
-        let arguments = format!("socket-path={disk_socket},blk-file={}", image.display());
-        // The support's own disk has a place of root's, which nobody removes.
-        let spec = Spec::null(1 << 20)
-            .args(["--user", "nobody", "--disk", &arguments])
-            .args(["--control-path", &control, "--take-over", &control])
-            .args(more.iter().copied());
-        spec
-    };
-    let daemon = Daemon::start_ours(&start(&[]));
+    // The support's own disk is in a place of root's.
+    let arguments = format!("socket-path={disk_socket},blk-file={}", image.display());
+    let spec = Spec::null(1 << 20)
+        .args(["--user", "nobody", "--disk", &arguments])
+        .args(["--control-path", &control, "--take-over", &control]);
+    let daemon = Daemon::start_ours(&spec);
     let mut disk = Disk::attach(Path::new(&disk_socket), 4);
     work(&mut disk, 4);
     let ids = |pid: u32| {
@@ -184,7 +180,7 @@ fn another_user_serves_with_nothing_of_roots() {
 
     // Whoever takes over was root when it asked.
     let mut old = daemon;
-    let new = old.beside(&start(&[]));
+    let new = old.beside(&spec);
     assert!(
         new.wait_for_message("took over; the guests go on"),
         "{}\n{}",

@@ -10,7 +10,7 @@
 //! | `--user` | root |
 //! | `privileges` | all capabilities, and gaining any by running something (`no_new_privs`) |
 //! | `landlock` | the file system, but for removing our sockets; TCP; abstract sockets; signals to others |
-//! | `seccomp` | all system calls but those of [`filter`] |
+//! | `seccomp` | all system calls but those of `filter.rs` |
 //!
 //! What io_uring does is no system call, so each ring has a list of its own of what it may do: see
 //! `engine/uring.rs`.

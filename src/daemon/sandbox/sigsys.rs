@@ -105,3 +105,14 @@ impl Line {
         &self.bytes[..self.len]
     }
 }
+
+/// Makes memory that can be run, which a sandbox refuses.
+#[cfg(test)]
+pub(super) fn map_executable() -> io::Result<()> {
+    use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous};
+    let access = ProtFlags::READ | ProtFlags::EXEC;
+    // SAFETY: a new mapping at a place of the kernel's choice, which nobody looks at. Unsafe because
+    // mapping is.
+    let mapped = unsafe { mmap_anonymous(ptr::null_mut(), 4096, access, MapFlags::PRIVATE) };
+    mapped.map(drop).map_err(io::Error::from)
+}

@@ -51,7 +51,7 @@ fn child() {
         "become" => told(Err(Command::new("/bin/true").exec())),
         "spawn" => told(Command::new("/bin/true").status().map(drop)),
         "network" => told(TcpStream::connect("127.0.0.1:1").map(drop)),
-        "execute" => told(executable().map_err(io::Error::from)),
+        "execute" => told(sigsys::map_executable()),
         "signal" => told(
             rustix::process::test_kill_process(rustix::process::getppid().expect("we have one"))
                 .map_err(io::Error::from),
@@ -79,14 +79,6 @@ fn child() {
         other => panic!("what is {other}?"),
     }
     let _ = std::fs::remove_file(&ours);
-}
-
-/// Memory that can be run.
-fn executable() -> rustix::io::Result<()> {
-    use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous};
-    let access = ProtFlags::READ | ProtFlags::EXEC;
-    // SAFETY: a new mapping, which nobody looks at. Unsafe because mapping is.
-    unsafe { mmap_anonymous(std::ptr::null_mut(), 4096, access, MapFlags::PRIVATE) }.map(drop)
 }
 
 fn outcome(output: &Output) -> String {
