@@ -22,7 +22,7 @@ pub use self::choices::{
 pub use self::coalesce::Coalesce;
 use self::coalesce::parse_coalesce;
 use self::cpus::CpuList;
-pub use self::safety::DiskSafety;
+pub use self::safety::{DiskSafety, ProcessSafety, SandboxLayers, UserName};
 use self::tuning::{
     Group, Scheduler, parse_group, parse_group_name, parse_limits, parse_scheduler,
 };
@@ -144,6 +144,10 @@ pub struct Arguments {
     /// without a daemon there, start as usual [default: start as usual]
     #[arg(verbatim_doc_comment, long, value_name = "PATH", help_heading = PROCESS)]
     pub take_over: Option<PathBuf>,
+
+    /// What the process may do.
+    #[command(flatten)]
+    pub safety: ProcessSafety,
 
     /// How much to tell on stderr: error, warn, info, debug or trace [default: info]
     #[arg(

@@ -198,6 +198,30 @@ pub enum StartError {
         why: &'static str,
     },
 
+    /// The process may not become another user.
+    #[error(
+        "cannot become the user {user}: {}; start as root, or leave --user out",
+        reason(.source)
+    )]
+    BecomeUser {
+        /// As it was given.
+        user: String,
+        /// What the kernel said.
+        source: io::Error,
+    },
+
+    /// A layer of the sandbox cannot be put on.
+    #[error(
+        "cannot put on the sandbox ({layer}): {}; if that cannot be helped, give --sandbox {layer}=off",
+        reason(.source)
+    )]
+    Sandbox {
+        /// Its name.
+        layer: &'static str,
+        /// What the kernel said.
+        source: io::Error,
+    },
+
     /// Another daemon does not hand its disks over.
     #[error("cannot take over from the daemon at {path:?}: {why}")]
     TakeOver {

@@ -15,7 +15,7 @@ const MAX_COALESCE_COUNT: u16 = 1024;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Coalesce {
     /// From the first request that is done and was not called for, in microseconds, up to
-    /// [`MAX_COALESCE_US`]; 0 is no coalescing.
+    /// `MAX_COALESCE_US`; 0 is no coalescing.
     pub delay_us: u32,
     /// As soon as so many are done: 2 to 1024.
     pub count: u16,

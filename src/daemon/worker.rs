@@ -136,6 +136,8 @@ struct Worker {
 pub struct WorkerOptions {
     /// The most virtqueues it will be given.
     pub rings: u16,
+    /// Its io_uring can do what it needs and nothing else.
+    pub restricted: bool,
     /// The longest it looks before it sleeps, in microseconds.
     pub poll_us: u32,
     /// After how many seconds a request counts as stuck; 0 never.
@@ -163,7 +165,7 @@ pub fn spawn(
         .spawn(move || {
             // The ring belongs to the thread that makes it (IORING_SETUP_SINGLE_ISSUER).
             // Seated first: memory goes to the node of whoever touches it first.
-            match seat.take().and_then(|()| make_engine(options.rings)) {
+            match seat.take().and_then(|()| make_engine(options)) {
                 Ok((engine, waker)) => {
                     log::debug!("worker {id}: {}", engine.describe());
                     let (handle, inbox) = WorkerHandle::new(id, waker, seat);
@@ -182,9 +184,13 @@ pub fn spawn(
     }
 }
 
-fn make_engine(rings: u16) -> io::Result<(Engine, Waker)> {
+fn make_engine(options: WorkerOptions) -> io::Result<(Engine, Waker)> {
     // A kick to watch and a call and an err fd to write to for each.
-    let mut engine = Engine::new(DRIVER_TAGS, rings.saturating_mul(2))?;
+    let watches = options.rings.saturating_mul(2);
+    let mut engine = match options.restricted {
+        true => Engine::new(DRIVER_TAGS, watches)?,
+        false => Engine::unrestricted(DRIVER_TAGS, watches)?,
+    };
     let waker = Waker::new()?;
     engine.watch_waker(&waker)?;
     Ok((engine, waker))

@@ -72,6 +72,19 @@ impl Engine {
         Engine::asking(depth, watches, Ask::ALL)
     }
 
+    /// The same, whose ring may do all that a ring can do.
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    pub fn unrestricted(depth: u16, watches: u16) -> io::Result<Self> {
+        let ask = Ask {
+            restricted: false,
+            ..Ask::ALL
+        };
+        Engine::asking(depth, watches, ask)
+    }
+
     pub(super) fn asking(depth: u16, watches: u16, ask: Ask) -> io::Result<Self> {
         assert!(depth > 0, "an engine without driver tags serves nobody");
         let (slots, fds) = (u32::from(depth), u32::from(watches) + 1);

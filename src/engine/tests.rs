@@ -1161,6 +1161,7 @@ fn an_older_kernels_ring_does_the_same() {
                 fixed_files: all,
                 silent_writes: all,
                 polled: false,
+                restricted: all,
             };
             let mut engine = Engine::asking(4, 8, ask).unwrap();
             let image = Image::new(On::Buffered, 1 << 20);

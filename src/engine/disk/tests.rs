@@ -20,6 +20,8 @@ fn config(image: ImageSource) -> DiskConfig {
         engine: EngineKind::Auto,
         lock: LockWhen::Always,
         force_share: false,
+        socket_mode: None,
+        socket_group: None,
         on_error: crate::config::OnError::Report,
         io_poll: PollDevice::Auto,
         cache: CacheMode::None,

@@ -35,6 +35,7 @@ impl Engine {
             let ask = Ask {
                 polled: true,
                 fixed_files: self.ring.fixed_files,
+                restricted: self.ring.restricted,
                 ..Ask::ALL
             };
             let depth = u32::try_from(self.slots.len()).expect("tags are numbered by u16");
