@@ -2,7 +2,8 @@
 //! tests: `docs/PERFORMANCE.md` has the figures. Each job has a guest and a daemon of its own, whose counts at its end
 //! are the job's and, with a few hundred requests, those of the boot.
 //!
-//! `BLKMQ_DAEMON=PATH` measures another build of the daemon, `BLKMQ_JOB=NAME` one job alone.
+//! `BLKMQ_DAEMON=PATH` measures another build of the daemon, `BLKMQ_JOB=NAME` one job alone, `BLKMQ_DIR=PATH` with an
+//! image in another directory than `/dev/shm`.
 
 mod guest_support;
 
@@ -20,12 +21,13 @@ const QEMU: [Job; 3] = [
 /// One CPU and one queue.
 const UML: [Job; 2] = [("uml-depth-1", 1, 1), ("uml-depth-32", 1, 32)];
 
-/// Random reads of 4 KiB, from an image in memory, so that nothing but the way there and back is seen.
+/// Random reads of 4 KiB.
 fn measure((name, jobs, depth): Job, guest: Guest) {
     if std::env::var("BLKMQ_JOB").is_ok_and(|only| only != name) {
         return;
     }
-    let disk = Disk::new_in("/dev/shm", 64 * MIB);
+    let dir = std::env::var("BLKMQ_DIR").unwrap_or("/dev/shm".to_owned());
+    let disk = Disk::new_in(dir, 64 * MIB);
     disk.fill();
     let last = jobs - 1;
     let daemon = Daemon::start(&disk, &[]);
