@@ -17,7 +17,7 @@ const REGIONS: usize = 509;
 const FDS_OF_A_QUEUE: usize = 9;
 const FDS_OF_A_SESSION: usize = 16;
 const THREADS_OF_A_SESSION: usize = 1;
-const KIB_OF_A_QUEUE: u64 = 768;
+const KIB_OF_A_QUEUE: u64 = 512;
 const KIB_OF_A_SESSION: u64 = 4096;
 
 /// What the process uses when nothing changes any more.

@@ -69,6 +69,17 @@ impl Stage {
 
     /// The same with another disk to attack.
     pub fn with(spec: Spec) -> Stage {
+        Stage::beside(spec, run)
+    }
+
+    /// The same with another well-behaved front end: it reads, always this many requests at once.
+    pub fn reading(depth: usize) -> Stage {
+        Stage::beside(Spec::image(DISK), move |socket, shared| {
+            read(socket, shared, depth);
+        })
+    }
+
+    fn beside(spec: Spec, other: impl FnOnce(&Path, &Shared) + Send + 'static) -> Stage {
         let dir = TempDir::new().expect("a directory");
         let image = dir.path().join("other.img");
         let file = std::fs::File::create(&image).expect("an image");
@@ -88,7 +99,7 @@ impl Stage {
             &disk,
         ]);
         let daemon = Daemon::start_ours(&spec);
-        let other = Other::attach(socket);
+        let other = Other::attach(socket, other);
         Stage { daemon, other, dir }
     }
 
@@ -147,6 +158,19 @@ pub struct Other {
     thread: JoinHandle<()>,
 }
 
+/// Delays of many requests, in microseconds.
+#[derive(Clone, Copy, Debug)]
+pub struct Delays {
+    /// How many requests.
+    pub count: u64,
+    /// The median.
+    pub p50: u64,
+    /// The 99th percentile.
+    pub p99: u64,
+    /// The longest.
+    pub max: u64,
+}
+
 #[derive(Default)]
 struct Shared {
     leave: AtomicBool,
@@ -155,8 +179,17 @@ struct Shared {
     delays: Mutex<BTreeMap<u64, u64>>,
 }
 
+impl Shared {
+    /// One more request is done, after so many microseconds.
+    fn saw(&self, delay: u64) {
+        let mut delays = self.delays.lock().expect("not poisoned");
+        *delays.entry(delay).or_default() += 1;
+        self.done.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
 impl Other {
-    fn attach(socket: PathBuf) -> Other {
+    fn attach(socket: PathBuf, run: impl FnOnce(&Path, &Shared) + Send + 'static) -> Other {
         let shared = Arc::new(Shared::default());
         let of_thread = Arc::clone(&shared);
         let thread = std::thread::Builder::new()
@@ -186,20 +219,25 @@ impl Other {
         }
     }
 
-    /// The delays seen since the last time: how many, the median and the 99th percentile, in microseconds.
-    pub fn take_delays(&self) -> (u64, u64, u64) {
+    /// The delays seen since the last time.
+    pub fn take_delays(&self) -> Delays {
         let seen = std::mem::take(&mut *self.shared.delays.lock().expect("not poisoned"));
-        let total: u64 = seen.values().sum();
+        let count: u64 = seen.values().sum();
         let at = |share: u64| {
             let mut passed = 0;
             seen.iter()
-                .find(|(_, count)| {
-                    passed += **count;
-                    passed * 100 >= total * share
+                .find(|(_, times)| {
+                    passed += **times;
+                    passed * 100 >= count * share
                 })
                 .map_or(0, |(delay, _)| *delay)
         };
-        (total, at(50), at(99))
+        Delays {
+            count,
+            p50: at(50),
+            p99: at(99),
+            max: seen.keys().last().copied().unwrap_or(0),
+        }
     }
 
     fn leave(self) {
@@ -207,6 +245,50 @@ impl Other {
         self.thread
             .join()
             .expect("the other disk was well all the time");
+    }
+}
+
+/// Reads blocks that say which they are, `depth` at once, asleep while there is nothing to do.
+fn read(socket: &Path, shared: &Shared, depth: usize) {
+    const BLOCK: usize = 4096;
+    let mut disk = Disk::attach(socket, 1);
+    let blocks = OTHER_DISK / BLOCK as u64;
+    for block in 0..blocks {
+        let bytes = block.to_ne_bytes().repeat(BLOCK / 8);
+        disk.write(0, block * (BLOCK as u64 / SECTOR), &bytes);
+    }
+    let buffers = disk.mem().alloc(depth * BLOCK, BLOCK);
+    let mem = Arc::clone(&disk.front.mem);
+    let queue = &mut disk.queues[0];
+    let mut rng = Rng::new(7);
+    // For each that may be in flight: its block, and since when.
+    let mut sent = vec![(0, Instant::now()); depth];
+    let mut free: Vec<usize> = (0..depth).collect();
+    while !shared.leave.load(Ordering::Relaxed) {
+        while let Some(at) = free.pop() {
+            let block = rng.below(blocks);
+            let gpa = buffers + (at * BLOCK) as u64;
+            let sector = block * (BLOCK as u64 / SECTOR);
+            queue
+                .push(at as u64, kind::IN, 0, sector, &[Seg::writable(gpa, BLOCK)])
+                .expect("room");
+            sent[at] = (block, Instant::now());
+        }
+        queue.publish();
+        let mut next = Some(finish(queue));
+        while let Some(done) = next {
+            let at = done.token as usize;
+            let (block, begun) = sent[at];
+            shared.saw(begun.elapsed().as_micros() as u64);
+            assert_eq!(done.status, status::OK, "the other disk is not served");
+            let bytes = mem.read_vec(buffers + (at * BLOCK) as u64, BLOCK);
+            assert!(
+                bytes == block.to_ne_bytes().repeat(BLOCK / 8),
+                "the other disk's block {block} is another"
+            );
+            free.push(at);
+            next = queue.reap();
+        }
     }
 }
 
@@ -240,13 +322,7 @@ fn run(socket: &Path, shared: &Shared) {
                 (round, status::OK),
                 "the other disk is not served"
             );
-            *shared
-                .delays
-                .lock()
-                .expect("not poisoned")
-                .entry(delay)
-                .or_default() += 1;
-            shared.done.fetch_add(1, Ordering::Relaxed);
+            shared.saw(delay);
         };
         if let Some(seed) = holds[block as usize] {
             mem.fill(back, BLOCK, 0xee);

@@ -77,6 +77,44 @@ fn a_full_ring_of_1024_is_completed_once() {
     }
 }
 
+/// Nothing but head 0 is in flight, and nothing was ever completed on its ring: what an account of zeroes looks like.
+#[test]
+fn head_0_is_not_lost_before_the_first_completion() {
+    for base in [Base::Used, Base::Avail] {
+        // A machine that stands still for a second may let it through before the daemon is killed.
+        let (mut world, _front) = (0..20)
+            .find_map(|_| killed_with_head_0_in_flight(base))
+            .expect("the daemon is killed in time");
+        let daemon = world.daemon(&[]);
+        let _next = world.attach(&daemon, base);
+        assert_eq!(reap_all(&mut world, 1), [0]);
+        assert_eq!(world.in_flight(1), 0);
+        assert_eq!(world.queues[1].device_used_idx(), 1);
+    }
+}
+
+/// A world whose daemon was killed with one request on queue 1, its first; `None` if that one was answered before.
+fn killed_with_head_0_in_flight(base: Base) -> Option<(World, Front)> {
+    let mut world = World::new(1 << 20, 2, QueueSetup::default());
+    let gpa = world.mem.alloc(4096, 4096);
+    let daemon = world.daemon(&SLOW);
+    let front = world.attach(&daemon, base);
+    // The one operation of this second goes to the other queue.
+    push_reads(&mut world, 0, gpa, 1);
+    assert_eq!(reap_all(&mut world, 0), [0]);
+    let data = [Seg::writable(gpa, 512)];
+    let head = world.queues[1].push(0, kind::IN, 0, 0, &data);
+    assert_eq!(head, Some(0), "the first descriptor");
+    world.queues[1].publish();
+    let deadline = Instant::now() + DEADLINE;
+    while world.in_flight(1) == 0 && world.queues[1].device_used_idx() == 0 {
+        assert!(Instant::now() < deadline, "it is not taken");
+        std::thread::yield_now();
+    }
+    kill(daemon);
+    (world.queues[1].device_used_idx() == 0).then_some((world, front))
+}
+
 /// A front end that stops the ring at once, to migrate for instance, gets it with nothing in flight.
 #[test]
 fn a_ring_that_is_stopped_at_once_has_finished_what_was_in_flight() {
