@@ -5,7 +5,7 @@
 //! `docs/SECURITY.md` has the table of attacks and outcomes. The delays of the undisturbed disk are measured by
 //!
 //! ```sh
-//! cargo test --release --test hostile -- --ignored --nocapture --test-threads 1 never_misses_a_beat
+//! cargo test --release --test hostile -- --ignored --nocapture the_other_disk_keeps_its_pace
 //! ```
 
 #![allow(

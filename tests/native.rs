@@ -9,6 +9,8 @@ mod support;
 
 #[path = "native/bad_requests.rs"]
 mod bad_requests;
+#[path = "native/between.rs"]
+mod between;
 #[path = "native/coalesce.rs"]
 mod coalesce;
 #[path = "native/config_space.rs"]

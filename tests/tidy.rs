@@ -495,7 +495,9 @@ fn collect(dir: &Path, files: &mut Vec<(String, String)>) {
     };
     for entry in entries {
         let path = entry.expect("an entry").path();
-        if path.is_dir() {
+        if path.ends_with("fuzz/target") {
+            // What Cargo makes is not ours.
+        } else if path.is_dir() {
             collect(&path, files);
         } else {
             add(&path, files);

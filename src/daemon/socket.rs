@@ -125,10 +125,7 @@ impl Door {
             Ok(listening) => {
                 let _ = rustix::io::fcntl_setfd(&socket, rustix::io::FdFlags::CLOEXEC);
                 if listening {
-                    // Once more, so that the kernel names us as the ones who listen: that is how a
-                    // session knows a connection to this process.
-                    rustix::net::listen(&socket, BACKLOG)
-                        .map_err(|_| bad("cannot be listened on"))?;
+                    listen_ourselves(&socket).map_err(|_| bad("cannot be listened on"))?;
                 }
                 Ok(if listening {
                     Door::Listening(socket.into(), None)
@@ -158,6 +155,16 @@ pub fn listen_privately(
         gid: None,
     };
     listen(path, option, access)
+}
+
+/// Listens once more on a socket that another process listened on, so that the kernel names us as the
+/// ones who listen: that is how a session knows a connection to this process.
+///
+/// # Errors
+///
+/// It is not a socket that can be listened on.
+pub fn listen_ourselves(socket: &impl AsFd) -> io::Result<()> {
+    Ok(rustix::net::listen(socket, BACKLOG)?)
 }
 
 fn listen(

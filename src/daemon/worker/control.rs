@@ -48,6 +48,9 @@ impl Pending {
 impl Worker {
     #[cold]
     pub(super) fn read_mail(&mut self) {
+        // What ended before a message is seen before its answer: pages that are to be marked from now on
+        // are those of requests the guest has not seen.
+        self.publish();
         while let Ok(message) = self.inbox.try_recv() {
             self.apply(message);
         }
