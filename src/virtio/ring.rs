@@ -122,6 +122,9 @@ pub struct Ring {
     /// What the last `pop_head` gave, if it can still be given back.
     last_head: u16,
     in_flight: u16,
+    /// Descriptors of chains that were not of the common shape, since somebody asked for the first time in a
+    /// turn.
+    walked: u32,
     /// One bit for each head, set from pop to put.
     in_flight_heads: Box<[u64]>,
     /// One for each head; in use while it is in flight.
@@ -176,6 +179,7 @@ impl Ring {
             next_used: 0,
             published: 0,
             decided: 0,
+            walked: 0,
             must_call: false,
             used_before: false,
             last_head: NO_HEAD,
@@ -266,6 +270,23 @@ impl Ring {
     #[inline]
     pub fn has_more(&self) -> bool {
         self.next_avail != self.seen_avail || self.to_resume() > 0
+    }
+
+    /// How many descriptors of long or odd chains were looked at since [`Ring::start_walk`]: a ring of them can
+    /// have a million, where one of common chains has a few thousand.
+    #[inline]
+    pub fn walked(&self) -> u32 {
+        self.walked
+    }
+
+    /// Begins to count [`Ring::walked`] anew.
+    #[inline]
+    pub fn start_walk(&mut self) {
+        self.walked = 0;
+    }
+
+    pub(super) fn count_walk(&mut self, descriptors: u32) {
+        self.walked = self.walked.saturating_add(descriptors);
     }
 
     /// Writes a used element; [`Ring::publish`] shows it to the guest.

@@ -75,11 +75,15 @@ impl Worker {
                 port.hot = false;
                 return false;
             }
-            if port.no_room || !port.has_kick {
+            if port.no_room {
                 return true;
             }
-            if port.ring.arm_kicks() {
+            // What was seen and is left for the next turn brings no kick.
+            if port.ring.has_more() || port.has_kick && port.ring.arm_kicks() {
                 more = true;
+                return true;
+            }
+            if !port.has_kick {
                 return true;
             }
             port.hot = false;
