@@ -23,6 +23,7 @@ mod error;
 mod logged;
 mod notify;
 mod resume;
+mod walk;
 
 pub use error::{RingError, RingPart};
 use resume::Resume;
@@ -270,23 +271,6 @@ impl Ring {
     #[inline]
     pub fn has_more(&self) -> bool {
         self.next_avail != self.seen_avail || self.to_resume() > 0
-    }
-
-    /// How many descriptors of long or odd chains were looked at since [`Ring::start_walk`]: a ring of them can
-    /// have a million, where one of common chains has a few thousand.
-    #[inline]
-    pub fn walked(&self) -> u32 {
-        self.walked
-    }
-
-    /// Begins to count [`Ring::walked`] anew.
-    #[inline]
-    pub fn start_walk(&mut self) {
-        self.walked = 0;
-    }
-
-    pub(super) fn count_walk(&mut self, descriptors: u32) {
-        self.walked = self.walked.saturating_add(descriptors);
     }
 
     /// Writes a used element; [`Ring::publish`] shows it to the guest.
