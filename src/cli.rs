@@ -19,8 +19,10 @@ pub use self::choices::{
     CacheMode, Discard, EngineKind, LockWhen, LogLevel, OnError, OnTimeout, PollDevice,
     SummaryFormat, Switch,
 };
+pub use self::coalesce::Coalesce;
+use self::coalesce::parse_coalesce;
 use self::cpus::CpuList;
-pub use self::safety::DiskSafety;
+pub use self::safety::{DiskSafety, ProcessSafety, SandboxLayers, UserName};
 use self::tuning::{
     Group, Scheduler, parse_group, parse_group_name, parse_limits, parse_scheduler,
 };
@@ -30,6 +32,7 @@ use self::values::{
 };
 
 mod choices;
+mod coalesce;
 pub mod cpus;
 mod safety;
 pub mod tuning;
@@ -142,6 +145,10 @@ pub struct Arguments {
     #[arg(verbatim_doc_comment, long, value_name = "PATH", help_heading = PROCESS)]
     pub take_over: Option<PathBuf>,
 
+    /// What the process may do.
+    #[command(flatten)]
+    pub safety: ProcessSafety,
+
     /// How much to tell on stderr: error, warn, info, debug or trace [default: info]
     #[arg(
         verbatim_doc_comment, long, value_name = "LEVEL", value_enum, hide_possible_values = true,
@@ -250,6 +257,15 @@ pub struct DiskArguments {
         help_heading = QUEUES
     )]
     pub queue_map: Option<MapKind>,
+
+    /// Interrupt coalescing: while a queue has more in flight, tell the guest of what is
+    /// done only after US microseconds, or when COUNT requests are done; 0 for at once
+    /// [default: 0; COUNT 32]
+    #[arg(
+        verbatim_doc_comment, long, value_name = "US[:COUNT]", value_parser = parse_coalesce,
+        help_heading = QUEUES
+    )]
+    pub coalesce: Option<Coalesce>,
 
     /// Who reads and writes the image: io_uring; mmap, for images in memory (tmpfs,
     /// memfd, hugetlbfs, DAX); auto, the better one; null has no image: it forgets what

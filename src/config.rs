@@ -18,7 +18,8 @@ use crate::mq::qos::Limits;
 use self::whole::{check_control_path, check_groups, check_on_error, no_socket_twice};
 pub use crate::cli::tuning::{Group, Scheduler};
 pub use crate::cli::{
-    CacheMode, EngineKind, LockWhen, OnError, OnTimeout, PollDevice, SummaryFormat,
+    CacheMode, Coalesce, EngineKind, LockWhen, OnError, OnTimeout, PollDevice, SandboxLayers,
+    SummaryFormat, UserName,
 };
 
 mod whole;
@@ -61,6 +62,10 @@ pub struct Config {
     pub log: LevelFilter,
     /// What is printed on stdout at exit.
     pub summary: SummaryFormat,
+    /// The user to become once all is open.
+    pub user: Option<UserName>,
+    /// What the process gives up.
+    pub sandbox: SandboxLayers,
 }
 
 /// One disk.
@@ -78,6 +83,10 @@ pub struct DiskConfig {
     pub lock: LockWhen,
     /// Whether others may write to the image, and locks of theirs be overlooked.
     pub force_share: bool,
+    /// The mode of the socket's file; as the umask says if it is `None`.
+    pub socket_mode: Option<u32>,
+    /// The group of the socket's file, by name or number.
+    pub socket_group: Option<String>,
     /// What becomes of requests that fail.
     pub on_error: OnError,
     /// Whether its device is polled for completions.
@@ -99,6 +108,8 @@ pub struct DiskConfig {
     /// Which vCPU uses which queue. An explicit map names queues below `num_queues` only, and then
     /// `vcpus` is its length.
     pub queue_map: MapKind,
+    /// How late the guest may be told that requests are done; at once where it is `None`.
+    pub coalesce: Option<Coalesce>,
     /// Its elevator.
     pub scheduler: Scheduler,
     /// What it may do in a second.
@@ -180,6 +191,7 @@ impl Config {
             on_timeout,
             log,
             summary,
+            safety,
             ..
         } = arguments;
         let mut disks = Vec::with_capacity(1 + others.len());
@@ -216,6 +228,8 @@ impl Config {
             on_timeout,
             log: log.into(),
             summary,
+            user: safety.user,
+            sandbox: safety.sandbox.unwrap_or_default(),
         })
     }
 }
@@ -240,6 +254,8 @@ impl DiskConfig {
             engine: disk.engine.unwrap_or_default(),
             lock: disk.safety.lock.unwrap_or_default(),
             force_share: disk.safety.force_share == Some(Switch::On),
+            socket_mode: disk.safety.socket_mode,
+            socket_group: disk.safety.socket_group,
             on_error: disk.safety.on_error.unwrap_or_default(),
             io_poll: disk.safety.io_poll.unwrap_or_default(),
             cache: disk.cache.unwrap_or_default(),
@@ -251,6 +267,7 @@ impl DiskConfig {
             queue_size: disk.queue_size.unwrap_or(DEFAULT_QUEUE_SIZE),
             vcpus,
             queue_map,
+            coalesce: disk.coalesce.filter(|coalesce| coalesce.delay_us != 0),
             scheduler: disk.scheduler.unwrap_or_default(),
             limits: disk.limit.unwrap_or_default(),
             group: disk.group,

@@ -3,13 +3,30 @@
 //!
 //! None of these types travels on the data path: a request that fails has a virtio status, not an error.
 
+use std::fmt;
 use std::io;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use thiserror::Error;
 
-use crate::engine::disk::lock::Held;
+/// Somebody else has the image, as its locks show.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Held {
+    /// And writes to it, or changes its size.
+    Writing,
+    /// And reads it, and counts on nobody writing meanwhile.
+    Reading,
+}
+
+impl fmt::Display for Held {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Held::Writing => "another process writes to it",
+            Held::Reading => "another process reads it and does not let others write",
+        })
+    }
+}
 
 /// Why the daemon does not start.
 ///
@@ -179,6 +196,30 @@ pub enum StartError {
         fd: i32,
         /// What is wrong with it: a verb and its object ("is not open").
         why: &'static str,
+    },
+
+    /// The process may not become another user.
+    #[error(
+        "cannot become the user {user}: {}; start as root, or leave --user out",
+        reason(.source)
+    )]
+    BecomeUser {
+        /// As it was given.
+        user: String,
+        /// What the kernel said.
+        source: io::Error,
+    },
+
+    /// A layer of the sandbox cannot be put on.
+    #[error(
+        "cannot put on the sandbox ({layer}): {}; if that cannot be helped, give --sandbox {layer}=off",
+        reason(.source)
+    )]
+    Sandbox {
+        /// Its name.
+        layer: &'static str,
+        /// What the kernel said.
+        source: io::Error,
     },
 
     /// Another daemon does not hand its disks over.

@@ -22,6 +22,14 @@
 
 #![cfg_attr(test, allow(clippy::cast_possible_truncation))]
 
+/// The atomics of structures that threads share without a lock. `tests/models` takes the files of those
+/// structures and puts others in the place of these, which try every order of steps.
+mod atomic {
+    pub use std::sync::atomic::{
+        AtomicBool, AtomicI32, AtomicU32, AtomicU64, AtomicUsize, Ordering, fence,
+    };
+}
+
 pub mod cli;
 pub mod config;
 pub mod control;

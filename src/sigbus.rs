@@ -22,14 +22,18 @@
 //! looks: such a slot cannot be the one it is looking for, because a thread that touches a range has
 //! been given it after it was registered, and gives it up before it is unregistered.
 
+mod slot;
+
 use std::ffi::c_void;
 use std::io;
 use std::mem::MaybeUninit;
 use std::ptr::{self, NonNull};
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering, fence};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use libc::{c_int, siginfo_t};
+
+use self::slot::Slot;
+use crate::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 
 /// How many ranges can be registered at once: as many regions as a session may have for each of 64
 /// disks, twice, because a change of the memory has both for a moment. Two MiB of addresses, of which
@@ -39,53 +43,19 @@ pub const MAX_RANGES: usize = 65_536;
 /// What is replaced where the whole range cannot be.
 const PAGE_BYTES: usize = 4096;
 
-/// A registered range, or a free place.
-struct Slot {
-    /// Odd while `base` and `len` are written.
-    turn: AtomicU32,
-    lost: AtomicBool,
-    /// Zero when free, and then `len` is too.
-    base: AtomicUsize,
-    len: AtomicUsize,
-}
+/// What each place is made as.
+#[expect(
+    clippy::declare_interior_mutable_const,
+    reason = "copied into each place, and nothing else is done with it"
+)]
+const FREE: Slot = Slot {
+    turn: AtomicU32::new(0),
+    lost: AtomicBool::new(false),
+    base: AtomicUsize::new(0),
+    len: AtomicUsize::new(0),
+};
 
-impl Slot {
-    const fn free() -> Slot {
-        Slot {
-            turn: AtomicU32::new(0),
-            lost: AtomicBool::new(false),
-            base: AtomicUsize::new(0),
-            len: AtomicUsize::new(0),
-        }
-    }
-
-    /// Changes the range. Only by who holds the lock of [`PLACES`].
-    fn set(&self, base: usize, len: usize) {
-        let turn = self.turn.load(Ordering::Relaxed);
-        self.turn.store(turn.wrapping_add(1), Ordering::Relaxed);
-        // Pairs with the acquire fence in `get`: who sees one of the two stores below sees the odd
-        // count too, and leaves the slot out.
-        fence(Ordering::Release);
-        self.base.store(base, Ordering::Relaxed);
-        self.len.store(len, Ordering::Relaxed);
-        // Pairs with the acquire load in `get`: who sees the new count sees both.
-        self.turn.store(turn.wrapping_add(2), Ordering::Release);
-    }
-
-    /// The range's start and length, as they stood together; `None` while they are being changed.
-    fn get(&self) -> Option<(usize, usize)> {
-        let turn = self.turn.load(Ordering::Acquire);
-        let range = (
-            self.base.load(Ordering::Relaxed),
-            self.len.load(Ordering::Relaxed),
-        );
-        fence(Ordering::Acquire);
-        let same = turn == self.turn.load(Ordering::Relaxed);
-        (same && turn.is_multiple_of(2)).then_some(range)
-    }
-}
-
-static TABLE: [Slot; MAX_RANGES] = [const { Slot::free() }; MAX_RANGES];
+static TABLE: [Slot; MAX_RANGES] = [const { FREE }; MAX_RANGES];
 
 /// Slots from here on were never used, so the handler need not look at them.
 static USED_SLOTS: AtomicUsize = AtomicUsize::new(0);

@@ -104,10 +104,11 @@ fn a_guest_migrates_twice_under_load() {
             verify moving 4096 --ioengine=libaio --rw=randwrite --bsrange=512-64k --rate=2m --fsync=32 \
                 --offset=128m --size=2m --offset_increment=32m --numjobs=2 || break
         done >/tmp/rounds 2>&1 &
+        writer=$!
         # Two rounds that end after this: all of the second is written and verified after it, too.
         two_rounds() {
             seen=$(wc -l </tmp/rounds)
-            while [ "$(wc -l </tmp/rounds)" -lt $((seen + 2)) ] && kill -0 $! 2>/dev/null; do usleep 100000; done
+            while [ "$(wc -l </tmp/rounds)" -lt $((seen + 2)) ] && kill -0 "$writer" 2>/dev/null; do usleep 100000; done
         }
         echo @@running
         # 32 MiB in the first move, 32 in the second, slowly.

@@ -12,6 +12,8 @@ use guest_support::{Daemon, Disk, Guest, MIB};
 
 /// Daemons killed on one guest at most; the next ones get another.
 const KILLS_A_GUEST: u64 = 25;
+/// Queues of the disk, each with a fio job on the vCPU that has it.
+const QUEUES: usize = 4;
 
 fn number(name: &str) -> Option<u64> {
     let value = std::env::var(name).ok()?;
@@ -27,24 +29,29 @@ fn next(state: &mut u64) -> u64 {
     z ^ (z >> 31)
 }
 
-/// How many requests a daemon said it went on with.
-fn taken_up(said: &str) -> u64 {
-    said.lines()
-        .filter_map(|line| {
-            let (_, rest) = line.split_once("goes on with ")?;
-            rest.split(' ').next()?.parse::<u64>().ok()
-        })
-        .sum()
+/// How many requests of each queue were taken up again.
+type TakenUp = [u64; QUEUES];
+
+/// Adds what a daemon said it went on with.
+fn count_taken_up(said: &str, sums: &mut TakenUp) {
+    for line in said.lines() {
+        let Some((before, count)) = line.split_once(": goes on with ") else {
+            continue;
+        };
+        let number = |text: Option<&str>| text.and_then(|text| text.parse().ok());
+        let queue: Option<usize> = number(before.rsplit(' ').next());
+        let count: Option<usize> = number(count.split(' ').next());
+        sums[queue.expect("a queue's number")] += count.expect("a count") as u64;
+    }
 }
 
-/// Boots a guest and kills up to `most` daemons while it writes and verifies; returns how many, and how
-/// many requests were in flight then.
-fn kill_under_a_guest(most: u64, random: &mut u64) -> (u64, u64) {
+/// Boots a guest and kills up to `most` daemons while it writes and verifies; returns how many.
+fn kill_under_a_guest(most: u64, random: &mut u64, resumed: &mut TakenUp) -> u64 {
     let disk = Disk::new(256 * MIB);
     // Slow enough that all requests fio keeps in flight are there at any moment.
     let start = |random: &mut u64| {
         let limit = format!("iops={}", 100 + next(random) % 500);
-        Daemon::start(&disk, &["--limit", &limit])
+        Daemon::start(&disk, &["--limit", &limit, "--log", "debug"])
     };
     let mut daemon = Some(start(random));
     // About as many requests as are served while that many daemons live.
@@ -64,7 +71,7 @@ fn kill_under_a_guest(most: u64, random: &mut u64) -> (u64, u64) {
     ));
     guest.await_line("@@writing");
     let done = &AtomicBool::new(false);
-    let (mut kills, mut resumed) = (0, 0);
+    let mut kills = 0;
     thread::scope(|scope| {
         let watcher = scope.spawn(|| {
             // However it ends, the daemons stop being killed.
@@ -76,13 +83,16 @@ fn kill_under_a_guest(most: u64, random: &mut u64) -> (u64, u64) {
             if done.load(Ordering::Relaxed) {
                 break;
             }
-            resumed += taken_up(&daemon.as_ref().expect("there is one").said());
+            count_taken_up(&daemon.as_ref().expect("there is one").said(), resumed);
             // SIGKILL.
             daemon = None;
             kills += 1;
             let daemon = daemon.insert(start(random));
+            // A QEMU before 8.2 that loses its connection while it still negotiates does not come back: that moment
+            // is left to the native front end.
             daemon.await_that("QEMU is back", Duration::from_secs(60), |daemon| {
-                done.load(Ordering::Relaxed) || daemon.said().contains("a front end connected")
+                let started = daemon.said().matches(" started: ").count();
+                done.load(Ordering::Relaxed) || started >= QUEUES
             });
         }
         watcher.join().expect("the guest verifies what it wrote");
@@ -90,9 +100,9 @@ fn kill_under_a_guest(most: u64, random: &mut u64) -> (u64, u64) {
     let out = guest.finish();
     let daemon = daemon.expect("there is one");
     assert_eq!(out.value("@@sha256"), disk.sha256());
-    resumed += taken_up(&daemon.said());
+    count_taken_up(&daemon.said(), resumed);
     daemon.stop().assert_no_errors();
-    (kills, resumed)
+    kills
 }
 
 /// Says that it is done when it is dropped.
@@ -110,12 +120,23 @@ fn a_guest_loses_nothing_when_its_daemon_is_killed() {
     let now = SystemTime::UNIX_EPOCH.elapsed().expect("a clock");
     let mut random = number("BLKMQ_SEED").unwrap_or(now.as_secs());
     println!("BLKMQ_SEED={random}");
-    let (mut kills, mut resumed) = (0, 0);
+    let (mut kills, mut resumed) = (0, TakenUp::default());
     while kills < rounds {
-        let (more, taken) = kill_under_a_guest((rounds - kills).min(KILLS_A_GUEST), &mut random);
+        let most = (rounds - kills).min(KILLS_A_GUEST);
+        let more = kill_under_a_guest(most, &mut random, &mut resumed);
         assert!(more > 0, "the guest was done before a daemon was killed");
-        (kills, resumed) = (kills + more, resumed + taken);
+        kills += more;
+        println!("{kills} daemons killed, {resumed:?} requests of each queue taken up again");
     }
-    println!("{kills} daemons killed, {resumed} requests taken up again");
-    assert!(resumed > 0, "QEMU did not hand the in-flight region on");
+    assert!(
+        resumed.iter().sum::<u64>() > 0,
+        "QEMU did not hand the in-flight region on"
+    );
+    // A few moments may all be before fio has begun on some queue; many are not.
+    if kills >= KILLS_A_GUEST {
+        assert!(
+            resumed.iter().all(|&count| count >= kills),
+            "each of the queues was at work"
+        );
+    }
 }

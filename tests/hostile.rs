@@ -5,7 +5,7 @@
 //! `docs/SECURITY.md` has the table of attacks and outcomes. The delays of the undisturbed disk are measured by
 //!
 //! ```sh
-//! cargo test --release --test hostile -- --ignored --nocapture the_other_disk_keeps_its_pace
+//! TMPDIR=/dev/shm cargo test --release --test hostile -- --ignored --nocapture --exact pace::the_other_disk_keeps_its_pace
 //! ```
 
 #![allow(

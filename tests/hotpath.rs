@@ -25,6 +25,8 @@ const TABLE: &[(&str, f64)] = &[
     ("read-qd32-64-regions-scattered", 1219.7),
     ("read-qd32-509-regions-scattered", 1250.6),
     ("deadline-qd32", 2341.6),
+    ("read-qd32-unrecorded", 1096.4),
+    ("read-qd1-unrecorded", 1718.0),
 ];
 
 /// How much more is taken for the same.
@@ -105,4 +107,7 @@ fn a_request_costs_no_more_instructions_than_the_table_says() {
     assert!(of("read-qd32-509-regions") < one * 1.02);
     // And where each request goes to another region, finding it takes a short search.
     assert!(of("read-qd32-509-regions-scattered") < one + 250.0);
+
+    // And so much is recording.
+    assert!(one < of("read-qd32-unrecorded") * 1.05);
 }

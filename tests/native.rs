@@ -9,6 +9,10 @@ mod support;
 
 #[path = "native/bad_requests.rs"]
 mod bad_requests;
+#[path = "native/between.rs"]
+mod between;
+#[path = "native/coalesce.rs"]
+mod coalesce;
 #[path = "native/config_space.rs"]
 mod config_space;
 #[path = "native/in_memory.rs"]

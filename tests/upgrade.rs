@@ -23,7 +23,8 @@ use support::disk::{kind, status};
 use support::*;
 use tempfile::TempDir;
 use vhost_user_blkmq::control::client;
-use vhost_user_blkmq::engine::disk::lock::{Access, Held, LockError, lock};
+use vhost_user_blkmq::engine::disk::lock::{Access, LockError, lock};
+use vhost_user_blkmq::error::Held;
 
 const MIB: u64 = 1 << 20;
 

@@ -32,14 +32,10 @@ pub struct Args {
     /// Run fio on the same image beside it, without a back end
     #[arg(long)]
     pub fio: bool,
-    /// More arguments for our daemon, separated by blanks, such as "--poll-us 0 --workers 1"
-    #[arg(
-        long,
-        default_value = "",
-        value_name = "ARGS",
-        allow_hyphen_values = true
-    )]
-    pub args: String,
+    /// More arguments for our daemon, separated by blanks, such as "--poll-us 0 --workers 1" [may be repeated: then
+    /// our daemon is measured once with each]
+    #[arg(long, value_name = "ARGS", allow_hyphen_values = true)]
+    pub args: Vec<String>,
     /// Virtqueues
     #[arg(long, default_value_t = 1)]
     pub queues: usize,

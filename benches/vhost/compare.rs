@@ -25,8 +25,13 @@ pub enum Contender {
 impl Contender {
     /// Our daemon with these arguments.
     pub fn ours(args: &[&str]) -> Self {
+        Self::named("ours", args)
+    }
+
+    /// The same under a name that tells it from others with other arguments.
+    pub fn named(name: &str, args: &[&str]) -> Self {
         Self::Backend {
-            name: "ours".to_owned(),
+            name: name.to_owned(),
             who: Who::Ours(args.iter().map(|&arg| arg.to_owned()).collect()),
         }
     }

@@ -86,11 +86,11 @@ fn run(args: &Args) -> Result<(), String> {
 
 /// Those whom the options name; the first is compared with the others.
 fn contenders(args: &Args, image: &Image) -> Result<Vec<Contender>, String> {
-    let more: Vec<&str> = args.args.split_whitespace().collect();
+    let ours = || ours(&args.args);
     let mut contenders = match &args.backend {
-        cli::Backend::Ours => vec![Contender::ours(&more)],
+        cli::Backend::Ours => ours(),
         cli::Backend::Qsd => vec![Contender::qsd()],
-        cli::Backend::Both => vec![Contender::ours(&more), Contender::qsd()],
+        cli::Backend::Both => [ours(), vec![Contender::qsd()]].concat(),
         cli::Backend::Socket(path) => vec![Contender::Backend {
             name: "socket".to_owned(),
             who: Who::Socket(path.clone()),
@@ -109,4 +109,20 @@ fn contenders(args: &Args, image: &Image) -> Result<Vec<Contender>, String> {
         contenders.push(Contender::Fio);
     }
     Ok(contenders)
+}
+
+/// Our daemon with each of these sets of arguments, at least once.
+fn ours(sets: &[String]) -> Vec<Contender> {
+    match sets {
+        [] => vec![Contender::ours(&[])],
+        [only] => vec![Contender::ours(&words(only))],
+        several => {
+            let one = |set: &String| Contender::named(&format!("ours {set}"), &words(set));
+            several.iter().map(one).collect()
+        }
+    }
+}
+
+fn words(set: &str) -> Vec<&str> {
+    set.split_whitespace().collect()
 }

@@ -51,13 +51,11 @@ impl Device {
     /// False at the end of the session.
     fn listen(&mut self) -> bool {
         let mut chunk = [0; 4096];
-        loop {
-            match self.socket.read(&mut chunk) {
-                Ok(0) => return false,
-                Ok(got) => self.read.extend(&chunk[..got]),
-                Err(error) if error.kind() == ErrorKind::WouldBlock => break,
-                Err(_) => return false,
-            }
+        match self.socket.read(&mut chunk) {
+            Ok(0) => return false,
+            Ok(got) => self.read.extend(&chunk[..got]),
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+            Err(_) => return false,
         }
         while self.read.len() >= 12 {
             let word = |at: usize| {

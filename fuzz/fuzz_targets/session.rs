@@ -94,7 +94,8 @@ fn daemon() -> &'static Daemon {
     static DAEMON: OnceLock<Daemon> = OnceLock::new();
     DAEMON.get_or_init(|| {
         let dir = tempfile::tempdir().expect("a directory").keep();
-        let mut argv: Vec<OsString> = ["fuzz", "--workers", "2", "--log", "error"]
+        // The daemon is in this process, which has more to do than to serve.
+        let mut argv: Vec<OsString> = ["fuzz", "--workers", "2", "--log", "error", "--sandbox", "off"]
             .map(OsString::from)
             .into();
         argv.extend(

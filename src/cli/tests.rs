@@ -99,6 +99,7 @@ fn every_flag_is_read() {
         "--discard=ignore",
         "--poll-us",
         "0",
+        "--coalesce=50:8",
         "--log",
         "trace",
         "--summary",
@@ -127,6 +128,10 @@ fn every_flag_is_read() {
         queue_size: Some(1024),
         vcpus: Some(8),
         queue_map: Some(MapKind::Explicit(vec![0, 0, 1, 1])),
+        coalesce: Some(Coalesce {
+            delay_us: 50,
+            count: 8,
+        }),
         engine: Some(EngineKind::IoUring),
         size: Some(3 << 20),
         cache: Some(CacheMode::Directsync),
@@ -242,6 +247,10 @@ fn wrong_values_are_named_with_their_flag() {
         (&["--num-queue", "3"], "'--num-queue'"),
         (&["--new\nline"], "--new; line"),
         (&["stray"], "'stray'"),
+        (
+            &["--coalesce", "5:1"],
+            "behind the colon give 2 to 1024 requests",
+        ),
         (&["--poll-us", "1000001"], "1000001 is not in 0..=1000000"),
     ] {
         let error = usage_error(words);

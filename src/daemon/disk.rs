@@ -135,6 +135,7 @@ impl Disk {
                     throttle: Arc::clone(&disk.throttle),
                     on_error: disk.config.on_error,
                     hold: Arc::clone(&hold),
+                    coalesce: disk.config.coalesce,
                     done,
                 })
                 .map_err(io::Error::other)??;

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::{self, Receiver, Sender, SyncSender};
 
-use crate::config::OnError;
+use crate::config::{Coalesce, OnError};
 use crate::engine::{SyncFault, Target, Waker};
 use crate::mq::elevator::{ParamError, Params};
 use crate::mq::ids::{DiskId, RingId, WorkerId};
@@ -84,6 +84,8 @@ pub enum Message {
         on_error: OnError,
         /// Shared with the other workers that serve the disk.
         hold: Arc<Hold>,
+        /// How late the guest may be told that requests are done.
+        coalesce: Option<Coalesce>,
         /// Answered when it is known to the engine.
         done: Reply<std::io::Result<()>>,
     },

@@ -12,6 +12,7 @@ pub mod message;
 pub mod placement;
 pub mod report;
 pub mod roster;
+pub mod sandbox;
 pub mod serve;
 pub mod server;
 pub mod session;

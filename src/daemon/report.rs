@@ -219,6 +219,8 @@ pub struct WorkerSummary {
     pub sqes: u64,
     /// Completion entries seen.
     pub cqes: u64,
+    /// Transfers the device was polled for.
+    pub polled: u64,
     /// Commands that went through an aligned buffer.
     pub bounced: u64,
     /// Partial transfers that were continued.

@@ -189,6 +189,7 @@ fn summarize(disks: &[Arc<Disk>], workers: &[WorkerHandle], reports: &[WorkerRep
             sqes: report.engine.sqes,
             cqes: report.engine.cqes,
             bounced: report.engine.bounced,
+            polled: report.engine.polled,
             continued: report.engine.continued,
         })
         .collect();

@@ -1,37 +1,40 @@
 //! The process: opens the images, starts the workers, serves one session after another on each
 //! disk's socket, and takes everything down in order.
 
+mod crew;
+mod opening;
+
 use std::io::{self, Write};
-use std::path::Path;
+use std::os::unix::net::UnixListener;
 use std::sync::Arc;
-use std::sync::mpsc::{self, Sender};
+use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread::{self, JoinHandle};
 
 use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
 use signal_hook::iterator::Signals;
 
-use crate::config::{Config, DiskConfig, SocketSource, SummaryFormat};
+use crate::config::{Config, SummaryFormat};
 use crate::control;
 use crate::engine::disk::Image;
 use crate::error::StartError;
 use crate::mq::ids::DiskId;
-use crate::mq::limits::MAX_HCTXS;
 use crate::sigbus;
 
+use self::crew::Crew;
+use self::opening::{Doors, Opening};
 use super::clock::Clock;
-use super::disk::{Disk, worker_id};
+use super::disk::Disk;
 use super::files;
 use super::growth::GrowthWatch;
 use super::message::WorkerHandle;
-use super::placement::{self, Nodes, Seat};
 use super::report::Summary;
 use super::roster::{Groups, Roster};
+use super::sandbox;
 use super::serve::DiskServer;
 use super::session::open_fd_table;
-use super::socket::{Door, Junction, Stop, listen_privately};
+use super::socket::{Door, Junction, Stop};
 use super::takeover::rest::RestPlace;
 use super::takeover::{Beginning, ControlSocket, Giver, Predecessor};
-use super::worker::{self, WorkerOptions};
 
 /// What the main thread waits for.
 enum Happened {
@@ -51,53 +54,66 @@ enum Happened {
 /// behind.
 pub fn run(config: Config) -> Result<(), StartError> {
     files::allow(&config.disks);
-    // Images and sockets first: they are what a user gets wrong.
-    let predecessor = match &config.take_over {
-        Some(path) => Predecessor::find(path, &config)?,
-        None => None,
-    };
-    let inherits = |disk: &DiskConfig| predecessor.as_ref().is_some_and(|p| p.serves(disk));
-    let images = config
-        .disks
-        .iter()
-        .map(|disk| match inherits(disk) {
-            true => Image::open_beside(disk),
-            false => Image::open(disk),
-        })
-        .collect::<Result<Vec<_>, _>>()?;
-    if let Some(predecessor) = &predecessor {
-        predecessor.check(&config.disks, &images)?;
-    }
-    let growth =
-        GrowthWatch::new(&images).map_err(|source| system("watch the images' sizes", source))?;
-    let doors = config
-        .disks
-        .iter()
-        .map(|disk| match &disk.socket {
-            _ if inherits(disk) => Ok(None),
-            SocketSource::Path(path) => Door::bind(path).map(Some),
-            SocketSource::Fd(fd) => Door::inherit(*fd).map(Some),
-        })
-        .collect::<Result<Vec<_>, _>>()?;
-    let inherits_control = predecessor
-        .as_ref()
-        .is_some_and(Predecessor::has_our_control_socket);
-    let control_path = config.control_path.as_deref();
-    let mut control_door = control_path
-        .filter(|_| !inherits_control)
-        .map(|path| listen_privately(path, "--control-path"))
-        .transpose()?;
+    // What needs names and rights, in the order in which a user gets it wrong.
+    let Opening {
+        identity,
+        predecessor,
+        images,
+        growth,
+        doors,
+    } = Opening::new(&config)?;
+    let seats = crew::seats(&config)?;
     sigbus::install().map_err(|source| system("handle SIGBUS", source))?;
     open_fd_table().map_err(|source| system("look into /proc/self/fd", source))?;
-    let junction =
-        Arc::new(Junction::new().map_err(|source| system("create an internal socket", source))?);
+    let owner = identity.as_ref().map(sandbox::Identity::ids);
+    let junction = Junction::new(owner);
+    let junction = junction.map_err(|source| system("create an internal socket", source))?;
+
+    // From here on there are no files to be opened, and no rights.
+    sandbox::enter(config.sandbox, identity.as_ref(), &opening::paths(&config))?;
     let stop = Arc::new(Stop::new().map_err(|source| system("create an eventfd", source))?);
     let (events, happened) = mpsc::channel();
     let signals = watch_signals(events.clone())
         .map_err(|source| system("install signal handlers", source))?;
-
     let clock = Clock::start();
-    let (workers, worker_threads) = start_workers(&config, clock)?;
+    let crew = Crew::start(&config, seats, clock)?;
+    let roster = enlist(&config, images, crew.handles(), clock)?;
+
+    // Now there is no ring to be set up either. Nobody who is not trusted has been heard so far.
+    sandbox::seal(config.sandbox)?;
+    let rest = RestPlace::new(roster.disks().len())
+        .map_err(|source| system("create an eventfd", source))?;
+    let service = Service {
+        roster,
+        stop,
+        rest: Arc::new(rest),
+        events,
+    };
+    let servers = service.servers(&Arc::new(junction));
+    let Doors { disks, control } = doors;
+    let (beginnings, control) =
+        service.begin(&config, predecessor, &servers, disks, control, clock)?;
+    let threads = service.start(&config, servers, beginnings, growth, control)?;
+
+    service.wait(&happened);
+
+    // Sessions end first, and with them their rings; then the workers have nothing left.
+    service.stop.signal();
+    threads.join();
+    let reports = service.roster.shut_down();
+    crew.join();
+    signals.close();
+    print(&config, &service.roster.summarize(&reports));
+    Ok(())
+}
+
+/// The disks, added to their workers.
+fn enlist(
+    config: &Config,
+    images: Vec<Image>,
+    workers: &[WorkerHandle],
+    clock: Clock,
+) -> Result<Arc<Roster>, StartError> {
     let groups = Groups::new(&config.groups);
     let mut disks = Vec::new();
     for (index, (disk_config, image)) in config.disks.iter().zip(images).enumerate() {
@@ -106,108 +122,168 @@ pub fn run(config: Config) -> Result<(), StartError> {
             .group
             .as_ref()
             .and_then(|name| groups.find(name));
-        let disk = Disk::new(id, disk_config.clone(), image, workers.clone(), group)
+        let disk = Disk::new(id, disk_config.clone(), image, workers.to_vec(), group)
             .map_err(|source| system("add the disk to a worker", source))?;
         disks.push(disk);
     }
-    let roster = Arc::new(Roster::new(disks, workers, groups, clock));
-    let rest = RestPlace::new(roster.disks().len())
-        .map_err(|source| system("create an eventfd", source))?;
-    let rest = Arc::new(rest);
-    let servers: Vec<DiskServer> = roster
-        .disks()
-        .iter()
-        .map(|disk| DiskServer {
-            disk: Arc::clone(disk),
-            junction: Arc::clone(&junction),
-            stop: Arc::clone(&stop),
-            rest: Arc::clone(&rest),
-        })
-        .collect();
-    let mut inherited = Vec::new();
-    if let Some(predecessor) = predecessor {
-        let mut inheritance = predecessor.inherit(&roster, &servers, clock)?;
-        if let Some(path) = control_path
-            && let Some(control) = inheritance.control(path)
-        {
-            control_door = Some(control);
+    Ok(Arc::new(Roster::new(
+        disks,
+        workers.to_vec(),
+        groups,
+        clock,
+    )))
+}
+
+/// What all of the daemon's threads share, but for the workers.
+struct Service {
+    roster: Arc<Roster>,
+    stop: Arc<Stop>,
+    rest: Arc<RestPlace>,
+    events: Sender<Happened>,
+}
+
+/// The threads that serve, to be joined in this order.
+struct Threads {
+    disks: Vec<JoinHandle<()>>,
+    growth: Option<JoinHandle<()>>,
+    control: Option<(JoinHandle<()>, Arc<ControlSocket>)>,
+}
+
+impl Threads {
+    fn join(self) {
+        for thread in self.disks.into_iter().chain(self.growth) {
+            let _ = thread.join();
         }
-        inherited = inheritance.take(roster.disks())?;
+        if let Some((thread, _socket)) = self.control {
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Service {
+    fn servers(&self, junction: &Arc<Junction>) -> Vec<DiskServer> {
+        let disks = self.roster.disks().iter();
+        disks
+            .map(|disk| DiskServer {
+                disk: Arc::clone(disk),
+                junction: Arc::clone(junction),
+                stop: Arc::clone(&self.stop),
+                rest: Arc::clone(&self.rest),
+            })
+            .collect()
     }
 
-    let growth_thread = growth
-        .spawn(roster.disks(), &stop)
-        .map_err(|source| system("watch the images' sizes", source))?;
-    let control = match (control_path, control_door) {
-        (Some(path), Some((listener, file))) => {
-            let control = ControlSocket::new(path, &listener, file);
-            let control =
-                Arc::new(control.map_err(|source| system("keep the control socket", source))?);
-            let left = events.clone();
-            let giver = Giver::new(
-                Arc::clone(&roster),
-                Arc::clone(&rest),
-                Arc::clone(&control),
-                move || drop(left.send(Happened::TakenOver)),
-            );
-            let thread = control::serve(listener, Arc::clone(&roster), Arc::clone(&stop), giver)
-                .map_err(|source| system("start the control socket's thread", source))?;
-            Some((thread, control))
+    /// What each disk's thread begins with, and the control socket: our own, or the predecessor's.
+    fn begin(
+        &self,
+        config: &Config,
+        predecessor: Option<Predecessor>,
+        servers: &[DiskServer],
+        doors: Vec<Option<Door>>,
+        mut control: Option<opening::ControlDoor>,
+        clock: Clock,
+    ) -> Result<(Vec<Beginning>, Option<opening::ControlDoor>), StartError> {
+        let mut inherited = Vec::new();
+        if let Some(predecessor) = predecessor {
+            let mut inheritance = predecessor.inherit(&self.roster, servers, clock)?;
+            if let Some(path) = &config.control_path
+                && let Some(theirs) = inheritance.control(path)
+            {
+                control = Some(theirs);
+            }
+            inherited = inheritance.take(self.roster.disks())?;
         }
-        _ => None,
-    };
-    let mut disk_threads = Vec::new();
-    inherited.resize_with(servers.len(), || None);
-    for ((server, door), inherited) in servers.into_iter().zip(doors).zip(inherited) {
-        let events = events.clone();
-        let beginning = inherited.unwrap_or(Beginning {
-            door,
-            session: None,
+        inherited.resize_with(doors.len(), || None);
+        let beginnings = inherited.into_iter().zip(doors).map(|(theirs, door)| {
+            theirs.unwrap_or(Beginning {
+                door,
+                session: None,
+            })
         });
-        let thread = server
-            .spawn(beginning, move || drop(events.send(Happened::DiskDone)))
-            .map_err(|source| system("start a disk's thread", source))?;
-        disk_threads.push(thread);
+        Ok((beginnings.collect(), control))
     }
 
-    let mut serving = roster.disks().len();
-    while serving > 0 {
-        match happened.recv() {
-            Ok(Happened::Signal(SIGUSR1)) => {
-                eprint!("{}", roster.summarize(&roster.reports()).text());
+    /// Starts all threads that serve.
+    fn start(
+        &self,
+        config: &Config,
+        servers: Vec<DiskServer>,
+        beginnings: Vec<Beginning>,
+        growth: GrowthWatch,
+        control: Option<opening::ControlDoor>,
+    ) -> Result<Threads, StartError> {
+        let growth = growth
+            .spawn(self.roster.disks(), &self.stop)
+            .map_err(|source| system("watch the images' sizes", source))?;
+        let control = match (&config.control_path, control) {
+            (Some(path), Some((listener, file))) => {
+                let socket = ControlSocket::new(path, &listener, file)
+                    .map_err(|source| system("keep the control socket", source))?;
+                let socket = Arc::new(socket);
+                let thread = self
+                    .start_control(listener, &socket)
+                    .map_err(|source| system("start the control socket's thread", source))?;
+                Some((thread, socket))
             }
-            Ok(Happened::Signal(signal)) => {
-                log::info!("signal {signal}: finishing what is in flight");
-                break;
+            _ => None,
+        };
+        let mut disks = Vec::new();
+        for (server, beginning) in servers.into_iter().zip(beginnings) {
+            let events = self.events.clone();
+            let thread = server
+                .spawn(beginning, move || drop(events.send(Happened::DiskDone)))
+                .map_err(|source| system("start a disk's thread", source))?;
+            disks.push(thread);
+        }
+        Ok(Threads {
+            disks,
+            growth,
+            control,
+        })
+    }
+
+    fn start_control(
+        &self,
+        listener: UnixListener,
+        socket: &Arc<ControlSocket>,
+    ) -> io::Result<JoinHandle<()>> {
+        let events = self.events.clone();
+        let giver = Giver::new(
+            Arc::clone(&self.roster),
+            Arc::clone(&self.rest),
+            Arc::clone(socket),
+            move || drop(events.send(Happened::TakenOver)),
+        );
+        control::serve(
+            listener,
+            Arc::clone(&self.roster),
+            Arc::clone(&self.stop),
+            giver,
+        )
+    }
+
+    /// Waits for the end.
+    fn wait(&self, happened: &Receiver<Happened>) {
+        let mut serving = self.roster.disks().len();
+        while serving > 0 {
+            match happened.recv() {
+                Ok(Happened::Signal(SIGUSR1)) => {
+                    let summary = self.roster.summarize(&self.roster.reports());
+                    eprint!("{}", summary.text());
+                }
+                Ok(Happened::Signal(signal)) => {
+                    log::info!("signal {signal}: finishing what is in flight");
+                    break;
+                }
+                Ok(Happened::DiskDone) => serving -= 1,
+                Ok(Happened::TakenOver) => {
+                    log::info!("another daemon has the disks");
+                    break;
+                }
+                Err(mpsc::RecvError) => break,
             }
-            Ok(Happened::DiskDone) => serving -= 1,
-            Ok(Happened::TakenOver) => {
-                log::info!("another daemon has the disks");
-                break;
-            }
-            Err(mpsc::RecvError) => break,
         }
     }
-
-    // Sessions end first, and with them their rings; then the workers have nothing left.
-    stop.signal();
-    for thread in disk_threads {
-        let _ = thread.join();
-    }
-    if let Some(thread) = growth_thread {
-        let _ = thread.join();
-    }
-    if let Some((thread, control)) = control {
-        let _ = thread.join();
-        drop(control);
-    }
-    let reports = roster.shut_down();
-    for thread in worker_threads {
-        let _ = thread.join();
-    }
-    signals.close();
-    print(&config, &roster.summarize(&reports));
-    Ok(())
 }
 
 fn system(what: &str, source: io::Error) -> StartError {
@@ -231,68 +307,6 @@ fn watch_signals(events: Sender<Happened>) -> io::Result<signal_hook::iterator::
             }
         })?;
     Ok(handle)
-}
-
-fn start_workers(
-    config: &Config,
-    clock: Clock,
-) -> Result<(Vec<WorkerHandle>, Vec<JoinHandle<()>>), StartError> {
-    let queues: usize = config
-        .disks
-        .iter()
-        .map(|disk| usize::from(disk.num_queues))
-        .sum();
-    let mut handles = Vec::new();
-    let mut threads = Vec::new();
-    let count = config.workers.min(queues);
-    let seats = seats(config, count)?;
-    let several = seats.iter().any(|seat| seat.node != seats[0].node);
-    // Each disk begins with another worker, so one may get a queue of each disk more than its share.
-    // On several nodes the memory of the guests may bring all queues to the workers of one.
-    let share = if several { queues } else { queues / count };
-    let rings = u16::try_from(share + config.disks.len())
-        .unwrap_or(MAX_HCTXS)
-        .min(MAX_HCTXS);
-    let options = WorkerOptions {
-        rings,
-        poll_us: config.poll_us,
-        timeout_s: config.timeout_s,
-        on_timeout: config.on_timeout,
-        clock,
-    };
-    for (index, seat) in seats.into_iter().enumerate() {
-        if let Some(cpus) = &seat.cpus {
-            let node = seat.node.map(|node| format!(", node {node}"));
-            log::info!("worker {index}: CPU {cpus}{}", node.unwrap_or_default());
-        }
-        let spawned = worker::spawn(worker_id(index), options, seat);
-        let (handle, thread) = spawned.map_err(|source| StartError::System {
-            what: format!("start worker {index}"),
-            source,
-            advice: "check that io_uring is allowed (sysctl kernel.io_uring_disabled) \
-                     and that the limit of locked memory is not tiny (ulimit -l)",
-        })?;
-        handles.push(handle);
-        threads.push(thread);
-    }
-    Ok((handles, threads))
-}
-
-/// Where the workers are to live.
-fn seats(config: &Config, count: usize) -> Result<Vec<Seat>, StartError> {
-    let allowed =
-        placement::allowed_cpus().map_err(|source| system("ask which CPUs may be used", source))?;
-    if let Some(list) = &config.worker_cpus {
-        placement::check(list, &placement::online_cpus(&allowed), &allowed)
-            .map_err(StartError::Usage)?;
-    }
-    let nodes = Nodes::discover(Path::new(placement::NODES));
-    Ok(placement::seats(
-        count,
-        config.worker_cpus.as_ref(),
-        &allowed,
-        &nodes,
-    ))
 }
 
 fn print(config: &Config, summary: &Summary) {

@@ -10,15 +10,16 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{AtFlags, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, sockopt};
+use rustix::process::{Gid, Uid};
 use vhost::vhost_user::Listener;
 use vmm_sys_util::tempdir::TempDir;
 
 use crate::error::StartError;
 
-/// Front ends that may wait to be accepted: as many as the system allows (net.core.somaxconn), which is
+/// Connections that may wait to be accepted: as many as the system allows (net.core.somaxconn), which is
 /// what the standard library takes for its listeners.
 const BACKLOG: i32 = i32::MAX;
 
@@ -29,6 +30,17 @@ pub enum Door {
     Listening(UnixListener, Option<SocketFile>),
     /// One was handed over connected.
     Connected(UnixStream),
+}
+
+/// Who may connect to a socket: its file's mode and owners.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Access {
+    /// As the umask says if it is `None`.
+    pub mode: Option<u32>,
+    /// The process's if it is `None`.
+    pub uid: Option<u32>,
+    /// The process's if it is `None`.
+    pub gid: Option<u32>,
 }
 
 /// A socket's file, removed with it, unless somebody has put another in its place.
@@ -75,7 +87,16 @@ impl Door {
     ///
     /// Somebody listens there; something else is there; the kernel refuses.
     pub fn bind(path: &Path) -> Result<Door, StartError> {
-        let (listener, file) = listen(path, "--socket-path", None)?;
+        Door::bind_for(path, Access::default())
+    }
+
+    /// The same, for those that `access` says.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Door::bind`]; or the file cannot be given to them.
+    pub fn bind_for(path: &Path, access: Access) -> Result<Door, StartError> {
+        let (listener, file) = listen(path, "--socket-path", access)?;
         Ok(Door::Listening(listener, Some(file)))
     }
 
@@ -104,10 +125,7 @@ impl Door {
             Ok(listening) => {
                 let _ = rustix::io::fcntl_setfd(&socket, rustix::io::FdFlags::CLOEXEC);
                 if listening {
-                    // Once more, so that the kernel names us as the ones who listen: that is how a
-                    // session knows a connection to this process.
-                    rustix::net::listen(&socket, BACKLOG)
-                        .map_err(|_| bad("cannot be listened on"))?;
+                    listen_ourselves(&socket).map_err(|_| bad("cannot be listened on"))?;
                 }
                 Ok(if listening {
                     Door::Listening(socket.into(), None)
@@ -120,7 +138,7 @@ impl Door {
     }
 }
 
-/// Listens on `path` for this user only. What is there already is treated as by [`Door::bind`];
+/// Listens on `path` for one user only, the process's or `uid`. What is there already is treated as by [`Door::bind`];
 /// `option` is the one that gave the path.
 ///
 /// # Errors
@@ -129,14 +147,30 @@ impl Door {
 pub fn listen_privately(
     path: &Path,
     option: &'static str,
+    uid: Option<u32>,
 ) -> Result<(UnixListener, SocketFile), StartError> {
-    listen(path, option, Some(Mode::RUSR | Mode::WUSR))
+    let access = Access {
+        mode: Some(0o600),
+        uid,
+        gid: None,
+    };
+    listen(path, option, access)
+}
+
+/// Listens once more on a socket that another process listened on, so that the kernel names us as the
+/// ones who listen: that is how a session knows a connection to this process.
+///
+/// # Errors
+///
+/// It is not a socket that can be listened on.
+pub fn listen_ourselves(socket: &impl AsFd) -> io::Result<()> {
+    Ok(rustix::net::listen(socket, BACKLOG)?)
 }
 
 fn listen(
     path: &Path,
     option: &'static str,
-    mode: Option<Mode>,
+    access: Access,
 ) -> Result<(UnixListener, SocketFile), StartError> {
     let fail = |source| StartError::SocketBind {
         path: path.to_owned(),
@@ -164,7 +198,7 @@ fn listen(
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         Err(error) => return Err(fail(error)),
     }
-    let listener = bind(path, mode).map_err(fail)?;
+    let listener = bind(path, access).map_err(fail)?;
     let bound = fs::symlink_metadata(path).map_err(fail)?;
     let file = SocketFile {
         path: path.to_owned(),
@@ -173,10 +207,7 @@ fn listen(
     Ok((listener, file))
 }
 
-fn bind(path: &Path, mode: Option<Mode>) -> io::Result<UnixListener> {
-    let Some(mode) = mode else {
-        return UnixListener::bind(path);
-    };
+fn bind(path: &Path, access: Access) -> io::Result<UnixListener> {
     let address = SocketAddrUnix::new(path)?;
     let socket = rustix::net::socket_with(
         AddressFamily::UNIX,
@@ -184,11 +215,33 @@ fn bind(path: &Path, mode: Option<Mode>) -> io::Result<UnixListener> {
         SocketFlags::CLOEXEC,
         None,
     )?;
-    // The file is made with the mode of the socket (unix_bind_bsd, net/unix/af_unix.c), so there is no
-    // moment in which somebody else could connect.
-    rustix::fs::fchmod(&socket, mode)?;
-    rustix::net::bind(&socket, &address)?;
-    rustix::net::listen(&socket, 16)?;
+    match access.mode {
+        None => rustix::net::bind(&socket, &address)?,
+        // The file is made with the mode of the socket less the umask (unix_bind_bsd,
+        // net/unix/af_unix.c), so that it never has another.
+        Some(mode) => {
+            rustix::fs::fchmod(&socket, Mode::from_raw_mode(mode))?;
+            let umask = rustix::process::umask(Mode::empty());
+            let outcome = rustix::net::bind(&socket, &address);
+            rustix::process::umask(umask);
+            outcome?;
+        }
+    }
+    if access.uid.is_some() || access.gid.is_some() {
+        let outcome = rustix::fs::chownat(
+            rustix::fs::CWD,
+            path,
+            access.uid.map(Uid::from_raw),
+            access.gid.map(Gid::from_raw),
+            AtFlags::SYMLINK_NOFOLLOW,
+        );
+        if let Err(errno) = outcome {
+            let _ = fs::remove_file(path);
+            return Err(errno.into());
+        }
+    }
+    // Nobody can connect before this.
+    rustix::net::listen(&socket, BACKLOG)?;
     Ok(socket.into())
 }
 
@@ -285,17 +338,21 @@ impl fmt::Debug for Junction {
 }
 
 impl Junction {
-    /// Creates it.
+    /// Creates it, for a process that is to become `owner` (user and group), or stays what it is.
     ///
     /// # Errors
     ///
     /// The directory for temporary files cannot be written to.
-    pub fn new() -> io::Result<Junction> {
+    pub fn new(owner: Option<(u32, u32)>) -> io::Result<Junction> {
         // Readable by this user only, and removed when it goes out of scope.
         let directory =
             TempDir::new().map_err(|error| io::Error::from_raw_os_error(error.errno()))?;
         let path = directory.as_path().join("junction");
         let listener = UnixListener::bind(&path)?;
+        if let Some((uid, gid)) = owner {
+            // Who connects needs the right to write.
+            std::os::unix::fs::chown(&path, Some(uid), Some(gid))?;
+        }
         let file = rustix::fs::open(&path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
         Ok(Junction {
             listener: Mutex::new(Listener::from(listener)),
@@ -326,7 +383,7 @@ mod tests {
 
     #[test]
     fn a_junction_joins_what_connects_to_what_accepts() {
-        let junction = Junction::new().unwrap();
+        let junction = Junction::new(None).unwrap();
         for _ in 0..3 {
             let mut theirs = None;
             let mut ours = junction
@@ -359,15 +416,30 @@ mod tests {
     fn a_private_socket_is_its_users_from_the_start() {
         let directory = TempDir::new().unwrap();
         let path = directory.as_path().join("s");
-        let (_listener, file) = listen_privately(&path, "--control-path").unwrap();
+        let (_listener, file) = listen_privately(&path, "--control-path", None).unwrap();
         assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
         UnixStream::connect(&path).expect("it listens");
-        let error = listen_privately(&path, "--control-path")
+        let error = listen_privately(&path, "--control-path", None)
             .unwrap_err()
             .to_string();
         assert!(error.contains("give another --control-path"), "{error}");
         drop(file);
         assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_socket_has_the_mode_and_the_group_that_were_asked_for() {
+        let directory = TempDir::new().unwrap();
+        let path = directory.as_path().join("s");
+        let gid = rustix::process::getegid().as_raw();
+        let access = Access {
+            mode: Some(0o660),
+            uid: None,
+            gid: Some(gid),
+        };
+        let _door = Door::bind_for(&path, access).unwrap();
+        let found = fs::metadata(&path).unwrap();
+        assert_eq!((found.mode() & 0o777, found.gid()), (0o660, gid));
     }
 
     #[test]

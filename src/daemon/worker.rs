@@ -9,6 +9,7 @@
 //!
 //! Nothing in here locks, and nothing sleeps but `wait`.
 
+mod coalesce;
 mod control;
 mod driver;
 mod faults;
@@ -41,6 +42,7 @@ use crate::virtio::pool::SegmentPool;
 use crate::virtio::receipt::GuestIo;
 use crate::virtio::shape::DiskShape;
 
+use self::coalesce::Patience;
 use self::control::Pending;
 use self::driver::EngineDriver;
 use self::faults::{Care, failed};
@@ -70,6 +72,8 @@ struct WorkerDisk {
     /// While the guest migrates.
     log: Option<Arc<DiskLog>>,
     care: Care,
+    /// How late calls may be.
+    patience: Option<Patience>,
     /// Room for its long requests. Each disk has its own, so that none can keep others waiting; made
     /// with the first ring.
     pool: Option<SegmentPool>,
@@ -100,6 +104,10 @@ struct Worker {
     busy: Vec<HctxId>,
     /// Ports with used elements nobody was told about.
     touched: Vec<HctxId>,
+    /// Some disk's calls may be late.
+    coalesces: bool,
+    /// Ports whose calls are.
+    held_back: Vec<HctxId>,
     /// There are ports that wait for room in the pool.
     starving: bool,
     /// Some has been made for them since the last look.
@@ -128,6 +136,8 @@ struct Worker {
 pub struct WorkerOptions {
     /// The most virtqueues it will be given.
     pub rings: u16,
+    /// Its io_uring can do what it needs and nothing else.
+    pub restricted: bool,
     /// The longest it looks before it sleeps, in microseconds.
     pub poll_us: u32,
     /// After how many seconds a request counts as stuck; 0 never.
@@ -155,7 +165,7 @@ pub fn spawn(
         .spawn(move || {
             // The ring belongs to the thread that makes it (IORING_SETUP_SINGLE_ISSUER).
             // Seated first: memory goes to the node of whoever touches it first.
-            match seat.take().and_then(|()| make_engine(options.rings)) {
+            match seat.take().and_then(|()| make_engine(options)) {
                 Ok((engine, waker)) => {
                     log::debug!("worker {id}: {}", engine.describe());
                     let (handle, inbox) = WorkerHandle::new(id, waker, seat);
@@ -174,9 +184,13 @@ pub fn spawn(
     }
 }
 
-fn make_engine(rings: u16) -> io::Result<(Engine, Waker)> {
+fn make_engine(options: WorkerOptions) -> io::Result<(Engine, Waker)> {
     // A kick to watch and a call and an err fd to write to for each.
-    let mut engine = Engine::new(DRIVER_TAGS, rings.saturating_mul(2))?;
+    let watches = options.rings.saturating_mul(2);
+    let mut engine = match options.restricted {
+        true => Engine::new(DRIVER_TAGS, watches)?,
+        false => Engine::unrestricted(DRIVER_TAGS, watches)?,
+    };
     let waker = Waker::new()?;
     engine.watch_waker(&waker)?;
     Ok((engine, waker))
@@ -200,6 +214,8 @@ impl Worker {
             hot: Vec::new(),
             busy: Vec::new(),
             touched: Vec::new(),
+            coalesces: false,
+            held_back: Vec::new(),
             starving: false,
             room: false,
             inbox,

@@ -226,7 +226,7 @@ impl Image {
             write_zeroes: WriteZeroesLimits::default(),
             rotational: queue.rotational,
             read_only: config.read_only,
-            io_poll: io_poll(path, &queue, alignment.is_some(), config)?,
+            io_poll: io_poll(path, (kind, alignment.is_some()), &queue, config)?,
             mapping,
             file,
         };

@@ -72,6 +72,19 @@ impl Engine {
         Engine::asking(depth, watches, Ask::ALL)
     }
 
+    /// The same, whose ring may do all that a ring can do.
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    pub fn unrestricted(depth: u16, watches: u16) -> io::Result<Self> {
+        let ask = Ask {
+            restricted: false,
+            ..Ask::ALL
+        };
+        Engine::asking(depth, watches, ask)
+    }
+
     pub(super) fn asking(depth: u16, watches: u16, ask: Ask) -> io::Result<Self> {
         assert!(depth > 0, "an engine without driver tags serves nobody");
         let (slots, fds) = (u32::from(depth), u32::from(watches) + 1);
@@ -224,9 +237,13 @@ impl Engine {
     /// Makes a system call only when the kernel says that it keeps something back for us.
     pub fn reap(&mut self, on: &mut impl FnMut(Event)) -> io::Result<usize> {
         self.ring.run_task_work(&mut self.counters)?;
-        self.copy_on();
-        let polled = self.reap_polled(on)?;
-        let mut reaped = polled + self.ready.len();
+        if self.has_copies() {
+            self.copy_on();
+        }
+        let mut reaped = self.ready.len();
+        if self.is_polling() {
+            reaped += self.reap_polled(on)?;
+        }
         self.reap_inline(on);
         let mut batch = [const { MaybeUninit::<cqueue::Entry>::uninit() }; REAP_BATCH];
         loop {
@@ -261,8 +278,10 @@ impl Engine {
 
     /// Whether [`Self::reap`] has something to report without a system call.
     pub fn has_events(&mut self) -> bool {
-        let can_copy = !self.small.is_empty() || !self.copying.is_empty();
-        can_copy || self.is_polling() || !self.ready.is_empty() || self.ring.has_completions()
+        self.has_copies()
+            || self.is_polling()
+            || !self.ready.is_empty()
+            || self.ring.has_completions()
     }
 
     /// Submits what is queued and sleeps until there is something to reap, a signal comes, or

@@ -4,7 +4,7 @@ use std::io;
 use std::ptr::{self, NonNull};
 
 use libc::iovec;
-use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
 
 use super::{BOUNCE_BUFFERS, BOUNCE_BYTES, Extent, ZERO_BYTES};
 use crate::mq::limits::{MAX_RANGES, MAX_SEGMENTS};
@@ -32,6 +32,9 @@ impl Mapping {
                 MapFlags::PRIVATE | MapFlags::NORESERVE,
             )?
         };
+        // SAFETY: keeps what passes through it out of a core dump; no content changes. Unsafe because
+        // other advice does change it.
+        let _ = unsafe { madvise(base, len, Advice::LinuxDontDump) };
         let base = NonNull::new(base.cast()).expect("mmap gives no null without MAP_FIXED");
         Ok(Mapping {
             base,

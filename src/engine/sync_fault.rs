@@ -4,7 +4,7 @@
 //! for clean (fsync(2), "NOTES"): the next sync succeeds although the data is lost. So after the first
 //! failure no sync of that image can be believed any more, whichever worker asks.
 
-use std::sync::atomic::{AtomicI32, Ordering};
+use crate::atomic::{AtomicI32, Ordering};
 
 use super::Errno;
 

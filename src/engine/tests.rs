@@ -1065,6 +1065,52 @@ fn direct_io_that_wants_more_alignment_than_it_said_gets_it() {
     assert_eq!(engine.counters().sqes - sqes, 1, "it was learned");
 }
 
+/// io_uring tries without blocking first, within the call that submits: so a batch of reads that the page
+/// cache has costs one system call, and nobody waits for those it does not have.
+#[test]
+fn what_the_page_cache_has_is_read_by_the_call_that_submits() {
+    let image = Image::new(On::Buffered, 1 << 20);
+    let mut engine = engine(32);
+    if !engine.describe().contains("deferred") {
+        // Where the kernel may finish requests while this looks, nothing can be told apart.
+        return;
+    }
+    let disk = engine.add_disk(image.target()).unwrap();
+    image.file.sync_all().unwrap();
+    let forget = rustix::fs::Advice::DontNeed;
+    rustix::fs::fadvise(&image.file, 0, None, forget).unwrap();
+    rustix::fs::fadvise(&image.file, 0, None, rustix::fs::Advice::Random).unwrap();
+    let mut buffers: Vec<Buffer> = (0..32).map(|_| Buffer::new(4096, 0)).collect();
+    let segments: Vec<Vec<iovec>> = buffers.iter_mut().map(|b| b.segments(&[])).collect();
+    let mut pass = || {
+        for (i, segments) in segments.iter().enumerate() {
+            let command = transfer(Op::Read, 32768 * i as u64, segments);
+            let tag = tag(u16::try_from(i).unwrap(), 1);
+            // SAFETY: the buffers are alive until the engine is. Unsafe because `queue_rq` is.
+            unsafe { engine.queue_rq(disk, tag, command) }.unwrap();
+        }
+        let enters = engine.counters().enters;
+        engine.commit_rqs().unwrap();
+        assert_eq!(engine.counters().enters, enters + 1);
+        let at_once = match engine.has_events() {
+            true => engine.reap(&mut |_| {}).unwrap(),
+            false => 0,
+        };
+        while engine.in_flight() > 0 {
+            engine.wait(None).unwrap();
+            engine.reap(&mut |_| {}).unwrap();
+        }
+        at_once
+    };
+    assert_eq!(pass(), 0, "nothing was in the cache");
+    // Whoever is short of memory may take pages out of it.
+    assert!((0..10).any(|_| pass() == 32), "all of it was");
+    let content = image.content();
+    for (i, buffer) in buffers.iter_mut().enumerate() {
+        assert!(buffer.bytes() == &content[i * 32768..i * 32768 + 4096]);
+    }
+}
+
 /// The device here has no queues to be polled, so that such a read would never come back: what goes to
 /// the ring that polls is a file without direct I/O, which the kernel refuses at once.
 #[test]
@@ -1115,6 +1161,7 @@ fn an_older_kernels_ring_does_the_same() {
                 fixed_files: all,
                 silent_writes: all,
                 polled: false,
+                restricted: all,
             };
             let mut engine = Engine::asking(4, 8, ask).unwrap();
             let image = Image::new(On::Buffered, 1 << 20);

@@ -5,7 +5,11 @@ use std::mem::MaybeUninit;
 use std::time::Duration;
 
 use io_uring::types::{SubmitArgs, Timespec};
-use io_uring::{EnterFlags, IoUring, cqueue, squeue};
+use io_uring::{
+    EnterFlags, IoUring, cqueue, opcode,
+    register::{Probe, Restriction},
+    squeue,
+};
 
 use super::{EngineCounters, MAX_DISKS};
 
@@ -21,6 +25,8 @@ pub(super) struct Ask {
     pub(super) silent_writes: bool,
     /// Completions are to be had by polling the device.
     pub(super) polled: bool,
+    /// The ring can do what the engine does, and nothing else.
+    pub(super) restricted: bool,
 }
 
 impl Ask {
@@ -29,6 +35,7 @@ impl Ask {
         fixed_files: true,
         silent_writes: true,
         polled: false,
+        restricted: true,
     };
 }
 
@@ -38,6 +45,7 @@ pub(super) struct Ring {
     pub(super) fixed_files: bool,
     /// A write can be told to complete without a word (Linux 5.17).
     pub(super) silent_writes: bool,
+    pub(super) restricted: bool,
     mode: &'static str,
 }
 
@@ -53,6 +61,9 @@ impl Ring {
     pub(super) fn new(sqes: u32, cqes: u32, ask: Ask) -> io::Result<Self> {
         let mut builder = IoUring::builder();
         builder.dontfork().setup_cqsize(cqes).setup_clamp();
+        if ask.restricted {
+            builder.setup_r_disabled();
+        }
         if ask.polled {
             builder.setup_iopoll();
         }
@@ -104,10 +115,14 @@ impl Ring {
                 .submitter()
                 .register_files_sparse(u32::from(MAX_DISKS))
                 .is_ok();
+        if ask.restricted {
+            restrict(&ring).map_err(unrestricted)?;
+        }
         Ok(Ring {
             ring,
             fixed_files,
             silent_writes,
+            restricted: ask.restricted,
             mode,
         })
     }
@@ -115,8 +130,9 @@ impl Ring {
     /// What kind of ring it became, for a log line.
     pub(super) fn describe(&self) -> String {
         format!(
-            "io_uring: {}, {}, {} submission and {} completion entries",
+            "io_uring: {}, {}{}, {} submission and {} completion entries",
             self.mode,
+            if self.restricted { "restricted, " } else { "" },
             if self.fixed_files {
                 "registered files"
             } else {
@@ -259,6 +275,51 @@ impl Drop for Ring {
     }
 }
 
+/// All that a worker's ring is for. What a ring does is no system call that a filter could see, so this is
+/// where it is made unable to open files, to connect, or to send.
+const OPERATIONS: &[u8] = &[
+    opcode::Read::CODE,
+    opcode::Write::CODE,
+    opcode::Readv::CODE,
+    opcode::Writev::CODE,
+    opcode::Fsync::CODE,
+    opcode::Fallocate::CODE,
+    opcode::UringCmd16::CODE,
+    opcode::Timeout::CODE,
+    opcode::PollAdd::CODE,
+    opcode::AsyncCancel2::CODE,
+];
+
+/// IORING_REGISTER_FILES_UPDATE and IORING_UNREGISTER_FILES (uapi/linux/io_uring.h).
+const REGISTRATIONS: &[u8] = &[6, 3];
+
+/// Limits a ring that is still disabled to [`OPERATIONS`], for good, and enables it.
+fn restrict(ring: &IoUring) -> io::Result<()> {
+    // A list with an operation that the kernel has not got is refused.
+    let mut there = Probe::new();
+    ring.submitter().register_probe(&mut there)?;
+    let mut list: Vec<Restriction> = OPERATIONS
+        .iter()
+        .filter(|code| there.is_supported(**code))
+        .map(|code| Restriction::sqe_op(*code))
+        .chain(
+            REGISTRATIONS
+                .iter()
+                .map(|code| Restriction::register_op(*code)),
+        )
+        .collect();
+    let flags = squeue::Flags::FIXED_FILE | squeue::Flags::ASYNC | squeue::Flags::SKIP_SUCCESS;
+    list.push(Restriction::sqe_flags_allowed(flags.bits()));
+    ring.submitter().register_restrictions(&mut list)?;
+    ring.submitter().register_enable_rings()
+}
+
+fn unrestricted(error: io::Error) -> io::Error {
+    let text =
+        format!("the ring cannot be restricted (--sandbox io-uring=off does without): {error}");
+    io::Error::new(error.kind(), text)
+}
+
 /// Errors of `io_uring_enter` after which the same call is right again: a signal, no memory for the
 /// moment, completions to be reaped first.
 fn is_passing(error: &io::Error) -> bool {
@@ -279,4 +340,42 @@ fn unavailable(error: io::Error) -> io::Error {
         _ => return error,
     };
     io::Error::new(error.kind(), format!("io_uring is {hint}: {error}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use io_uring::types::Fd;
+
+    /// What a ring says to opening a file, and to being given buffers of its own.
+    fn tries(ask: Ask) -> (i32, bool) {
+        let mut counters = EngineCounters::default();
+        let mut ring = Ring::new(8, 16, ask).expect("a ring");
+        let path = c"/dev/null";
+        let open = opcode::OpenAt::new(Fd(libc::AT_FDCWD), path.as_ptr()).build();
+        // SAFETY: the path is there for ever. Unsafe because the kernel works on addresses.
+        assert!(unsafe { ring.push(&open, &mut counters) });
+        ring.submit(&mut counters).expect("submitted");
+        while !ring.has_completions() {
+            ring.enter_events(&mut counters).expect("entered");
+        }
+        let result = ring
+            .ring
+            .completion()
+            .next()
+            .expect("there is one")
+            .result();
+        let bound = ring.ring.submitter().register_iowq_max_workers(&mut [1, 1]);
+        (result, bound.is_ok())
+    }
+
+    #[test]
+    fn a_restricted_ring_opens_no_files() {
+        assert_eq!(tries(Ask::ALL), (-libc::EACCES, false));
+        let (result, bound) = tries(Ask {
+            restricted: false,
+            ..Ask::ALL
+        });
+        assert!(result >= 0 && bound, "{result}");
+    }
 }

@@ -101,12 +101,16 @@ impl<P> Hctx<P> {
     }
 
     /// Adds the requests of a plug to the statistics; they are in flight for the disk from here on.
-    #[inline(never)]
+    #[inline]
     pub(super) fn fold_arrived(&mut self, now_ns: u64, account: &mut Account) {
-        let run = &mut self.tally.arrived;
-        if run.count == 0 {
-            return;
+        if self.tally.arrived.count != 0 {
+            self.add_arrived(now_ns, account);
         }
+    }
+
+    #[inline(never)]
+    fn add_arrived(&mut self, now_ns: u64, account: &mut Account) {
+        let run = &mut self.tally.arrived;
         let (count, merged) = (u64::from(run.count), u64::from(run.merged));
         (run.count, run.merged) = (0, 0);
         self.stats.accepted(run.op, count);
@@ -128,7 +132,7 @@ impl<P> Hctx<P> {
         self.tally.sent.count += 1;
     }
 
-    #[inline(never)]
+    #[inline]
     fn fold_sent(&mut self) {
         let run = &mut self.tally.sent;
         if run.count == 0 {
@@ -167,12 +171,16 @@ impl<P> Hctx<P> {
         run.bytes += request.bytes;
     }
 
-    #[inline(never)]
+    #[inline]
     fn fold_ended(&mut self, now_ns: u64, account: &mut Account) {
-        let run = &mut self.tally.ended;
-        if run.count == 0 {
-            return;
+        if self.tally.ended.count != 0 {
+            self.add_ended(now_ns, account);
         }
+    }
+
+    #[inline(never)]
+    fn add_ended(&mut self, now_ns: u64, account: &mut Account) {
+        let run = &mut self.tally.ended;
         let count = u64::from(std::mem::take(&mut run.count));
         let bytes = std::mem::take(&mut run.bytes);
         // Whole sectors each, as the parser sees to.

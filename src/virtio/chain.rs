@@ -15,6 +15,8 @@ pub(super) struct Layout {
     /// Part of it is outside guest memory, or it has a readable buffer after a writable one, or
     /// too many buffers. What follows is not complete then.
     pub(super) fault: bool,
+    /// How many descriptors were looked at.
+    pub(super) descriptors: u32,
     /// How many of the host buffers are readable.
     pub(super) readable: usize,
     /// How many host buffers there are.
@@ -39,6 +41,7 @@ pub(super) fn walk(ring: &Ring, head: u16, pieces: &mut [Segment]) -> Result<Lay
     let mut table = Table::Ring;
     let mut index = head;
     let mut visited: u16 = 0;
+    let mut descriptors = 0;
     loop {
         let (descriptor, len) = match table {
             Table::Ring => (ring.descriptor(index), ring.size()),
@@ -47,6 +50,7 @@ pub(super) fn walk(ring: &Ring, head: u16, pieces: &mut [Segment]) -> Result<Lay
             }
         };
         visited += 1;
+        descriptors += 1;
         if descriptor.flags & DESC_INDIRECT != 0 {
             // DESC_WRITE means nothing here (section 2.7.5.3.2).
             if let Table::Indirect { .. } = table {
@@ -84,7 +88,10 @@ pub(super) fn walk(ring: &Ring, head: u16, pieces: &mut [Segment]) -> Result<Lay
         }
         index = descriptor.next;
     }
-    collector.finish(ring, head)
+    Ok(Layout {
+        descriptors,
+        ..collector.finish(ring, head)?
+    })
 }
 
 /// Descriptors in an indirect table of so many bytes, if that can be.
@@ -193,6 +200,7 @@ impl<'a> Collector<'a> {
         Ok(Layout {
             status,
             fault: self.fault,
+            descriptors: 0,
             readable: self.readable,
             pieces: self.count,
             readable_bytes: self.readable_bytes,

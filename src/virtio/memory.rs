@@ -7,6 +7,7 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 
 use crate::sigbus::Guarded;
+use rustix::mm::{Advice, madvise};
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, MemoryRegionAddress};
 
@@ -34,6 +35,9 @@ impl Region {
         let gpa = self.gpa;
         let unguarded = |why| MemoryError::Unguarded { gpa, why };
         let len = usize::try_from(self.len).expect("the table's constructor checked it");
+        // SAFETY: keeps the guest's memory out of a core dump; no content changes. It is a mapping of
+        // vm-memory's. Unsafe because other advice does change it.
+        let _ = unsafe { madvise(self.host.as_ptr().cast(), len, Advice::LinuxDontDump) };
         // SAFETY: the region is a whole mapping of vm-memory's, which no other has a part of; it
         // hands out no references, and the table drops its guards before what it keeps. The session
         // guard lets only whole huge pages pass. Unsafe because the mapping may be replaced.

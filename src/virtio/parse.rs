@@ -209,6 +209,7 @@ fn any(
             return Err(error);
         }
     };
+    ring.count_walk(layout.descriptors);
     let verdict = match take_header(&layout, pool) {
         Some(header) => judge(&layout, &header, shape, write_through, &mut pool.scratch),
         None => Verdict::Answer(Status::IoErr, 0),

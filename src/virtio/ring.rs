@@ -23,6 +23,7 @@ mod error;
 mod logged;
 mod notify;
 mod resume;
+mod walk;
 
 pub use error::{RingError, RingPart};
 use resume::Resume;
@@ -122,6 +123,9 @@ pub struct Ring {
     /// What the last `pop_head` gave, if it can still be given back.
     last_head: u16,
     in_flight: u16,
+    /// Descriptors of chains that were not of the common shape, since somebody asked for the first time in a
+    /// turn.
+    walked: u32,
     /// One bit for each head, set from pop to put.
     in_flight_heads: Box<[u64]>,
     /// One for each head; in use while it is in flight.
@@ -176,6 +180,7 @@ impl Ring {
             next_used: 0,
             published: 0,
             decided: 0,
+            walked: 0,
             must_call: false,
             used_before: false,
             last_head: NO_HEAD,

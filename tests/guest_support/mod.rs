@@ -54,9 +54,14 @@ pub struct Disk {
 impl Disk {
     /// A sparse image of `bytes` bytes.
     pub fn new(bytes: u64) -> Self {
+        Self::new_in(std::env::temp_dir(), bytes)
+    }
+
+    /// The same below another directory.
+    pub fn new_in(parent: impl AsRef<Path>, bytes: u64) -> Self {
         let dir = tempfile::Builder::new()
             .prefix("blkmq-test.")
-            .tempdir()
+            .tempdir_in(parent)
             .expect("a temporary directory");
         let disk = Self { dir };
         File::create(disk.image())
@@ -119,6 +124,12 @@ impl Disk {
     }
 }
 
+/// The daemon: the one that was built with the tests, or another build of it.
+fn program() -> PathBuf {
+    std::env::var_os("BLKMQ_DAEMON")
+        .map_or(env!("CARGO_BIN_EXE_vhost-user-blkmq").into(), PathBuf::from)
+}
+
 /// A running daemon. Killed when dropped; a test that ends well stops it and looks at its summary.
 #[derive(Debug)]
 pub struct Daemon {
@@ -143,7 +154,7 @@ impl Daemon {
         static DAEMONS: AtomicU32 = AtomicU32::new(0);
         let name = format!("daemon.{}.log", DAEMONS.fetch_add(1, Ordering::Relaxed));
         let log = disk.dir.path().join(name);
-        let child = Command::new(env!("CARGO_BIN_EXE_vhost-user-blkmq"))
+        let child = Command::new(program())
             .arg("--socket-path")
             .arg(socket)
             .arg("--blk-file")
@@ -345,6 +356,18 @@ impl Guest {
     /// The same, by the socket where the disk is served.
     pub fn socket(mut self, socket: &Path) -> Self {
         self.command.arg("--socket").arg(socket);
+        self
+    }
+
+    /// A guest without a disk of ours, but with an emulated NVMe disk that has `image` behind it.
+    pub fn nvme(mut self, image: &Path) -> Self {
+        self.command.arg("--nvme").arg(image);
+        self
+    }
+
+    /// A program that the guest finds as /programs/NAME.
+    pub fn program(mut self, path: &Path) -> Self {
+        self.command.arg("--program").arg(path);
         self
     }
 

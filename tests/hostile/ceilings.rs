@@ -17,7 +17,7 @@ const REGIONS: usize = 509;
 const FDS_OF_A_QUEUE: usize = 9;
 const FDS_OF_A_SESSION: usize = 16;
 const THREADS_OF_A_SESSION: usize = 1;
-const KIB_OF_A_QUEUE: u64 = 768;
+const KIB_OF_A_QUEUE: u64 = 512;
 const KIB_OF_A_SESSION: u64 = 4096;
 
 /// What the process uses when nothing changes any more.
@@ -172,5 +172,52 @@ fn the_limit_of_open_files_is_raised() {
         .expect("a line");
     let numbers: Vec<&str> = line.split_whitespace().skip(3).collect();
     assert_eq!(numbers[0], numbers[1], "soft and hard: {line}");
+    stage.end();
+}
+
+/// The kernel threads that work for the process's io_urings.
+fn kernel_threads(stage: &Stage) -> usize {
+    let tasks = std::fs::read_dir(format!("/proc/{}/task", stage.daemon.pid())).expect("threads");
+    tasks
+        .filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("comm")).ok())
+        .filter(|name| name.starts_with("iou-wrk"))
+        .count()
+}
+
+/// A write to a call descriptor that blocks and is full keeps a kernel thread. It is given up when the front end gives
+/// another descriptor, or leaves: they do not pile up.
+#[test]
+fn kernel_threads_do_not_pile_up() {
+    use rustix::event::{EventfdFlags, eventfd};
+    const QUEUES: usize = 2;
+    let stage = Stage::new();
+    let mut most = 0;
+    for _ in 0..4 {
+        let mut disk = stage.attach(QUEUES);
+        let gpa = disk.mem().alloc(512, 512);
+        for n in 0..50 {
+            let call = eventfd(0, EventfdFlags::CLOEXEC).expect("an eventfd");
+            rustix::io::write(&call, &(u64::MAX - 1).to_ne_bytes()).expect("up to its end");
+            let Disk { front, queues, .. } = &mut disk;
+            let queue = &mut queues[n % QUEUES];
+            front
+                .send_vring_fd(SET_VRING_CALL, n % QUEUES, Some(call.as_fd()))
+                .expect("it is taken");
+            for n in 0..3 {
+                queue.arm(0);
+                queue
+                    .push(n, kind::IN, 0, n, &[Seg::writable(gpa, 512)])
+                    .expect("room");
+                queue.publish();
+                assert_eq!(queue.spin(DEADLINE).expect("it is served").status, 0);
+            }
+            most = most.max(kernel_threads(&stage));
+        }
+    }
+    println!("{most} kernel threads at most");
+    assert!(most > 0, "no write ever waited");
+    // Those of calls, of both disks' requests that have to wait, and those that are about to end.
+    assert!(most <= 2 * QUEUES + 8, "{most} kernel threads");
+    stage.serves_again();
     stage.end();
 }

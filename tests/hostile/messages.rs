@@ -1,11 +1,12 @@
 //! What comes over the socket: nonsense, halves, floods, silence, and crowds.
 
-use crate::stage::Stage;
+use crate::stage::{DISK, Stage};
 use crate::support::disk::{finish_all, kind};
 use crate::support::*;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::io::{Read, Write};
 use std::net::Shutdown;
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use vhost::VhostBackend;
 
@@ -83,6 +84,31 @@ attacks! {
             stream.read_exact(&mut answer).expect("an answer");
             assert_eq!(answer[..12], [1, 0, 0, 0, 5, 0, 0, 0, 8, 0, 0, 0]);
         }
+    }
+
+    /// Header and payload apart, and a payload in parts, with its descriptor at the first byte: a crate's back end hangs up.
+    fn a_payload_in_two_segments(stage) {
+        let mut front = stage.front();
+        // GET_CONFIG of eight bytes: the capacity.
+        let ask = message(24, 1, 20, &[[0, 8, 0].map(u32::to_ne_bytes).concat(), vec![0; 8]].concat());
+        for cut in [12, 13, 24, 31] {
+            pour(front.socket(), &ask[..cut]);
+            stage.other.beats(4);
+            pour(front.socket(), &ask[cut..]);
+            let mut answer = [0; 32];
+            front.socket().read_exact(&mut answer).expect("an answer");
+            assert_eq!(answer[24..], (DISK / SECTOR).to_le_bytes());
+        }
+        // SET_VRING_CALL, its descriptor with the first piece, and an answer to say that it was taken.
+        let call = Event::new().expect("an eventfd");
+        let set = message(13, 9, 8, &0_u64.to_ne_bytes());
+        front.send_bytes(&set[..14], &[call.as_fd()]).expect("it is sent");
+        stage.other.beats(4);
+        pour(front.socket(), &set[14..]);
+        let mut answer = [0; 20];
+        front.socket().read_exact(&mut answer).expect("an answer");
+        assert_eq!(answer[12..], [0; 8]);
+        assert_eq!(front.config().expect("it goes on").capacity, DISK / SECTOR);
     }
 
     fn many_messages_at_once(stage) {

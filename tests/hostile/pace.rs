@@ -1,41 +1,155 @@
-//! What the other disk's front end feels of each attack. A measurement, not a test: it asserts nothing about time.
+//! What the other disk's front end feels of each attack. Measurements, not tests: they assert nothing about time. They
+//! check its data all the same, as every other test here does.
 
-use crate::stage::{Attack, Stage};
+use crate::stage::{Attack, Beside, DISK, Stage};
+use crate::support::disk::kind;
+use crate::support::{Seg, Spec, disk};
 use std::time::{Duration, Instant};
 
-/// How long there is peace, and then war.
-const SPAN: Duration = Duration::from_millis(400);
+/// How long there is peace, and then war, where a kind of attack is measured.
+const LONG: Duration = Duration::from_secs(2);
+/// The same for a single attack.
+const SHORT: Duration = Duration::from_millis(400);
 
-#[test]
-#[ignore = "measures for a minute; run it alone, in the release profile, with --nocapture"]
-fn the_other_disk_keeps_its_pace() {
-    let only = std::env::var("BLKMQ_ATTACK").ok();
-    let all: Vec<(&str, Attack)> = [
+/// Whose name `BLKMQ_ATTACK` has; everything, without it.
+fn is_wanted(name: &str) -> bool {
+    std::env::var("BLKMQ_ATTACK").map_or(true, |only| only == name)
+}
+
+/// The worker that serves no queue of the attacked disk, where there are as many: queues go to workers in turn, the
+/// second disk's beginning with the second worker, and the attacked disk has four.
+const APART: Beside = Beside {
+    workers: 5,
+    queues: [3, 3],
+    depth: 1,
+};
+const TOGETHER: Beside = Beside {
+    workers: 1,
+    queues: [0, 0],
+    depth: 1,
+};
+
+/// For comparison: a front end that does nothing wrong, and reads at depth 32.
+fn a_good_neighbour(stage: &Stage) {
+    let mut disk = stage.attach(1);
+    let gpa = disk.mem().alloc(32 * 4096, 4096);
+    let queue = &mut disk.queues[0];
+    let read = |queue: &mut crate::support::Queue, n: u64| {
+        let data = [Seg::writable(gpa + n % 32 * 4096, 4096)];
+        queue
+            .push(n % 32, kind::IN, 0, n * 8 % (DISK / 512), &data)
+            .expect("room");
+        queue.publish();
+    };
+    (0..32).for_each(|n| read(queue, n));
+    for n in 32..10_000 {
+        assert_eq!(disk::finish(queue).status, 0);
+        read(queue, n);
+    }
+    while queue.in_flight() > 0 {
+        disk::finish(queue);
+    }
+}
+
+fn every_attack() -> Vec<(&'static str, Attack)> {
+    [
         crate::memory::ALL,
         crate::fds::ALL,
         crate::messages::ALL,
         crate::rings::ALL,
     ]
-    .concat();
-    println!("| attack | times | p99 before (µs) | p99 during (µs) |\n|---|---|---|---|");
-    for (name, attack) in all {
-        if only.as_deref().is_some_and(|only| only != name) {
+    .concat()
+}
+
+/// Attacks in turn for at least `span`, each once at least. The median and the 99th percentile of the other disk's
+/// delays, in microseconds: before, and during.
+fn pace(attacks: &[Attack], beside: Beside, span: Duration) -> [(u64, u64); 2] {
+    let stage = Stage::beside(Spec::image(DISK), beside);
+    stage.other.beats(100);
+    stage.other.take_delays();
+    std::thread::sleep(span / 2);
+    let (_, median, most) = stage.other.take_delays();
+    let quiet = (median, most);
+    let begun = Instant::now();
+    let mut done = 0;
+    while done < attacks.len() || begun.elapsed() < span {
+        attacks[done % attacks.len()](&stage);
+        done += 1;
+    }
+    // An attack may be over before the other disk was served once.
+    stage.other.beats(100);
+    let (_, median, most) = stage.other.take_delays();
+    stage.serves_again();
+    stage.end();
+    [quiet, (median, most)]
+}
+
+/// The other disk beside each kind of attack: at depth 1 and 8, on the worker that is attacked and on another one.
+#[test]
+#[ignore = "measures for two minutes; run it alone, in the release profile, with --nocapture"]
+fn the_other_disk_keeps_its_pace() {
+    let named = |name: &str| {
+        let mut all = every_attack().into_iter();
+        let found = all.find(|(of, _)| *of == name);
+        vec![found.expect("an attack of this name").1]
+    };
+    let all = |list: &[(&str, Attack)]| list.iter().map(|(_, attack)| *attack).collect();
+    let kinds: [(&str, Vec<Attack>); 10] = [
+        ("a good neighbour, depth 32", vec![a_good_neighbour]),
+        ("guest memory", all(crate::memory::ALL)),
+        (
+            "… truncated under load",
+            named("memory_truncated_under_load"),
+        ),
+        ("file descriptors", all(crate::fds::ALL)),
+        (
+            "… calls full, and block",
+            named("a_call_eventfd_that_is_full_and_blocks"),
+        ),
+        ("messages", all(crate::messages::ALL)),
+        (
+            "… whose answers are not read",
+            named("a_front_end_that_does_not_read"),
+        ),
+        ("… a thousand connections", named("a_thousand_connections")),
+        ("rings and requests", all(crate::rings::ALL)),
+        (
+            "… descriptors changed while read",
+            named("descriptors_changed_while_they_are_read"),
+        ),
+    ];
+    println!("| attack | worker | depth | p50 before | during | p99 before | during (µs) |");
+    println!("|---|---|---|---|---|---|---|");
+    for (name, attacks) in &kinds {
+        if !is_wanted(name) {
             continue;
         }
-        let stage = Stage::new();
-        std::thread::sleep(SPAN / 4);
-        stage.other.take_delays();
-        std::thread::sleep(SPAN);
-        let (_, _, before) = stage.other.take_delays();
-        let begun = Instant::now();
-        let mut times = 0;
-        while times == 0 || begun.elapsed() < SPAN {
-            attack(&stage);
-            times += 1;
+        for (worker, beside) in [("the same", TOGETHER), ("another", APART)] {
+            for depth in [1, 8] {
+                let [quiet, war] = pace(attacks, Beside { depth, ..beside }, LONG);
+                println!(
+                    "| {name} | {worker} | {depth} | {} | {} | {} | {} |",
+                    quiet.0, war.0, quiet.1, war.1
+                );
+            }
         }
-        let (_, _, during) = stage.other.take_delays();
-        println!("| `{name}` | {times} | {before} | {during} |");
-        stage.serves_again();
-        stage.end();
+    }
+}
+
+/// The other disk beside each attack by itself, on the same worker.
+#[test]
+#[ignore = "measures for a minute; run it alone, in the release profile, with --nocapture"]
+fn the_other_disk_keeps_its_pace_in_each_attack() {
+    println!("| attack | p50 before | during | p99 before | during (µs) |\n|---|---|---|---|---|");
+    let good: (&str, Attack) = ("a_good_neighbour", a_good_neighbour);
+    for (name, attack) in std::iter::once(good).chain(every_attack()) {
+        if !is_wanted(name) {
+            continue;
+        }
+        let [quiet, war] = pace(&[attack], TOGETHER, SHORT);
+        println!(
+            "| `{name}` | {} | {} | {} | {} |",
+            quiet.0, war.0, quiet.1, war.1
+        );
     }
 }

@@ -15,6 +15,8 @@ use tempfile::TempDir;
 pub const DISK: u64 = 8 << 20;
 /// Bytes of the other disk.
 const OTHER_DISK: u64 = 4 << 20;
+/// Bytes of each of its requests.
+const BLOCK: usize = 4096;
 /// Requests the other disk must complete while one attack goes on.
 const BEATS: u64 = 64;
 
@@ -69,6 +71,11 @@ impl Stage {
 
     /// The same with another disk to attack.
     pub fn with(spec: Spec) -> Stage {
+        Stage::beside(spec, Beside::default())
+    }
+
+    /// The same with another load on the other disk.
+    pub fn beside(spec: Spec, beside: Beside) -> Stage {
         let dir = TempDir::new().expect("a directory");
         let image = dir.path().join("other.img");
         let file = std::fs::File::create(&image).expect("an image");
@@ -81,14 +88,14 @@ impl Stage {
         );
         let spec = spec.lifetime(Duration::from_secs(300)).args([
             "--workers",
-            "1",
+            &beside.workers.to_string(),
             "--serial",
             "attacked",
             "--disk",
             &disk,
         ]);
         let daemon = Daemon::start_ours(&spec);
-        let other = Other::attach(socket);
+        let other = Other::attach(socket, beside);
         Stage { daemon, other, dir }
     }
 
@@ -141,7 +148,29 @@ impl Stage {
     }
 }
 
-/// The well-behaved front end: writes and reads on two queues and checks what it reads.
+/// How the other disk is served and used.
+#[derive(Clone, Copy)]
+pub struct Beside {
+    /// Threads that serve both disks.
+    pub workers: usize,
+    /// The queue it reads on, and the one it writes on.
+    pub queues: [usize; 2],
+    /// Requests in flight.
+    pub depth: usize,
+}
+
+impl Default for Beside {
+    /// One worker for both disks, one request at a time.
+    fn default() -> Beside {
+        Beside {
+            workers: 1,
+            queues: [0, 1],
+            depth: 1,
+        }
+    }
+}
+
+/// The well-behaved front end: writes, reads and checks what it reads.
 pub struct Other {
     shared: Arc<Shared>,
     thread: JoinHandle<()>,
@@ -156,12 +185,12 @@ struct Shared {
 }
 
 impl Other {
-    fn attach(socket: PathBuf) -> Other {
+    fn attach(socket: PathBuf, beside: Beside) -> Other {
         let shared = Arc::new(Shared::default());
         let of_thread = Arc::clone(&shared);
         let thread = std::thread::Builder::new()
             .name("other".to_owned())
-            .spawn(move || run(&socket, &of_thread))
+            .spawn(move || run(&socket, beside, &of_thread))
             .expect("a thread");
         Other { shared, thread }
     }
@@ -210,54 +239,107 @@ impl Other {
     }
 }
 
-/// Writes a block, reads the one written the last time round, on each queue in turn.
-fn run(socket: &Path, shared: &Shared) {
-    const BLOCK: usize = 4096;
-    let blocks = OTHER_DISK / BLOCK as u64;
-    let mut disk = Disk::attach(socket, 2);
-    let (out, back) = (
-        disk.mem().alloc(BLOCK, BLOCK),
-        disk.mem().alloc(BLOCK, BLOCK),
-    );
+/// One of the requests in flight, and the blocks that are its own: those whose number is its place plus a multiple
+/// of the depth.
+struct Place {
+    /// Where its data is in guest memory.
+    buffer: u64,
+    block: u64,
+    reads: bool,
+    /// The seed of what it writes.
+    seed: u64,
+    begun: Instant,
+}
+
+/// Reads a block, checks it, writes it anew, and goes on with another one, in `depth` places at once.
+fn run(socket: &Path, beside: Beside, shared: &Shared) {
+    let Beside { queues, depth, .. } = beside;
+    let mut front = Front::connect(socket, &Setup::default()).expect("a session");
+    let mem = Arc::clone(&front.mem);
+    let mut rings: Vec<Queue> = Vec::new();
+    let mut at = [0; 2];
+    for (at, number) in at.iter_mut().zip(queues) {
+        let known = rings.iter().position(|ring| ring.index == number);
+        *at = known.unwrap_or_else(|| {
+            let ring = front.queue(number, QueueSetup::default());
+            rings.push(ring.expect("a queue"));
+            rings.len() - 1
+        });
+    }
+    let own = OTHER_DISK / BLOCK as u64 / depth as u64;
     // What each block holds: the seed of its bytes.
-    let mut holds = vec![None; blocks as usize];
+    let mut holds = vec![None; (own * depth as u64) as usize];
     let mut rng = Rng::new(7);
-    let mut round = 0;
-    while !shared.leave.load(Ordering::Relaxed) {
-        round += 1;
-        let block = rng.below(blocks);
-        let mem = Arc::clone(&disk.front.mem);
-        let mut io = |queue: usize, op: u32, seg: Seg| {
-            let queue = &mut disk.queues[queue];
-            let sector = block * (BLOCK as u64 / SECTOR);
-            queue.push(round, op, 0, sector, &[seg]).expect("room");
-            let begun = Instant::now();
-            queue.publish();
-            let done = finish(queue);
-            let delay = begun.elapsed().as_micros() as u64;
-            assert_eq!(
-                (done.token, done.status),
-                (round, status::OK),
-                "the other disk is not served"
-            );
-            *shared
-                .delays
-                .lock()
-                .expect("not poisoned")
-                .entry(delay)
-                .or_default() += 1;
-            shared.done.fetch_add(1, Ordering::Relaxed);
+    let mut writes = 0;
+    let mut places: Vec<Place> = Vec::new();
+    let begin = |place: &mut Place, number: usize, reads: bool, rings: &mut [Queue]| {
+        let (op, seg) = match reads {
+            true => (kind::IN, Seg::writable(place.buffer, BLOCK)),
+            false => (kind::OUT, Seg::readable(place.buffer, BLOCK)),
         };
-        if let Some(seed) = holds[block as usize] {
-            mem.fill(back, BLOCK, 0xee);
-            io(0, kind::IN, Seg::writable(back, BLOCK));
+        place.reads = reads;
+        let sector = place.block * (BLOCK as u64 / SECTOR);
+        let ring = &mut rings[at[usize::from(!reads)]];
+        ring.push(number as u64, op, 0, sector, &[seg])
+            .expect("room");
+        place.begun = Instant::now();
+        ring.publish();
+    };
+    let mut next = |place: &mut Place,
+                    number: usize,
+                    rings: &mut [Queue],
+                    holds: &[Option<u64>],
+                    write: bool| {
+        if !write {
+            place.block = rng.below(own) * depth as u64 + number as u64;
+        }
+        let reads = !write && holds[place.block as usize].is_some();
+        if reads {
+            mem.fill(place.buffer, BLOCK, 0xee);
+        } else {
+            writes += 1;
+            place.seed = writes;
+            mem.write(place.buffer, &Rng::new(writes).bytes(BLOCK));
+        }
+        begin(place, number, reads, rings);
+    };
+    for number in 0..depth {
+        places.push(Place {
+            buffer: mem.alloc(BLOCK, BLOCK),
+            block: 0,
+            reads: false,
+            seed: 0,
+            begun: Instant::now(),
+        });
+        next(&mut places[number], number, &mut rings, &holds, false);
+    }
+    loop {
+        let leave = shared.leave.load(Ordering::Relaxed);
+        let Some(ring) = rings.iter_mut().find(|ring| ring.in_flight() > 0) else {
+            break;
+        };
+        let done = finish(ring);
+        let number = done.token as usize;
+        let place = &mut places[number];
+        let delay = place.begun.elapsed().as_micros() as u64;
+        assert_eq!(done.status, status::OK, "the other disk is not served");
+        let block = place.block as usize;
+        if place.reads {
+            let seed = holds[block].expect("only what was written is read");
             assert!(
-                mem.read_vec(back, BLOCK) == Rng::new(seed).bytes(BLOCK),
+                mem.read_vec(place.buffer, BLOCK) == Rng::new(seed).bytes(BLOCK),
                 "the other disk's block {block} is not what was written"
             );
+        } else {
+            holds[block] = Some(place.seed);
         }
-        mem.write(out, &Rng::new(round).bytes(BLOCK));
-        io(1, kind::OUT, Seg::readable(out, BLOCK));
-        holds[block as usize] = Some(round);
+        let mut delays = shared.delays.lock().expect("not poisoned");
+        *delays.entry(delay).or_default() += 1;
+        drop(delays);
+        shared.done.fetch_add(1, Ordering::Relaxed);
+        if !leave {
+            let write = place.reads;
+            next(place, number, &mut rings, &holds, write);
+        }
     }
 }

@@ -310,3 +310,38 @@ fn kicks_are_suppressed_under_load() {
         queue.kicks
     );
 }
+
+/// A million descriptors in one ring are some milliseconds of work, in which another queue of the same worker
+/// waited. They are taken a few thousand in a turn, as the calls show: each turn that answers has one.
+#[test]
+fn a_ring_of_the_longest_chains_is_taken_in_turns() {
+    for spec in [Spec::null(1 << 30), Spec::image_of(&vec![7; 1 << 20])] {
+        for poll in ["0", "50"] {
+            let daemon = Daemon::start_ours(&spec.clone().args(["--poll-us", poll]));
+            let memory = Setup {
+                memory: vec![(0, 96 << 20)],
+                features: Setup::default().features & !features::EVENT_IDX,
+                ..Setup::default()
+            };
+            let setup = QueueSetup {
+                size: 1024,
+                indirect_len: 1024,
+                ..QueueSetup::default()
+            };
+            let mut disk =
+                Disk::attach_with(daemon.socket(), &memory, 1, setup).expect("a session");
+            let gpa = disk.mem().alloc(512, 512);
+            let segs = vec![Seg::writable(gpa, 1); 1000];
+            let queue = &mut disk.queues[0];
+            for n in 0..1024 {
+                queue.push(n, kind::IN, 0, 0, &segs).expect("room");
+            }
+            queue.publish();
+            let answers = finish_all(queue, 1024);
+            assert!(answers.iter().all(|done| done.status == status::IOERR));
+            drop(disk);
+            let calls = daemon.stop().total(|queue| queue.calls);
+            assert!(calls >= 1024 * 1000 / (4096 + 1000), "{calls} turns");
+        }
+    }
+}

@@ -77,6 +77,13 @@ fn without_looking_a_lone_request_to_an_image_costs_two_system_calls() {
     assert!(calls_a_request(&spec, 1, SHALLOW) < 2.1);
 }
 
+/// Whoever has one request waits for exactly that one: a call that is held back would cost one more.
+#[test]
+fn a_lone_request_is_called_for_at_once_with_coalescing_too() {
+    let spec = image().args(["--poll-us", "0", "--coalesce", "10000:1024"]);
+    assert!(calls_a_request(&spec, 1, SHALLOW) < 2.1);
+}
+
 #[test]
 fn at_depth_32_requests_to_an_image_share_system_calls() {
     assert!(calls_a_request(&image(), 32, DEEP) < 0.5);

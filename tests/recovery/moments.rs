@@ -248,3 +248,35 @@ fn a_region_that_lies_keeps_its_ring_from_starting() {
     assert_eq!(reap_all(&mut world, 1).len(), 10);
     daemon.stop();
 }
+
+/// Nothing was ever completed, and the only request in flight has head 0: its record has one byte that is not 0.
+#[test]
+fn head_0_alone_in_flight_before_the_first_completion_is_not_forgotten() {
+    use std::os::unix::fs::FileExt;
+    for base in [Base::Used, Base::Avail] {
+        let mut world = World::new(1 << 20, 1, QueueSetup::default());
+        let gpa = world.mem.alloc(4096, 4096);
+        let daemon = world.daemon(&[]);
+        let front = world.attach(&daemon, base);
+        kill(daemon);
+        drop(front);
+        let data = [Seg::writable(gpa, 512)];
+        let head = world.queues[0].push(7, kind::IN, 0, 0, &data);
+        assert_eq!(head, Some(0));
+        world.queues[0].publish();
+        // As a daemon leaves it that was killed after it took the request.
+        let region = world.inflight.as_ref().expect("there is a region");
+        region
+            .file
+            .write_all_at(&[1], 16)
+            .expect("a region can be written");
+        assert_eq!(world.in_flight(0), 1);
+        let daemon = world.daemon(&[]);
+        let mut front = world.attach(&daemon, base);
+        assert_eq!(reap_all(&mut world, 0), [7]);
+        // And once only.
+        assert_eq!(front.stop(0).expect("a ring can be stopped"), 1);
+        assert_eq!(world.queues[0].device_used_idx(), 1);
+        assert_eq!(world.in_flight(0), 0);
+    }
+}

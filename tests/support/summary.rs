@@ -17,6 +17,12 @@ pub struct Summary {
 pub struct WorkerSummary {
     /// System calls it made.
     pub enters: u64,
+    /// Transfers the device was polled for.
+    #[serde(default)]
+    pub polled: u64,
+    /// Commands that went through an aligned buffer.
+    #[serde(default)]
+    pub bounced: u64,
 }
 
 /// One disk's account.

@@ -1,6 +1,7 @@
 //! What goes along with the disks: sessions in every state, settings changed meanwhile, sockets.
 
 use std::io::{Read, Write};
+use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
 
@@ -12,6 +13,8 @@ use vhost::vhost_user::message::VhostUserProtocolFeatures;
 use super::support::disk::{finish, kind, status};
 use super::support::*;
 use super::{Lineage, MIB, under_load};
+
+const SET_BACKEND_REQ_FD: u32 = 21;
 
 #[test]
 fn a_disk_without_a_front_end_is_taken_over_with_its_socket() {
@@ -368,4 +371,23 @@ fn a_crash_after_an_upgrade_loses_nothing() {
     seen.sort_unstable();
     assert_eq!(seen, (0..30).collect::<Vec<_>>(), "each exactly once");
     assert_eq!(in_region(), 0);
+}
+
+/// A front end that sends its own connection would keep it open after it has left.
+#[test]
+fn a_daemon_that_took_over_knows_connections_to_itself() {
+    let mut lineage = Lineage::start(Spec::image(8 * MIB), &[]);
+    lineage.upgrade(&[]);
+    let setup = Setup {
+        protocol: protocol::KNOWN | VhostUserProtocolFeatures::BACKEND_REQ,
+        ..Setup::default()
+    };
+    let front = Front::connect(lineage.daemon.socket(), &setup).expect("a session");
+    let own = [front.socket().as_fd()];
+    front
+        .send_raw(SET_BACKEND_REQ_FD, 1, &[], &own)
+        .expect("it is sent");
+    assert!(front.is_closed());
+    let told = "the back-end channel's descriptor is a connection to this daemon";
+    assert!(lineage.daemon.wait_for_message(told));
 }

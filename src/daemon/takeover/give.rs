@@ -150,12 +150,7 @@ impl Giver {
         let frames = Frames::new(stream);
         log::info!("version {} asks to take over", offer.version);
         match self.negotiate(&frames) {
-            Ok(stalled_from) => {
-                log::info!(
-                    "handed over {} disks; the guests waited for {} ms",
-                    self.roster.disks().len(),
-                    stalled_from.elapsed().as_millis()
-                );
+            Ok(()) => {
                 (self.left)();
                 true
             }
@@ -168,8 +163,8 @@ impl Giver {
         }
     }
 
-    /// When the guests began to wait, if all is handed over.
-    fn negotiate(&self, frames: &Frames) -> Result<Instant, String> {
+    /// Hands all over, or says why not.
+    fn negotiate(&self, frames: &Frames) -> Result<(), String> {
         let frame = expect(frames, Kind::Plan, Instant::now() + PATIENCE)?;
         let plan: Plan = read_plain(&frame).map_err(|error| error.to_string())?;
         if let Some(name) = self.names.iter().find(|name| !plan.disks.contains(name)) {
@@ -191,8 +186,14 @@ impl Giver {
                 if control {
                     self.control.leave();
                 }
+                // Now, because the process may end with the last disk's thread.
+                log::info!(
+                    "handed over {} disks; the guests waited for {} ms",
+                    self.roster.disks().len(),
+                    begin.elapsed().as_millis()
+                );
                 self.rest.leave();
-                Ok(begin)
+                Ok(())
             }
             Err(why) => Err(why),
         }

@@ -17,7 +17,7 @@ use super::super::disk::Disk;
 use super::super::roster::Roster;
 use super::super::serve::{DiskServer, Session};
 use super::super::session::CarriedSession;
-use super::super::socket::{Door, SocketFile};
+use super::super::socket::{Door, SocketFile, listen_ourselves};
 use super::rest::CarriedListener;
 use super::state::{
     CarriedDisk, Common, DiskFacts, Facts, Plan, plain, read_plain, read_refusal, refusal,
@@ -267,6 +267,14 @@ impl Inheritance {
             if beginning.is_some() {
                 disk.set_beside(false);
                 disk.release();
+            }
+        }
+        let doors = self.beginnings.iter().flatten().map(|b| b.door.as_ref());
+        for door in doors.flatten() {
+            if let Door::Listening(listener, _) = door
+                && let Err(error) = listen_ourselves(listener)
+            {
+                log::warn!("a socket that was taken over cannot be listened on anew: {error}");
             }
         }
         for (disk, beginning) in disks.iter().zip(&self.beginnings) {

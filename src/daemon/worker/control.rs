@@ -13,6 +13,7 @@ use crate::virtio::memory::MemoryTable;
 
 use super::super::message::{FdRole, Message, Reply};
 use super::super::report::WorkerReport;
+use super::coalesce::Patience;
 use super::faults::Care;
 use super::hold::HeldRings;
 use super::port::Port;
@@ -47,6 +48,9 @@ impl Pending {
 impl Worker {
     #[cold]
     pub(super) fn read_mail(&mut self) {
+        // What ended before a message is seen before its answer: pages that are to be marked from now on
+        // are those of requests the guest has not seen.
+        self.publish();
         while let Ok(message) = self.inbox.try_recv() {
             self.apply(message);
         }
@@ -64,8 +68,10 @@ impl Worker {
                 throttle,
                 on_error,
                 hold,
+                coalesce,
                 done,
             } => {
+                self.coalesces |= coalesce.is_some();
                 let needed = disk.index() + 1;
                 if self.disks.len() < needed {
                     self.disks.resize_with(needed, || None);
@@ -80,6 +86,7 @@ impl Worker {
                         write_through,
                         log: None,
                         care: Care::new(on_error, hold),
+                        patience: coalesce.map(Patience::from),
                         pool: None,
                     });
                 }));
@@ -316,6 +323,7 @@ impl Worker {
         self.set_fd(hctx, FdRole::Err, None);
         self.hot.retain(|other| *other != hctx);
         self.touched.retain(|other| *other != hctx);
+        self.held_back.retain(|other| *other != hctx);
         // A ring that is disabled and then stopped has both waiting for it at most once each, and
         // the first was answered when nothing was in flight, as now.
         self.pending

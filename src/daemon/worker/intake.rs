@@ -18,12 +18,18 @@ const SLICE: u16 = 8;
 /// The same in bytes: no more than one large request.
 const SLICE_BYTES: u64 = 128 * 1024;
 
+/// How many descriptors of long or odd chains are taken from a ring in a turn: some tens of microseconds
+/// of other rings' time.
+const TURN_DESCRIPTORS: u32 = 4096;
+
 /// How a slice of a drain ended.
 enum Slice {
     /// All that it was to take, or all there was.
     Whole,
     /// The next chain has more segments than there is room for now.
     NoRoom,
+    /// All that the ring may have in a turn.
+    Enough,
 }
 
 impl Worker {
@@ -40,6 +46,7 @@ impl Worker {
                 Ok(0) => {}
                 Ok(_) => {
                     busy.push(hctx);
+                    port.ring.start_walk();
                     (0..3).for_each(|after| port.ring.fetch_descriptor(after));
                 }
                 Err(error) => self.break_ring(hctx, &error),
@@ -83,6 +90,8 @@ impl Worker {
                 port.ring.publish();
                 Ok(true)
             }
+            // The rest comes in the next turn, after what others have brought meanwhile.
+            Slice::Enough => Ok(false),
             Slice::NoRoom if answered => Ok(true),
             Slice::NoRoom => {
                 port.no_room = true;
@@ -112,6 +121,9 @@ impl Worker {
         let outcome = loop {
             if left == 0 || bytes_left == 0 {
                 break Ok(Slice::Whole);
+            }
+            if port.ring.walked() >= TURN_DESCRIPTORS {
+                break Ok(Slice::Enough);
             }
             left -= 1;
             port.ring.fetch_descriptor(3);

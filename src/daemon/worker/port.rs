@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::engine::CallSlot;
+use crate::engine::{CallSlot, Engine};
 use crate::virtio::ring::Ring;
 
 use super::super::report::RingStats;
@@ -51,6 +51,8 @@ pub(super) struct Port {
     pub hot: bool,
     /// Used elements were put since the last decision about a call.
     pub touched: bool,
+    /// When the guest is to be told at the latest of what it was not told at once (`--coalesce`).
+    pub call_due_ns: Option<u64>,
     /// The segment pool was empty; a completion gives it something back.
     pub no_room: bool,
     /// The engine answered what was last taken from it without the kernel.
@@ -65,6 +67,18 @@ impl Port {
     #[inline]
     pub fn is_open(&self) -> bool {
         self.gates == Gates::default()
+    }
+
+    /// Calls for what was published, if the guest wants that.
+    #[inline]
+    pub fn tell(&mut self, engine: &mut Engine) {
+        self.call_due_ns = None;
+        if let Some(call) = self.call
+            && self.ring.should_call()
+        {
+            engine.call(call);
+            self.stats.calls += 1;
+        }
     }
 
     /// Whether it has requests that were in flight when the daemon before ended, and are to be finished before

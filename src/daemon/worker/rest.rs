@@ -12,17 +12,15 @@ impl Worker {
     /// Tells the guests, at most once for each ring.
     pub(super) fn notify(&mut self) {
         while let Some(hctx) = self.touched.pop() {
-            let port = self.ports[hctx.index()]
-                .as_mut()
-                .expect("touched ports exist");
+            let port = open_port(&mut self.ports, hctx);
             port.touched = false;
             port.ring.publish();
-            if let Some(call) = port.call
-                && port.ring.should_call()
-            {
-                self.engine.call(call);
-                port.stats.calls += 1;
+            if !self.coalesces || !self.holds_back(hctx) {
+                open_port(&mut self.ports, hctx).tell(&mut self.engine);
             }
+        }
+        if !self.held_back.is_empty() {
+            self.call_when_due();
         }
     }
 
@@ -77,11 +75,15 @@ impl Worker {
                 port.hot = false;
                 return false;
             }
-            if port.no_room || !port.has_kick {
+            if port.no_room {
                 return true;
             }
-            if port.ring.arm_kicks() {
+            // What was seen and is left for the next turn brings no kick.
+            if port.ring.has_more() || port.has_kick && port.ring.arm_kicks() {
                 more = true;
+                return true;
+            }
+            if !port.has_kick {
                 return true;
             }
             port.hot = false;
@@ -91,7 +93,11 @@ impl Worker {
     }
 
     fn timeout(&self) -> Option<Duration> {
-        let deadlines = [self.mq.next_deadline_ns(), self.watchdog.next_ns(&self.mq)];
+        let deadlines = [
+            self.mq.next_deadline_ns(),
+            self.watchdog.next_ns(&self.mq),
+            self.next_call_ns(),
+        ];
         let deadline = deadlines
             .into_iter()
             .flatten()

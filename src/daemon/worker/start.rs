@@ -49,6 +49,7 @@ impl Worker {
             self.hot.reserve(self.ports.len());
             self.busy.reserve(self.ports.len());
             self.touched.reserve(self.ports.len());
+            self.held_back.reserve(self.ports.len());
         }
         let frozen = self.is_freezing(id.disk);
         let next_avail = ring.next_avail();
@@ -66,6 +67,7 @@ impl Worker {
             },
             hot: false,
             touched: false,
+            call_due_ns: None,
             no_room: false,
             inline: false,
             was_enabled: enabled,

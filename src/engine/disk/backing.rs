@@ -122,15 +122,21 @@ pub(super) fn map(
     }
 }
 
-/// Whether the device below the image is polled. Asked of sysfs and never tried: on a device without
-/// queues for it the first transfer may never come back.
+/// Whether the device is polled. Asked of sysfs and never tried: on a device without queues for it the
+/// first transfer may never come back.
+///
+/// A file is not polled for, whatever lies below it: its file system may have to wait for a write itself
+/// before it can say that it has taken it (ext4 does where the write makes the file longer, or fills a
+/// hole), while nobody polls for it, because the ring polls for what was taken. That write would never
+/// end (seen with Linux 6.1).
 pub(super) fn io_poll(
     path: &Path,
+    (kind, direct): (ImageKind, bool),
     queue: &QueueLimits,
-    direct: bool,
     config: &DiskConfig,
 ) -> Result<IoPoll, StartError> {
-    let can = direct && queue.io_poll;
+    let is_device = kind == ImageKind::BlockDevice;
+    let can = is_device && direct && queue.io_poll;
     match config.io_poll {
         PollDevice::Off => Ok(IoPoll::Never),
         PollDevice::Auto if can => Ok(IoPoll::PollQueues),
@@ -138,9 +144,12 @@ pub(super) fn io_poll(
         PollDevice::On if can => Ok(IoPoll::Always),
         PollDevice::On => Err(StartError::NotPolled {
             path: path.to_owned(),
-            why: match direct {
-                false => "it is not open with O_DIRECT",
-                true => "its device has no queues for that (queue/io_poll in sysfs is 0)",
+            why: if !is_device {
+                "it is no block device, and file systems may wait for what nobody polls for"
+            } else if !direct {
+                "it is not open with O_DIRECT"
+            } else {
+                "it has no queues for that (queue/io_poll in sysfs is 0)"
             },
         }),
     }

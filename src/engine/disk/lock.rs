@@ -17,7 +17,6 @@
 //! descriptor has them, in another process as well, and they end with the last one, which is when
 //! the last I/O on it has ended.
 
-use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::path::Path;
@@ -28,7 +27,7 @@ use log::warn;
 
 use self::holder::is_open_elsewhere;
 use crate::config::DiskConfig;
-use crate::error::StartError;
+use crate::error::{Held, StartError};
 
 mod holder;
 
@@ -64,24 +63,6 @@ pub enum Access {
     Read,
     /// Reading and writing, alone.
     Write,
-}
-
-/// Somebody else has the image.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Held {
-    /// And writes to it, or changes its size.
-    Writing,
-    /// And reads it, and counts on nobody writing meanwhile.
-    Reading,
-}
-
-impl fmt::Display for Held {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Held::Writing => "another process writes to it",
-            Held::Reading => "another process reads it and does not let others write",
-        })
-    }
 }
 
 /// Why an image is not locked.

@@ -20,6 +20,8 @@ fn config(image: ImageSource) -> DiskConfig {
         engine: EngineKind::Auto,
         lock: LockWhen::Always,
         force_share: false,
+        socket_mode: None,
+        socket_group: None,
         on_error: crate::config::OnError::Report,
         io_poll: PollDevice::Auto,
         cache: CacheMode::None,
@@ -30,6 +32,7 @@ fn config(image: ImageSource) -> DiskConfig {
         queue_size: 128,
         vcpus: None,
         queue_map: MapKind::Grouping,
+        coalesce: None,
         scheduler: Scheduler::Auto,
         limits: Limits::default(),
         group: None,
@@ -368,12 +371,15 @@ fn a_device_of_a_bad_size_is_not_told_to_be_truncated() {
 fn a_device_is_polled_only_if_it_has_queues_for_that() {
     let (_dir, path) = image(1 << 20);
     let mut queue = QueueLimits::of_device(0, u32::MAX);
-    let asked = |wanted, direct, queue: &QueueLimits| {
+    let asked_of = |kind, wanted, direct, queue: &QueueLimits| {
         let config = DiskConfig {
             io_poll: wanted,
             ..of_file(&path)
         };
-        io_poll(&path, queue, direct, &config)
+        io_poll(&path, (kind, direct), queue, &config)
+    };
+    let asked = |wanted, direct, queue: &QueueLimits| {
+        asked_of(ImageKind::BlockDevice, wanted, direct, queue)
     };
     assert_eq!(
         asked(PollDevice::Auto, true, &queue).unwrap(),
@@ -382,6 +388,10 @@ fn a_device_is_polled_only_if_it_has_queues_for_that() {
     let refused = asked(PollDevice::On, true, &queue).unwrap_err().to_string();
     assert!(refused.contains("queue/io_poll in sysfs is 0"), "{refused}");
     queue.io_poll = true;
+    let of_file = |wanted| asked_of(ImageKind::File, wanted, true, &queue);
+    assert_eq!(of_file(PollDevice::Auto).unwrap(), IoPoll::Never);
+    let refused = of_file(PollDevice::On).unwrap_err().to_string();
+    assert!(refused.contains("no block device"), "{refused}");
     let refused = asked(PollDevice::On, false, &queue).unwrap_err();
     assert!(refused.to_string().contains("O_DIRECT"), "{refused}");
     for (wanted, direct, expected) in [

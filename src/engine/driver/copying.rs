@@ -55,11 +55,17 @@ impl Engine {
         }
     }
 
+    /// Whether there is something to copy.
+    #[inline]
+    pub(super) fn has_copies(&self) -> bool {
+        !self.small.is_empty() || !self.copying.is_empty()
+    }
+
     /// This turn's share of the copies: small ones first, and always a slice of a large one.
     ///
     /// To find a page of an image that nobody has looked at for long takes the processor longer than to
     /// copy it, but it can look for many at a time.
-    #[inline]
+    #[inline(never)]
     pub(super) fn copy_on(&mut self) {
         let mut budget = COPY_TURN_BYTES;
         for small in self.small.iter().take(PREFETCH_COPIES) {

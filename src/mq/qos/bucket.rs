@@ -9,7 +9,7 @@
 //! down, so that a limit is never exceeded; a stream of requests is slower than its limit by at most
 //! one tick for each request, below 1 % as long as a request costs 12.5 ns or more.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use crate::atomic::{AtomicU64, Ordering};
 
 use super::{Rate, RetryAt};
 

@@ -32,6 +32,12 @@ impl Ring {
         }
     }
 
+    /// How many published elements no decision was made about.
+    #[inline]
+    pub fn not_called_for(&self) -> u16 {
+        self.published.wrapping_sub(self.decided)
+    }
+
     /// Makes the next [`Ring::should_call`] say yes if anything was ever used: whoever waits for calls
     /// has been replaced, and the new one was told nothing yet.
     pub fn request_call(&mut self) {

@@ -2,6 +2,7 @@ use std::fs::File;
 use std::ptr::{self, NonNull};
 
 use libc::iovec;
+use proptest::prelude::*;
 
 use super::super::{Next, Slot, Stage};
 use crate::engine::memory::PAGE_BYTES;
@@ -90,4 +91,38 @@ fn what_cannot_be_polled_goes_the_usual_way() {
     let next = slot.on_cqe(-libc::EIO, &mut disk, &[], &mut counters);
     assert_eq!(next, Next::Done(Err(Errno(libc::EIO))));
     assert_eq!(slot.stage, Stage::Transfer);
+}
+
+proptest! {
+    /// A device that demands more than it says: whatever comes gets through, and each thing it refuses
+    /// is learned, so that few are refused before no more are.
+    #[test]
+    fn any_alignment_that_a_device_demands_is_learned(
+        demanded in (2u32..=12, 9u32..=12),
+        transfers in proptest::collection::vec((2u32..=13, 1usize..64, 9u32..=13, 1usize..8), 1..60),
+    ) {
+        let demanded = (1 << demanded.0, 1 << demanded.1);
+        let (mut disk, mut own, mut counters) = (disk(), NOTHING, EngineCounters::default());
+        let refuses = |(addresses, lengths): (usize, usize), address: usize, len: usize| {
+            address & (addresses - 1) != 0 || len & (lengths - 1) != 0
+        };
+        let mut refused = 0;
+        for (address_unit, address, len_unit, len) in transfers {
+            let (address, len) = (address << address_unit, len << len_unit);
+            // As it is started: what is known to be refused is not tried.
+            let known = refuses(disk.align, address, len);
+            let mut slot = slot(&mut own, address, len);
+            if !known && refuses(demanded, address, len) {
+                let next = slot.on_cqe(-libc::EINVAL, &mut disk, &[], &mut counters);
+                prop_assert_eq!((next, slot.wants_bounce), (Next::Issue, true));
+                refused += 1;
+            }
+            let next = slot.on_cqe(i32::try_from(len).unwrap(), &mut disk, &[], &mut counters);
+            prop_assert_eq!(next, Next::Done(Ok(len as u64)));
+            prop_assert!(!refuses(demanded, address, len) || refuses(disk.align, address, len));
+            prop_assert!(disk.align.0 <= PAGE_BYTES && disk.align.1 <= PAGE_BYTES);
+        }
+        // Each makes one of the two coarser, by a power of two at least.
+        prop_assert!(refused <= 10 + 3, "{refused} were tried in vain");
+    }
 }

@@ -1,0 +1,121 @@
+//! All that is opened by name, with the rights of whoever started the process: images, sockets, and the
+//! connection to the daemon that the disks are taken over from. After this a sandbox may close.
+
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+
+use crate::config::{Config, DiskConfig, SocketSource};
+use crate::daemon::growth::GrowthWatch;
+use crate::daemon::sandbox::{Identity, find_group};
+use crate::daemon::socket::{Access, Door, SocketFile, listen_privately};
+use crate::daemon::takeover::Predecessor;
+use crate::engine::disk::Image;
+use crate::error::StartError;
+
+use super::system;
+
+/// The control socket: its listener and its file.
+pub(super) type ControlDoor = (UnixListener, SocketFile);
+
+/// What the process was started for, open.
+pub(super) struct Opening {
+    /// The user to become.
+    pub(super) identity: Option<Identity>,
+    /// The daemon that has the disks so far.
+    pub(super) predecessor: Option<Predecessor>,
+    /// By disk.
+    pub(super) images: Vec<Image>,
+    pub(super) growth: GrowthWatch,
+    pub(super) doors: Doors,
+}
+
+/// Where others connect. What the predecessor has is not among it.
+pub(super) struct Doors {
+    /// By disk.
+    pub(super) disks: Vec<Option<Door>>,
+    pub(super) control: Option<ControlDoor>,
+}
+
+impl Opening {
+    /// Opens it all, or nothing.
+    pub(super) fn new(config: &Config) -> Result<Opening, StartError> {
+        let identity = config.user.as_ref().map(Identity::find).transpose()?;
+        let access = config
+            .disks
+            .iter()
+            .map(|disk| access(disk, identity.as_ref()))
+            .collect::<Result<Vec<_>, _>>()?;
+        let predecessor = match &config.take_over {
+            Some(path) => Predecessor::find(path, config)?,
+            None => None,
+        };
+        let inherits = |disk: &DiskConfig| predecessor.as_ref().is_some_and(|p| p.serves(disk));
+        let images = config
+            .disks
+            .iter()
+            .map(|disk| match inherits(disk) {
+                true => Image::open_beside(disk),
+                false => Image::open(disk),
+            })
+            .collect::<Result<Vec<_>, _>>()?;
+        if let Some(predecessor) = &predecessor {
+            predecessor.check(&config.disks, &images)?;
+        }
+        let growth = GrowthWatch::new(&images)
+            .map_err(|source| system("watch the images' sizes", source))?;
+        let disks = config
+            .disks
+            .iter()
+            .zip(access)
+            .map(|(disk, access)| match &disk.socket {
+                _ if inherits(disk) => Ok(None),
+                SocketSource::Path(path) => Door::bind_for(path, access).map(Some),
+                SocketSource::Fd(fd) => Door::inherit(*fd).map(Some),
+            })
+            .collect::<Result<Vec<_>, _>>()?;
+        let inherits_control = predecessor
+            .as_ref()
+            .is_some_and(Predecessor::has_our_control_socket);
+        let uid = identity.as_ref().map(|user| user.ids().0);
+        let control = config
+            .control_path
+            .as_deref()
+            .filter(|_| !inherits_control)
+            .map(|path| listen_privately(path, "--control-path", uid))
+            .transpose()?;
+        Ok(Opening {
+            identity,
+            predecessor,
+            images,
+            growth,
+            doors: Doors { disks, control },
+        })
+    }
+}
+
+/// Who may connect to a disk's socket.
+fn access(disk: &DiskConfig, user: Option<&Identity>) -> Result<Access, StartError> {
+    let given = disk.socket_group.as_deref();
+    let group = given.map(|name| {
+        find_group(name).ok_or_else(|| {
+            StartError::Usage(format!(
+                "--socket-group: there is no group '{name}' on this machine; give a name or a number \
+                 that exists (see --help)"
+            ))
+        })
+    });
+    Ok(Access {
+        mode: disk.socket_mode,
+        uid: user.map(|user| user.ids().0),
+        gid: group.transpose()?.or(user.map(|user| user.ids().1)),
+    })
+}
+
+/// The sockets whose files are removed at the end.
+pub(super) fn paths(config: &Config) -> Vec<&Path> {
+    let disks = config.disks.iter().filter_map(|disk| match &disk.socket {
+        SocketSource::Path(path) => Some(path.as_path()),
+        SocketSource::Fd(_) => None,
+    });
+    disks.chain(config.control_path.as_deref()).collect()
+}
