@@ -18,6 +18,12 @@ use tempfile::TempDir;
 /// Where the guest looks for a word from outside: the last block of a disk of 256 MiB.
 const WORD_AT: u64 = 256 * MIB - 4096;
 
+/// The guest's memory: 512 MiB and two pages. Before 9.0, QEMU's emulated processors go on writing to pages that
+/// a migration has just begun to watch, unnoticed, and the guest arrives with a corrupted heap, whatever disk it
+/// has. That is so where QEMU takes 64 pages at once from its bitmap, which it does for memory that can be divided
+/// by as many. (Fixed there by "physmem: Fix migration dirty bitmap coherency with TCG memory access".)
+const MEMORY: &str = "524296K";
+
 /// One QEMU, one daemon and where they can be reached.
 struct Host {
     daemon: Daemon,
@@ -59,7 +65,10 @@ impl Cluster {
             &["--cache", "none", "--lock", "in-use"],
         );
         let qmp = self.path("qmp", number);
-        let mut guest = Guest::qemu(2, 2).socket(&socket).qmp(&qmp);
+        let mut guest = Guest::qemu(2, 2)
+            .option("--mem", MEMORY)
+            .socket(&socket)
+            .qmp(&qmp);
         if number > 0 {
             guest = guest.option("--incoming", &self.uri(number));
         }
@@ -79,8 +88,9 @@ impl Cluster {
 }
 
 /// Two vCPUs write and verify without end, and a third of the disk is read into the page cache while the guest
-/// moves, so that pages which the first pass has sent are written again by the device and by nobody else. In
-/// the end the page cache is what the disk is, and every block that was written verifies.
+/// moves, so that pages which the first pass has sent are written again by the device and by nobody else. Each
+/// host keeps the guest until it has written and verified there. In the end the page cache is what the disk is,
+/// and every block that was written verifies.
 #[test]
 fn a_guest_migrates_twice_under_load() {
     let cluster = Cluster::new(
@@ -91,10 +101,15 @@ fn a_guest_migrates_twice_under_load() {
         # Whatever is open: what the last one closes is dropped from the page cache.
         exec 9</dev/vda
         while [ ! -e /tmp/enough ]; do
-            verify moving 8192 --ioengine=libaio --rw=randwrite --bsrange=512-64k --rate=2m --fsync=32 \
-                --offset=128m --size=4m --offset_increment=32m --numjobs=2 || break
+            verify moving 4096 --ioengine=libaio --rw=randwrite --bsrange=512-64k --rate=2m --fsync=32 \
+                --offset=128m --size=2m --offset_increment=32m --numjobs=2 || break
         done >/tmp/rounds 2>&1 &
         writer=$!
+        # Two rounds that end after this: all of the second is written and verified after it, too.
+        two_rounds() {
+            seen=$(wc -l </tmp/rounds)
+            while [ "$(wc -l </tmp/rounds)" -lt $((seen + 2)) ] && kill -0 "$writer" 2>/dev/null; do usleep 100000; done
+        }
         echo @@running
         # 32 MiB in the first move, 32 in the second, slowly.
         for half in 0 1; do
@@ -104,16 +119,14 @@ fn a_guest_migrates_twice_under_load() {
                 usleep 50000
             done
             while [ "$(heard)" != "here" ]; do usleep 200000; done
+            two_rounds
             echo "@@arrived $half"
         done
         same 'the page cache' "$(dd if=/dev/vda bs=1M count=64 2>/dev/null | sha256sum)" "$before"
-        # A whole round where it is now: the one under way may be reading only.
-        rounds=$(($(wc -l </tmp/rounds) + 2))
-        while [ "$(wc -l </tmp/rounds)" -lt "$rounds" ] && kill -0 "$writer"; do usleep 200000; done
         : >/tmp/enough
         wait
         cat /tmp/rounds
-        [ -e /tmp/enough ] && ! grep -v '^fio moving wrote 8192 verified 8192 errors 0$' /tmp/rounds
+        if grep -v '^fio moving wrote 4096 verified 4096 errors 0$' /tmp/rounds; then exit 1; fi
         echo "@@rounds $(wc -l </tmp/rounds)"
         "#,
     );
@@ -137,7 +150,7 @@ fn a_guest_migrates_twice_under_load() {
         left.assert_no_errors();
         assert!(
             left.sum("bytes_written") > 0,
-            "it was written while it left"
+            "nothing was written before it left"
         );
         drop(from.guest);
         cluster.say("here");
@@ -146,7 +159,7 @@ fn a_guest_migrates_twice_under_load() {
     }
     let out = from.guest.finish();
     let rounds: u32 = out.value("@@rounds").parse().expect("a number");
-    assert!(rounds > 3, "{rounds} rounds were written and verified");
+    assert!(rounds >= 4, "{rounds} rounds were written and verified");
     let arrived = from.daemon.stop();
     arrived.assert_no_errors();
     assert!(arrived.sum("bytes_read") > 0 && arrived.sum("bytes_written") > 0);
