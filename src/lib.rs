@@ -26,7 +26,7 @@
 /// structures and puts others in the place of these, which try every order of steps.
 mod atomic {
     pub use std::sync::atomic::{
-        AtomicBool, AtomicI32, AtomicU32, AtomicU64, AtomicUsize, Ordering, fence,
+        AtomicBool, AtomicI32, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering, fence,
     };
 }
 

@@ -60,7 +60,7 @@ static TABLE: [Slot; MAX_RANGES] = [const { FREE }; MAX_RANGES];
 /// Slots from here on were never used, so the handler need not look at them.
 static USED_SLOTS: AtomicUsize = AtomicUsize::new(0);
 
-/// Ranges that were lost.
+/// How often a thread found a range gone.
 static LOSSES: AtomicU64 = AtomicU64::new(0);
 
 /// Places below [`USED_SLOTS`] that are free again. Also the right to write to the table.
@@ -215,11 +215,7 @@ fn replace_what_holds(address: usize) -> bool {
     let Some((slot, base, len)) = found else {
         return false;
     };
-    // First, so that who finds the zeros finds the reason too.
-    let was_lost = slot.lost.swap(true, Ordering::Relaxed);
-    if !was_lost {
-        LOSSES.fetch_add(1, Ordering::Release);
-    }
+    slot.lose(&LOSSES);
     // Where the system counts every page that could be written to (vm.overcommit_memory=2), the whole
     // range may be too much, and the page has to do.
     let page = address & !(PAGE_BYTES - 1);

@@ -53,6 +53,8 @@ pub struct Disk {
     cache: Mutex<CacheState>,
     /// Whether syncs of the image can be believed.
     sync_fault: Arc<SyncFault>,
+    /// How often it was held after an error.
+    hold: Arc<Hold>,
     workers: Vec<WorkerHandle>,
     /// The worker of each queue, by its place in the list.
     dealt: Mutex<Vec<usize>>,
@@ -113,6 +115,7 @@ impl Disk {
             shape,
             space,
             dealt,
+            hold: Arc::new(Hold::new(workers.clone())),
             workers,
             scheduler: Mutex::new(Params::None),
             switching: Mutex::new(()),
@@ -122,7 +125,6 @@ impl Disk {
                 map: None,
             }),
         };
-        let hold = Arc::new(Hold::new(disk.workers.clone()));
         for worker in &disk.workers {
             let target = Box::new(target(&disk.config, &disk.image)?);
             worker
@@ -134,7 +136,7 @@ impl Disk {
                     sync_fault: Arc::clone(&disk.sync_fault),
                     throttle: Arc::clone(&disk.throttle),
                     on_error: disk.config.on_error,
-                    hold: Arc::clone(&hold),
+                    hold: Arc::clone(&disk.hold),
                     coalesce: disk.config.coalesce,
                     done,
                 })
@@ -240,7 +242,7 @@ impl Disk {
         queues.polled.remove(&queue.0);
         // With its last queue ends what was held.
         if queues.started.is_empty() && self.config.on_error != OnError::Report {
-            self.tell_workers(|done| Message::Resume(self.id, done));
+            self.resume_workers();
         }
     }
 

@@ -1,12 +1,14 @@
 //! Errors of a disk's image: how they are counted, and who has to know that the disk is held.
 
-use std::sync::atomic::{AtomicU32, Ordering};
+mod times;
 
 use serde::Serialize;
 
 use crate::engine::Errno;
 
 use super::message::WorkerHandle;
+
+pub use self::times::{Followed, Times};
 
 /// Operations that failed, by the reason; parts of a merged request that are tried again one by one
 /// count again.
@@ -81,8 +83,7 @@ pub struct DiskFaults {
 /// How a worker that holds a disk tells the others.
 #[derive(Debug)]
 pub struct Hold {
-    /// How often it was held. Who has seen fewer holds it as well.
-    times: AtomicU32,
+    times: Times,
     workers: Vec<WorkerHandle>,
 }
 
@@ -90,22 +91,21 @@ impl Hold {
     /// Of a disk that these workers serve.
     pub fn new(workers: Vec<WorkerHandle>) -> Hold {
         Hold {
-            times: AtomicU32::new(0),
+            times: Times::default(),
             workers,
         }
     }
 
-    /// Has all workers hold the disk, soon; how often it was held with this time.
-    pub fn begin(&self) -> u32 {
-        // Ordered by the waker's write before whatever the others read after it.
-        let times = self.times.fetch_add(1, Ordering::Relaxed) + 1;
-        self.workers.iter().for_each(WorkerHandle::nudge);
-        times
+    /// How often it was held.
+    pub fn times(&self) -> &Times {
+        &self.times
     }
 
-    /// How often it was held.
-    pub fn times(&self) -> u32 {
-        self.times.load(Ordering::Relaxed)
+    /// Has all workers hold the disk, soon; the caller does so now.
+    pub fn begin(&self, own: &mut Followed) {
+        own.begin(&self.times);
+        // Ordered by the waker's write before whatever the others read after it.
+        self.workers.iter().for_each(WorkerHandle::nudge);
     }
 }
 

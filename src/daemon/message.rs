@@ -122,8 +122,8 @@ pub enum Message {
     SetGroup(DiskId, Option<Arc<Throttle>>, Reply<()>),
     /// Limits have changed: who was told to wait asks again.
     LimitsChanged(Reply<()>),
-    /// Go on with a disk that is held after an error.
-    Resume(DiskId, Reply<()>),
+    /// Go on with a disk that is held after an error, and had been so this many times.
+    Resume(DiskId, u32, Reply<()>),
     /// Forget what was traced before, and record these actions, this many events at most.
     StartTrace(usize, Arc<[Action]>, Reply<()>),
     /// Record no more; what was recorded can still be taken.

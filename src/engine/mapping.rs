@@ -19,7 +19,7 @@ use std::io;
 use std::mem::ManuallyDrop;
 use std::os::fd::AsFd;
 use std::ptr::{self, NonNull};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
@@ -285,6 +285,14 @@ pub(super) fn medium_of(file: impl AsFd, is_dax: bool) -> Result<Option<Medium>,
         HUGETLBFS_MAGIC => u64::try_from(facts.f_bsize).ok().map(Medium::Hugetlbfs),
         _ => None,
     })
+}
+
+/// Words of zeroes, without memory behind them until they are written to.
+fn zeroes(count: usize) -> Box<[AtomicU64]> {
+    let plain = vec![0_u64; count].into_boxed_slice();
+    // SAFETY: an `AtomicU64` has the size, the alignment and the values of a `u64`, and the box is the
+    // only owner. Unsafe because the type changes, which spares writing each word once.
+    unsafe { Box::from_raw(Box::into_raw(plain) as *mut [AtomicU64]) }
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! One range in the table that the signal's handler reads: a seqlock.
 
-use crate::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering, fence};
+use crate::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering, fence};
 
 /// A registered range, or a free place.
 #[derive(Debug, Default)]
@@ -39,5 +39,14 @@ impl Slot {
         fence(Ordering::Acquire);
         let same = turn == self.turn.load(Ordering::Relaxed);
         (same && turn.is_multiple_of(2)).then_some(range)
+    }
+
+    /// Says that what was there is gone, before zeros are put in its place: who finds zeros finds the
+    /// reason too. Each thread that finds it gone counts, not the first alone, which may stand still
+    /// between its two stores while the others go on.
+    pub fn lose(&self, losses: &AtomicU64) {
+        self.lost.store(true, Ordering::Relaxed);
+        // Pairs with the acquire load of `losses`.
+        losses.fetch_add(1, Ordering::Release);
     }
 }

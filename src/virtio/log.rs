@@ -4,14 +4,16 @@
 //! Whoever marks a page has written it before: the front end takes the bit first and copies the page
 //! then, so what is written after the mark would be lost.
 
+mod bits;
+
 use std::fmt;
 use std::io;
 use std::os::fd::AsFd;
 use std::ptr::{self, NonNull};
-use std::sync::atomic::{AtomicU8, Ordering};
 
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
+use crate::atomic::{AtomicU8, Ordering};
 use crate::sigbus::Guarded;
 
 /// Bytes of guest memory for which one bit stands, whatever the machine's pages are (VHOST_LOG_PAGE).
@@ -100,16 +102,7 @@ impl DirtyLog {
         }
         let last = gpa.saturating_add(len - 1) / LOG_PAGE_BYTES;
         let last = last.min(self.pages() - 1);
-        let mut page = gpa / LOG_PAGE_BYTES;
-        while page <= last {
-            let upto = last.min(page | 7);
-            let mask = (0xff << (page % 8)) & (0xff >> (7 - upto % 8));
-            // A plain "is it marked already?" would not do: only a full barrier keeps our look at the
-            // bit behind the write of the page. Pairs with the front end's exchange, after which it
-            // reads the page.
-            self.byte(page / 8).fetch_or(mask, Ordering::SeqCst);
-            page = upto + 1;
-        }
+        bits::mark(|at| self.byte(at), gpa / LOG_PAGE_BYTES, last);
     }
 
     /// Marks here what is marked in `other`, as far as it has a bit here.

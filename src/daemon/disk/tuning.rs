@@ -82,7 +82,13 @@ impl Disk {
     /// Goes on with the disk, if it is held after an error: what failed is tried again.
     pub fn resume(&self) {
         log::info!("disk {}: resumed", self.config.serial);
-        self.tell_workers(|done| Message::Resume(self.id, done));
+        self.resume_workers();
+    }
+
+    /// What holds the disk now ends; what begins to hold it before a worker hears of this does not.
+    pub(super) fn resume_workers(&self) {
+        let until = self.hold.times().get();
+        self.tell_workers(|done| Message::Resume(self.id, until, done));
     }
 
     /// The limits of the disk alone.

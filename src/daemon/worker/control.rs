@@ -162,8 +162,8 @@ impl Worker {
             }
             Message::TakeTrace(done) => done.send(self.take_trace()),
             Message::Report(done) => done.send(self.report()),
-            Message::Resume(disk, done) => {
-                self.resume(disk);
+            Message::Resume(disk, until, done) => {
+                self.resume(disk, until);
                 done.send(());
             }
             Message::Shutdown(done) => {

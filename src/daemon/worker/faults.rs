@@ -16,7 +16,7 @@ use crate::mq::request::{Op, Status};
 use crate::virtio::receipt::GuestIo;
 use crate::virtio::shape::DiskShape;
 
-use super::super::faults::{DiskFaults, Hold};
+use super::super::faults::{DiskFaults, Followed, Hold};
 use super::port::Port;
 use super::{Worker, WorkerDisk, heat, open_port};
 
@@ -28,8 +28,7 @@ const LOG_INTERVAL_NS: u64 = 1_000_000_000;
 pub(super) struct Care {
     policy: OnError,
     hold: Arc<Hold>,
-    /// Of [`Hold::times`].
-    holds_seen: u32,
+    followed: Followed,
     pub faults: DiskFaults,
     logged_ns: Option<u64>,
     /// Failures since then that were not logged.
@@ -40,7 +39,7 @@ impl Care {
     pub fn new(policy: OnError, hold: Arc<Hold>) -> Care {
         Care {
             policy,
-            holds_seen: hold.times(),
+            followed: Followed::new(hold.times()),
             hold,
             faults: DiskFaults::default(),
             logged_ns: None,
@@ -119,7 +118,7 @@ pub(super) fn failed(
         return Some(status);
     }
     if first {
-        disk.care.holds_seen = disk.care.hold.begin();
+        disk.care.hold.begin(&mut disk.care.followed);
         hold(mq, ports, disk, id.disk);
     }
     mq.requeue(tag);
@@ -159,20 +158,18 @@ impl Worker {
     pub(super) fn follow_holds(&mut self) {
         for (disk, index) in self.disks.iter_mut().zip(0..) {
             let Some(disk) = disk else { continue };
-            let times = disk.care.hold.times();
-            if disk.care.holds_seen != times {
-                disk.care.holds_seen = times;
+            if disk.care.followed.follow(disk.care.hold.times()) {
                 hold(&mut self.mq, &mut self.ports, disk, DiskId(index));
             }
         }
     }
 
-    /// Goes on with a disk that is held: what failed is the first to be tried again.
-    pub(super) fn resume(&mut self, id: DiskId) {
+    /// Goes on with a disk that was held `until` times: what failed is the first to be tried again.
+    pub(super) fn resume(&mut self, id: DiskId, until: u32) {
         let Some(disk) = &mut self.disks[id.index()] else {
             return;
         };
-        disk.care.holds_seen = disk.care.hold.times();
+        disk.care.followed.resume(until);
         disk.care.faults.held = false;
         for (port, index) in self.ports.iter_mut().zip(0..) {
             if let Some(port) = port.as_mut().filter(|port| port.id.disk == id) {
@@ -209,9 +206,11 @@ impl Worker {
 
     /// Nothing of the disk is in flight here, so that there is nothing left to hold.
     pub(super) fn end_hold(&mut self, id: DiskId) {
-        let disk = self.disks[id.index()].as_ref();
-        if disk.is_some_and(|disk| disk.care.faults.held) {
-            self.resume(id);
+        if let Some(disk) = &self.disks[id.index()]
+            && disk.care.faults.held
+        {
+            let until = disk.care.hold.times().get();
+            self.resume(id, until);
         }
     }
 

@@ -9,9 +9,9 @@
 //! has begun meanwhile. So who learns says since when ([`Since`]): if a discard was under way then, or
 //! has begun by the time the bits are set, they are taken back.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use crate::atomic::{AtomicU64, Ordering};
 
-use super::{PAGE_BYTES, in_memory};
+use super::{PAGE_BYTES, in_memory, zeroes};
 
 const WORD_BITS: u64 = u64::BITS as u64;
 
@@ -133,14 +133,6 @@ impl Known {
             page += count;
         }
     }
-}
-
-/// Words of zeroes, without memory behind them until they are written to.
-fn zeroes(count: usize) -> Box<[AtomicU64]> {
-    let plain = vec![0_u64; count].into_boxed_slice();
-    // SAFETY: an `AtomicU64` has the size, the alignment and the values of a `u64`, and the box is the
-    // only owner. Unsafe because the type changes, which spares writing each word once.
-    unsafe { Box::from_raw(Box::into_raw(plain) as *mut [AtomicU64]) }
 }
 
 #[cfg(test)]

@@ -9,15 +9,74 @@ use loom::thread;
 
 /// In the daemon: `std::sync::atomic`.
 mod atomic {
-    pub use loom::sync::atomic::*;
+    pub use loom::sync::atomic::{
+        AtomicBool, AtomicI32, AtomicU8, AtomicU32, AtomicUsize, Ordering, fence,
+    };
+
+    /// Of all loads and exchanges loom makes acquire-release at most, but its fences are sequentially
+    /// consistent. With one before and after, an access is as well.
+    #[derive(Debug)]
+    pub struct AtomicU64(loom::sync::atomic::AtomicU64);
+
+    fn ordered<T>(order: Ordering, access: impl FnOnce() -> T) -> T {
+        if order != Ordering::SeqCst {
+            return access();
+        }
+        fence(Ordering::SeqCst);
+        let value = access();
+        fence(Ordering::SeqCst);
+        value
+    }
+
+    impl AtomicU64 {
+        pub fn new(value: u64) -> Self {
+            AtomicU64(loom::sync::atomic::AtomicU64::new(value))
+        }
+
+        pub fn load(&self, order: Ordering) -> u64 {
+            ordered(order, || self.0.load(order))
+        }
+
+        pub fn store(&self, value: u64, order: Ordering) {
+            ordered(order, || self.0.store(value, order));
+        }
+
+        pub fn fetch_add(&self, value: u64, order: Ordering) -> u64 {
+            ordered(order, || self.0.fetch_add(value, order))
+        }
+
+        pub fn fetch_or(&self, value: u64, order: Ordering) -> u64 {
+            ordered(order, || self.0.fetch_or(value, order))
+        }
+
+        pub fn fetch_and(&self, value: u64, order: Ordering) -> u64 {
+            ordered(order, || self.0.fetch_and(value, order))
+        }
+
+        pub fn compare_exchange_weak(
+            &self,
+            current: u64,
+            new: u64,
+            success: Ordering,
+            failure: Ordering,
+        ) -> Result<u64, u64> {
+            self.0.compare_exchange_weak(current, new, success, failure)
+        }
+    }
 }
 
+#[path = "../../../src/virtio/log/bits.rs"]
+mod bits;
 #[path = "../../../src/mq/qos/bucket.rs"]
 mod bucket;
+#[path = "../../../src/engine/mapping/known.rs"]
+mod known;
 #[path = "../../../src/sigbus/slot.rs"]
 mod slot;
 #[path = "../../../src/engine/sync_fault.rs"]
 mod sync_fault;
+#[path = "../../../src/daemon/faults/times.rs"]
+mod times;
 
 // What these files take from the modules they stand in.
 
@@ -48,9 +107,25 @@ impl std::fmt::Display for Errno {
     }
 }
 
+/// `engine::mapping::PAGE_BYTES`
+const PAGE_BYTES: u64 = 4096;
+
+/// `engine::mapping::in_memory`
+fn in_memory(bytes: u64) -> usize {
+    usize::try_from(bytes).unwrap()
+}
+
+/// `engine::mapping::zeroes`
+fn zeroes(count: usize) -> Box<[atomic::AtomicU64]> {
+    (0..count).map(|_| atomic::AtomicU64::new(0)).collect()
+}
+
+use atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
 use bucket::{Bucket, Speed, ticks};
+use known::Known;
 use slot::Slot;
 use sync_fault::SyncFault;
+use times::{Followed, Times};
 
 fn speed(per_second: u64, burst: u64) -> Speed {
     Speed::of_ops(Rate { per_second, burst })
@@ -139,8 +214,116 @@ fn a_range_is_seen_whole() {
     assert_eq!(slot.get(), Some((0x2000, 2)));
 }
 
+/// Two threads find a range gone at the same time. When either goes on, with zeros, it learns that memory was
+/// lost and which: the daemon looks when the count differs from what it was.
+fn who_goes_on_with_zeros_knows_it() {
+    let shared = Arc::new((Slot::default(), AtomicU64::new(0)));
+    let touch = |shared: &(Slot, AtomicU64)| {
+        let (slot, losses) = shared;
+        slot.lose(losses);
+        assert!(losses.load(Ordering::Acquire) != 0 && slot.lost.load(Ordering::Relaxed));
+    };
+    let others = [(); 2].map(|()| {
+        let shared = Arc::clone(&shared);
+        thread::spawn(move || touch(&shared))
+    });
+    // One that only looks.
+    if shared.1.load(Ordering::Acquire) != 0 {
+        assert!(shared.0.lost.load(Ordering::Relaxed));
+    }
+    for other in others {
+        other.join().unwrap();
+    }
+}
+
+/// A thread looks at a page, finds it there and learns that, while another takes it away, and once more. In
+/// the end nobody takes a page for known that is gone.
+fn a_page_that_is_gone_is_not_known() {
+    let shared = Arc::new((Known::new(1, true), AtomicBool::new(true)));
+    let other = {
+        let shared = Arc::clone(&shared);
+        thread::spawn(move || learn(&shared))
+    };
+    discard(&shared);
+    discard(&shared);
+    other.join().unwrap();
+    assert_eq!(shared.0.run(0, PAGE_BYTES), (PAGE_BYTES, false));
+}
+
+/// The kernel's answers are ordered by its locks, as these exchanges are.
+fn learn((known, there): &(Known, AtomicBool)) {
+    let since = known.now();
+    if there.fetch_or(false, Ordering::AcqRel) {
+        known.learn(since, 0, PAGE_BYTES);
+    }
+}
+
+fn discard((known, there): &(Known, AtomicBool)) {
+    known.discards(0, PAGE_BYTES);
+    there.fetch_and(false, Ordering::AcqRel);
+    known.discarded();
+}
+
+/// A page is written and marked twice while the front end takes marks and copies: its last copy is the page.
+/// Page 8 has a neighbour in the same byte that another worker marks.
+fn a_marked_page_is_copied_as_it_is() {
+    let log = Arc::new([AtomicU8::new(0), AtomicU8::new(0)]);
+    let page = Arc::new(AtomicUsize::new(0));
+    let writer = {
+        let (log, page) = (Arc::clone(&log), Arc::clone(&page));
+        thread::spawn(move || {
+            for content in 1..=2 {
+                page.store(content, Ordering::Relaxed);
+                bits::mark(|at| &log[in_memory(at)], 8, 8);
+            }
+        })
+    };
+    let neighbour = {
+        let log = Arc::clone(&log);
+        thread::spawn(move || bits::mark(|at| &log[in_memory(at)], 7, 9))
+    };
+    let mut copy = 0;
+    let mut seen = [0; 2];
+    let mut pass = |copy: &mut usize| {
+        let bits = [0, 1].map(|byte: usize| log[byte].swap(0, Ordering::SeqCst));
+        seen = [seen[0] | bits[0], seen[1] | bits[1]];
+        if bits[1] & 1 != 0 {
+            *copy = page.load(Ordering::Relaxed);
+        }
+    };
+    pass(&mut copy);
+    writer.join().unwrap();
+    neighbour.join().unwrap();
+    pass(&mut copy);
+    assert_eq!((copy, seen), (2, [0x80, 0x03]));
+}
+
+/// A worker goes on with a disk, fails again and holds it anew, while another has yet to hear that it is to
+/// go on: both hold it in the end.
+fn a_disk_that_fails_again_is_held_by_all() {
+    let times = Arc::new(Times::default());
+    let (mut first, mut second) = (Followed::new(&times), Followed::new(&times));
+    first.begin(&times);
+    assert!(second.follow(&times));
+    let until = times.get();
+    let other = {
+        let times = Arc::clone(&times);
+        thread::spawn(move || {
+            first.resume(until);
+            first.begin(&times);
+            first
+        })
+    };
+    second.resume(until);
+    let held = second.follow(&times);
+    let mut first = other.join().unwrap();
+    // The first has woken the second.
+    assert!(held || second.follow(&times));
+    assert!(!first.follow(&times));
+}
+
 fn main() {
-    let models: [(&str, fn()); 5] = [
+    let models: [(&str, fn()); 9] = [
         ("one token is taken once", one_token_is_taken_once),
         ("a refund is one token", a_refund_is_one_token),
         (
@@ -149,6 +332,22 @@ fn main() {
         ),
         ("a failed sync is remembered", a_failed_sync_is_remembered),
         ("a range is seen whole", a_range_is_seen_whole),
+        (
+            "who goes on with zeros knows it",
+            who_goes_on_with_zeros_knows_it,
+        ),
+        (
+            "a page that is gone is not known",
+            a_page_that_is_gone_is_not_known,
+        ),
+        (
+            "a marked page is copied as it is",
+            a_marked_page_is_copied_as_it_is,
+        ),
+        (
+            "a disk that fails again is held by all",
+            a_disk_that_fails_again_is_held_by_all,
+        ),
     ];
     for (name, model) in models {
         let runs = std::sync::Arc::new(std::sync::atomic::AtomicU64::new(0));
