@@ -2,7 +2,7 @@
 
 use crate::cli::Pin;
 use rustix::process::{Pid, Signal, kill_process};
-use rustix::thread::{CpuSet, sched_setaffinity};
+use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 use std::fs::{self, File};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -204,6 +204,14 @@ pub fn pin(tid: Option<Pid>, cpus: &[usize]) -> Result<(), String> {
         set.set(cpu);
     }
     sched_setaffinity(tid, &set).map_err(|error| format!("--pin: CPUs {cpus:?}: {error}"))
+}
+
+/// The CPUs that this thread may use.
+pub fn allowed() -> Vec<usize> {
+    let set = sched_getaffinity(None).unwrap_or_else(|_| CpuSet::new());
+    (0..CpuSet::MAX_CPU)
+        .filter(|cpu| set.is_set(*cpu))
+        .collect()
 }
 
 fn ours(socket: &Path, image: &Image, queues: usize, args: &[String]) -> Command {

@@ -3,6 +3,7 @@
 use crate::backend::{Backend, Image, Who};
 use crate::cli::Pin;
 use crate::fio;
+use crate::line;
 use crate::sample::{self, Sample, median};
 use crate::workload::Workload;
 use serde::Serialize;
@@ -144,12 +145,18 @@ fn measure_once(
     method: &Method,
 ) -> Result<Sample, String> {
     let pin = method.pin.as_ref();
-    match (contender, image) {
+    let before = line::round_trip_ns(pin);
+    let sample = match (contender, image) {
         (Contender::Fio, Image::File(path)) => fio::measure(path, workload, pin),
         (Contender::Fio, Image::Null(_)) => Err("fio needs a file".to_owned()),
         (Contender::Backend { who, .. }, _) => Backend::start(who, image, workload.queues, pin)
             .and_then(|backend| Sample::take(&backend, workload, method.syscalls)),
-    }
+    }?;
+    let line = before
+        .into_iter()
+        .chain(line::round_trip_ns(pin))
+        .reduce(f64::max);
+    Ok(Sample { line, ..sample })
 }
 
 /// Measures when other processes are quiet, and again if they did not stay so, but begins nothing after `patience`.

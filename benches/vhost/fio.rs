@@ -76,6 +76,7 @@ pub fn measure(image: &Path, workload: &Workload, pin: Option<&Pin>) -> Result<S
         p999: us("99.900000"),
         cpu: busy * 1e6 / iops,
         others: others.others(&before, own.user_ns + own.children_ns),
+        line: None,
         ..Sample::default()
     })
 }

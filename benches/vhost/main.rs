@@ -10,6 +10,7 @@ mod compare;
 mod fio;
 mod histogram;
 mod image;
+mod line;
 mod load;
 mod manners;
 mod report;
@@ -77,6 +78,7 @@ fn run(args: &Args) -> Result<(), String> {
             let cpu = compare::Ratio::of(ours, peer, |s| s.cpu);
             let (iops, cpu) = (report::ratio(&iops), report::ratio(&cpu));
             println!("{} / {}: IOPS {iops}, CPU {cpu}", ours.name, peer.name);
+            print!("{}", report::by_line(ours, peer));
         }
     }
     args.json

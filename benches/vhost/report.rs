@@ -87,7 +87,7 @@ pub fn ratio(ratio: &Ratio) -> String {
 pub fn medians(measured: &[Measured]) -> String {
     let head = [
         "", "IOPS", "MiB/s", "p50 µs", "p99", "p99.9", "CPU µs", "kicks", "calls", "vol. sw.",
-        "invol.", "syscalls", "others",
+        "invol.", "syscalls", "others", "line ns",
     ];
     let mut rows = vec![head.map(str::to_owned).to_vec()];
     for one in measured {
@@ -104,6 +104,7 @@ pub fn medians(measured: &[Measured]) -> String {
             involuntary,
             syscalls,
             others,
+            line,
             latency_ns: _,
         } = one.median.clone();
         let mut row = vec![one.name.clone()];
@@ -115,9 +116,42 @@ pub fn medians(measured: &[Measured]) -> String {
             row.push(syscalls.map_or_else(|| "–".to_owned(), short));
         }
         row.push(format!("{:.0} %", others * 100.0));
+        row.push(line.map_or_else(|| "–".to_owned(), short));
         rows.push(row);
     }
     table(&rows)
+}
+
+/// Where the CPUs were near each other in some rounds and far in others, as happens on virtual machines: the ratio of
+/// the medians of either kind; nothing where they were not.
+pub fn by_line(ours: &Measured, peer: &Measured) -> String {
+    let lines = |of: &Measured| -> Vec<f64> { of.rounds.iter().filter_map(|s| s.line).collect() };
+    let all = [lines(ours), lines(peer)].concat();
+    let least = all.iter().copied().fold(f64::INFINITY, f64::min);
+    let most = all.iter().copied().fold(0.0, f64::max);
+    if most < 2.0 * least {
+        return String::new();
+    }
+    let between = (least * most).sqrt();
+    let median_of = |of: &Measured, is_far: bool| {
+        let rounds = of.rounds.iter();
+        let kind: Vec<Sample> = rounds
+            .filter(|s| s.line.is_some_and(|line| (line > between) == is_far))
+            .cloned()
+            .collect();
+        (!kind.is_empty()).then(|| Sample::median(&kind))
+    };
+    let mut text = String::new();
+    for (is_far, kind) in [(false, "near"), (true, "far from")] {
+        if let (Some(ours), Some(peer)) = (median_of(ours, is_far), median_of(peer, is_far)) {
+            let line = short(ours.line.unwrap_or(0.0));
+            let (iops, cpu) = (ours.iops / peer.iops, ours.cpu / peer.cpu);
+            text.push_str(&format!(
+                "  CPUs {kind} each other ({line} ns a line): IOPS {iops:.2}, CPU {cpu:.2}\n"
+            ));
+        }
+    }
+    text
 }
 
 /// Writes `results` and the machine to a file.

@@ -36,6 +36,8 @@ pub struct Sample {
     pub syscalls: Option<f64>,
     /// Share of the machine's CPU time that other processes took, 0 to 1.
     pub others: f64,
+    /// Nanoseconds that a cache line took from a CPU to another and back, the longer of before and after.
+    pub line: Option<f64>,
     /// The latencies as a histogram: (nanoseconds, requests); of one round, not of a median.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub latency_ns: Vec<(f64, u64)>,
@@ -77,6 +79,7 @@ impl Sample {
             involuntary: used.involuntary as f64 / requests,
             syscalls: None,
             others: machine_after.others(machine_before, used.user_ns + own.user_ns),
+            line: None,
             latency_ns: outcome.latency.classes(),
         };
         if count {
@@ -98,7 +101,10 @@ impl Sample {
     /// The median of each value, each for itself.
     pub fn median(samples: &[Self]) -> Self {
         let of = |value: fn(&Self) -> f64| median(samples.iter().map(value).collect());
-        let counted: Vec<f64> = samples.iter().filter_map(|s| s.syscalls).collect();
+        let known = |value: fn(&Self) -> Option<f64>| {
+            let known: Vec<f64> = samples.iter().filter_map(value).collect();
+            (!known.is_empty()).then(|| median(known))
+        };
         Self {
             iops: of(|s| s.iops),
             mib: of(|s| s.mib),
@@ -110,8 +116,9 @@ impl Sample {
             calls: of(|s| s.calls),
             voluntary: of(|s| s.voluntary),
             involuntary: of(|s| s.involuntary),
-            syscalls: (!counted.is_empty()).then(|| median(counted)),
+            syscalls: known(|s| s.syscalls),
             others: of(|s| s.others),
+            line: known(|s| s.line),
             latency_ns: Vec::new(),
         }
     }
