@@ -10,6 +10,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
+const OURS: &str = env!("CARGO_BIN_EXE_vhost-user-blkmq");
 const QSD: &str = "qemu-storage-daemon";
 const START: Duration = Duration::from_secs(20);
 const END: Duration = Duration::from_secs(20);
@@ -28,6 +29,8 @@ pub enum Image {
 pub enum Who {
     /// Our daemon, with these arguments besides.
     Ours(Vec<String>),
+    /// Another build of our daemon, with these arguments besides.
+    Build(PathBuf, Vec<String>),
     /// QEMU's storage daemon.
     Qsd,
     /// Whoever listens on the socket.
@@ -73,7 +76,8 @@ impl Backend {
         let dir = TempDir::new().map_err(|error| format!("a temporary directory: {error}"))?;
         let socket = dir.path().join("blk.sock");
         let command = match who {
-            Who::Ours(args) => ours(&socket, image, queues, args),
+            Who::Ours(args) => ours(Path::new(OURS), &socket, image, queues, args),
+            Who::Build(program, args) => ours(program, &socket, image, queues, args),
             Who::Qsd => qsd(&socket, image, queues),
             Who::Socket(path) => return Self::find(path),
         };
@@ -86,7 +90,7 @@ impl Backend {
     ///
     /// As for [`Backend::start`].
     pub fn start_ours_with(args: &[String], socket: PathBuf, dir: TempDir) -> Result<Self, String> {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_vhost-user-blkmq"));
+        let mut command = Command::new(OURS);
         command.args(args);
         Self::spawn(command, socket, dir, None)
     }
@@ -214,8 +218,8 @@ pub fn allowed() -> Vec<usize> {
         .collect()
 }
 
-fn ours(socket: &Path, image: &Image, queues: usize, args: &[String]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_vhost-user-blkmq"));
+fn ours(program: &Path, socket: &Path, image: &Image, queues: usize, args: &[String]) -> Command {
+    let mut command = Command::new(program);
     command.arg("--socket-path").arg(socket);
     command.args(["--summary", "none"]);
     // As with the default, which offers many queues: nobody else has a scheduler either.

@@ -36,6 +36,9 @@ pub struct Args {
     /// our daemon is measured once with each]
     #[arg(long, value_name = "ARGS", allow_hyphen_values = true)]
     pub args: Vec<String>,
+    /// Measure this other build of our daemon too, with the first --args [may be repeated]
+    #[arg(long, value_name = "PROGRAM")]
+    pub build: Vec<PathBuf>,
     /// Virtqueues
     #[arg(long, default_value_t = 1)]
     pub queues: usize,

@@ -98,6 +98,15 @@ fn contenders(args: &Args, image: &Image) -> Result<Vec<Contender>, String> {
             who: Who::Socket(path.clone()),
         }],
     };
+    let first = args.args.first().map_or("", String::as_str);
+    let builds = args.build.iter().map(|program| Contender::Backend {
+        name: program.display().to_string(),
+        who: Who::Build(
+            program.clone(),
+            words(first).iter().map(|&arg| arg.to_owned()).collect(),
+        ),
+    });
+    contenders.extend(builds);
     if contenders.contains(&Contender::qsd()) && !backend::has_qsd() {
         return Err(
             "qemu-storage-daemon is not installed: run qemu/prepare, or use --backend ours"

@@ -18,6 +18,10 @@ const SLICE: u16 = 8;
 /// The same in bytes: no more than one large request.
 const SLICE_BYTES: u64 = 128 * 1024;
 
+const FETCH_DESCRIPTOR: u16 = 12;
+const FETCH_TABLE: u16 = 8;
+const FETCH_HEADER: u16 = 4;
+
 /// How many descriptors of long or odd chains are taken from a ring in a turn: some tens of microseconds
 /// of other rings' time.
 const TURN_DESCRIPTORS: u32 = 4096;
@@ -47,7 +51,7 @@ impl Worker {
                 Ok(_) => {
                     busy.push(hctx);
                     port.ring.start_walk();
-                    (0..3).for_each(|after| port.ring.fetch_descriptor(after));
+                    (0..FETCH_DESCRIPTOR).for_each(|after| port.ring.fetch_descriptor(after));
                 }
                 Err(error) => self.break_ring(hctx, &error),
             }
@@ -55,10 +59,11 @@ impl Worker {
         // While the lines of one ring come, the others' are asked for.
         for hctx in &busy {
             let ring = &mut open_port(&mut self.ports, *hctx).ring;
-            (0..2).for_each(|after| ring.fetch_table(after));
+            (0..FETCH_TABLE).for_each(|after| ring.fetch_table(after));
         }
         for hctx in &busy {
-            open_port(&mut self.ports, *hctx).ring.fetch_header(0);
+            let ring = &mut open_port(&mut self.ports, *hctx).ring;
+            (0..FETCH_HEADER).for_each(|after| ring.fetch_header(after));
         }
         let found = !busy.is_empty();
         // A slice of each in turn: large requests that the engine serves at once keep nobody waiting
@@ -126,9 +131,9 @@ impl Worker {
                 break Ok(Slice::Enough);
             }
             left -= 1;
-            port.ring.fetch_descriptor(3);
-            port.ring.fetch_table(2);
-            port.ring.fetch_header(1);
+            port.ring.fetch_descriptor(FETCH_DESCRIPTOR);
+            port.ring.fetch_table(FETCH_TABLE);
+            port.ring.fetch_header(FETCH_HEADER);
             let head = match port.ring.pop_head() {
                 Ok(Some(head)) => head,
                 Ok(None) => break Ok(Slice::Whole),

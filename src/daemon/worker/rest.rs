@@ -3,6 +3,7 @@
 use std::io;
 use std::time::Duration;
 
+use super::spin::Awaited;
 use super::{Worker, open_port};
 
 /// How often a ring without a kick eventfd is looked at.
@@ -28,7 +29,15 @@ impl Worker {
     /// do and looking on is not worth it, sleeps. All that is waited for arrives in the engine.
     pub(super) fn wait(&mut self, progress: bool) {
         let busy = self.engine.has_events() || self.mq.must_run() || self.has_mail || self.room;
-        if busy || (progress && self.spin.is_on()) || self.spin.again(self.now_ns) {
+        let awaited = match self.engine.in_flight() {
+            0 => Awaited::Guest,
+            _ => Awaited::Device,
+        };
+        let look = match progress {
+            true => self.spin.is_on(awaited),
+            false => self.spin.again(self.now_ns, awaited),
+        };
+        if busy || look {
             self.notify();
             self.commit();
             if !progress {
@@ -43,7 +52,7 @@ impl Worker {
             return;
         }
         let timeout = self.timeout();
-        self.spin.sleeps();
+        self.spin.sleeps(awaited);
         self.empty_turns = 0;
         if let Err(error) = self.engine.wait(timeout) {
             self.engine_broken(&error);

@@ -7,16 +7,16 @@
 //! worker looks for nothing.
 //!
 //! Looking can defeat itself: on a CPU that the front end shares, it keeps away what it looks for,
-//! which then comes as soon as the worker sleeps. Or what comes is always a little late. So a worker
-//! to which that happened several times in a row, although the bound grew, stops looking for a
-//! while, and for longer each time.
+//! which then comes as soon as the worker sleeps. Or what comes is mostly a little late. So a worker
+//! that looks in vain more often than not, although the bound grew, stops looking for a while, and for
+//! longer each time.
 
 /// The smallest bound worth having, in nanoseconds: less than a wake-up costs.
 const SMALLEST_NS: u64 = 4_000;
 
 /// What a pause is longer because the worker slept, in nanoseconds: the front end's system call and
 /// our wake-up. On a virtual machine with halted CPUs; where it is less, pauses of just above the
-/// maximum look as if they could be caught, and [`MISSES`] ends that.
+/// maximum look as if they could be caught, and [`LUCK`] ends that.
 const WAKE_UP_NS: u64 = 20_000;
 
 /// What comes this soon after the worker went to sleep, in nanoseconds, seems to have waited for
@@ -24,23 +24,97 @@ const WAKE_UP_NS: u64 = 20_000;
 const SLACK_NS: u64 = 10_000;
 
 /// As often as this the bound can double before it is at any maximum worth having, and some.
-const MISSES: u32 = 8;
+const LUCK: i32 = 8;
 
 /// For how many sleeps a worker that looked in vain does not look: at first, and at most.
 const HOLD_OFF: (u32, u32) = (32, 4096);
+
+/// Whom a pause waits for. A device and a guest take their own times, and take turns: one bound for both
+/// would grow with the one and shrink with the other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Awaited {
+    /// Nothing is in flight: the next request has to come.
+    Guest,
+    /// Something is: a completion, or more requests.
+    Device,
+}
 
 /// A worker's spinning.
 #[derive(Debug)]
 pub(super) struct Spin {
     max_ns: u64,
-    bound_ns: u64,
+    guest: Look,
+    device: Look,
     last_progress_ns: u64,
-    asleep: bool,
-    /// Sleeps that ended as soon as they began, after looking, in a row.
-    misses: u32,
+    /// Whom the worker last looked or slept for.
+    awaited: Awaited,
+    pause: Pause,
+}
+
+/// How the worker spends what may be a pause.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Pause {
+    /// It is none: the last turn found something.
+    Not,
+    Looking,
+    Sleeping,
+}
+
+/// The bound for one kind of pause.
+#[derive(Debug)]
+struct Look {
+    bound_ns: u64,
+    /// What was found by looking, less the sleeps after looking in vain.
+    luck: i32,
     /// Sleeps left before it looks again.
     held_off: u32,
     hold_off: u32,
+}
+
+impl Look {
+    const OFF: Look = Look {
+        bound_ns: 0,
+        luck: 0,
+        held_off: 0,
+        hold_off: HOLD_OFF.0,
+    };
+
+    /// A pause was ended by what looking found.
+    fn found(&mut self) {
+        self.luck = (self.luck + 1).min(LUCK);
+        if self.luck == LUCK {
+            self.hold_off = HOLD_OFF.0;
+        }
+    }
+
+    /// A pause was ended by a wake-up.
+    fn woken(&mut self, pause_ns: u64, max_ns: u64) {
+        if self.held_off > 0 {
+            self.held_off -= 1;
+            return;
+        }
+        let in_vain = pause_ns < self.bound_ns + SLACK_NS || self.bound_ns == max_ns;
+        if self.bound_ns != 0 && in_vain {
+            self.luck -= 1;
+        }
+        if self.luck <= -LUCK {
+            self.luck = 0;
+            self.bound_ns = 0;
+            self.held_off = self.hold_off;
+            self.hold_off = (self.hold_off * 2).min(HOLD_OFF.1);
+            return;
+        }
+        let pause_ns = pause_ns.saturating_sub(WAKE_UP_NS);
+        if pause_ns <= max_ns {
+            let least = SMALLEST_NS.min(max_ns);
+            self.bound_ns = (self.bound_ns * 2).clamp(least, max_ns);
+        } else if pause_ns > max_ns + SLACK_NS {
+            self.bound_ns /= 2;
+            if self.bound_ns < SMALLEST_NS {
+                self.bound_ns = 0;
+            }
+        }
+    }
 }
 
 impl Spin {
@@ -48,72 +122,64 @@ impl Spin {
     pub fn new(max_us: u32) -> Self {
         Spin {
             max_ns: u64::from(max_us) * 1000,
-            bound_ns: 0,
+            guest: Look::OFF,
+            device: Look::OFF,
             last_progress_ns: 0,
-            asleep: false,
-            misses: 0,
-            held_off: 0,
-            hold_off: HOLD_OFF.0,
+            awaited: Awaited::Guest,
+            pause: Pause::Not,
         }
     }
 
     /// The turn at `now_ns` found something to do.
     #[inline]
     pub fn progress(&mut self, now_ns: u64) {
-        if self.asleep {
-            self.woken(now_ns.saturating_sub(self.last_progress_ns));
-        } else if self.misses != 0 {
-            // Found by looking.
-            self.misses = 0;
-            self.hold_off = HOLD_OFF.0;
+        if self.pause != Pause::Not {
+            self.end_pause(now_ns);
         }
         self.last_progress_ns = now_ns;
     }
 
-    fn woken(&mut self, pause_ns: u64) {
-        self.asleep = false;
-        if self.held_off > 0 {
-            self.held_off -= 1;
-            return;
-        }
-        let in_vain = pause_ns < self.bound_ns + SLACK_NS || self.bound_ns == self.max_ns;
-        if self.bound_ns != 0 && in_vain {
-            self.misses += 1;
-        }
-        if self.misses >= MISSES {
-            self.misses = 0;
-            self.bound_ns = 0;
-            self.held_off = self.hold_off;
-            self.hold_off = (self.hold_off * 2).min(HOLD_OFF.1);
-            return;
-        }
-        let pause_ns = pause_ns.saturating_sub(WAKE_UP_NS);
-        if pause_ns <= self.max_ns {
-            let least = SMALLEST_NS.min(self.max_ns);
-            self.bound_ns = (self.bound_ns * 2).clamp(least, self.max_ns);
-        } else if pause_ns > self.max_ns + SLACK_NS {
-            self.bound_ns /= 2;
-            if self.bound_ns < SMALLEST_NS {
-                self.bound_ns = 0;
+    fn end_pause(&mut self, now_ns: u64) {
+        let look = match self.awaited {
+            Awaited::Guest => &mut self.guest,
+            Awaited::Device => &mut self.device,
+        };
+        match self.pause {
+            Pause::Sleeping => {
+                look.woken(now_ns.saturating_sub(self.last_progress_ns), self.max_ns);
             }
+            _ => look.found(),
+        }
+        self.pause = Pause::Not;
+    }
+
+    fn bound_ns(&self, awaited: Awaited) -> u64 {
+        match awaited {
+            Awaited::Guest => self.guest.bound_ns,
+            Awaited::Device => self.device.bound_ns,
         }
     }
 
-    /// Whether to look once more before sleeping.
+    /// Whether to look once more before sleeping, after a turn that found nothing.
     #[inline]
-    pub fn again(&self, now_ns: u64) -> bool {
-        self.bound_ns != 0 && now_ns.saturating_sub(self.last_progress_ns) < self.bound_ns
+    pub fn again(&mut self, now_ns: u64, awaited: Awaited) -> bool {
+        let bound_ns = self.bound_ns(awaited);
+        let again = bound_ns != 0 && now_ns.saturating_sub(self.last_progress_ns) < bound_ns;
+        if again {
+            (self.awaited, self.pause) = (awaited, Pause::Looking);
+        }
+        again
     }
 
     /// Whether the worker looks at all before it sleeps, after a turn that found something.
     #[inline]
-    pub fn is_on(&self) -> bool {
-        self.bound_ns != 0
+    pub fn is_on(&self, awaited: Awaited) -> bool {
+        self.bound_ns(awaited) != 0
     }
 
     /// The worker goes to sleep.
-    pub fn sleeps(&mut self) {
-        self.asleep = true;
+    pub fn sleeps(&mut self, awaited: Awaited) {
+        (self.awaited, self.pause) = (awaited, Pause::Sleeping);
     }
 }
 
@@ -123,16 +189,16 @@ mod tests {
 
     /// A pause of `ns` that ends by being woken.
     fn pause(spin: &mut Spin, now: &mut u64, ns: u64) {
-        spin.sleeps();
+        spin.sleeps(Awaited::Guest);
         *now += ns;
         spin.progress(*now);
     }
 
     /// A pause that is caught if the bound allows; true if it was.
     fn offer(spin: &mut Spin, now: &mut u64, ns: u64) -> bool {
-        let caught = spin.again(*now + ns);
+        let caught = spin.again(*now + ns, Awaited::Guest);
         if !caught {
-            spin.sleeps();
+            spin.sleeps(Awaited::Guest);
         }
         *now += ns;
         spin.progress(*now);
@@ -142,7 +208,7 @@ mod tests {
     #[test]
     fn short_pauses_are_soon_caught() {
         let (mut spin, mut now) = (Spin::new(50), 1);
-        assert!(!spin.is_on());
+        assert!(!spin.is_on(Awaited::Guest));
         let caught: Vec<bool> = (0..100)
             .map(|_| offer(&mut spin, &mut now, 30_000))
             .collect();
@@ -155,9 +221,9 @@ mod tests {
         (0..10).for_each(|_| {
             offer(&mut spin, &mut now, 30_000);
         });
-        assert!(spin.is_on());
+        assert!(spin.is_on(Awaited::Guest));
         (0..10).for_each(|_| pause(&mut spin, &mut now, 90_000));
-        assert!(!spin.is_on());
+        assert!(!spin.is_on(Awaited::Guest));
     }
 
     #[test]
@@ -166,7 +232,7 @@ mod tests {
         let (mut spin, mut now) = (Spin::new(50), 1);
         let caught = (0..1000)
             .filter(|_| {
-                let caught = spin.again(now + 40_000);
+                let caught = spin.again(now + 40_000, Awaited::Guest);
                 if caught {
                     now += 40_000;
                     spin.progress(now);
@@ -184,7 +250,7 @@ mod tests {
         let (mut spin, mut now) = (Spin::new(50), 1);
         let mut looked_ns = 0;
         for _ in 0..10_000 {
-            looked_ns += spin.bound_ns;
+            looked_ns += spin.guest.bound_ns;
             pause(&mut spin, &mut now, 65_000);
         }
         assert!(
@@ -210,9 +276,9 @@ mod tests {
         let mut looked_ns = 0;
         let mut pauses = 0;
         for _ in 0..10_000 {
-            looked_ns += spin.bound_ns;
+            looked_ns += spin.guest.bound_ns;
             pauses += 1;
-            let ns = spin.bound_ns.min(47_000) + 2_000;
+            let ns = spin.guest.bound_ns.min(47_000) + 2_000;
             pause(&mut spin, &mut now, ns);
         }
         assert!(
@@ -226,7 +292,7 @@ mod tests {
     fn it_looks_again_when_looking_pays_again() {
         let (mut spin, mut now) = (Spin::new(50), 1);
         (0..200).for_each(|_| {
-            let ns = spin.bound_ns.min(47_000) + 2_000;
+            let ns = spin.guest.bound_ns.min(47_000) + 2_000;
             pause(&mut spin, &mut now, ns);
         });
         let caught = (0..2000)
@@ -239,6 +305,47 @@ mod tests {
     fn zero_never_spins() {
         let (mut spin, mut now) = (Spin::new(0), 1);
         (0..10).for_each(|_| pause(&mut spin, &mut now, 0));
-        assert!(!spin.is_on() && !spin.again(now));
+        assert!(!spin.is_on(Awaited::Guest) && !spin.again(now, Awaited::Guest));
+    }
+
+    #[test]
+    fn a_guest_is_looked_for_beside_a_device_that_takes_longer() {
+        let (mut spin, mut now) = (Spin::new(50), 1);
+        let mut caught = 0;
+        for _ in 0..1000 {
+            for (awaited, ns) in [(Awaited::Device, 100_000), (Awaited::Guest, 30_000)] {
+                if spin.again(now + ns, awaited) {
+                    assert_eq!(awaited, Awaited::Guest);
+                    caught += 1;
+                } else {
+                    spin.sleeps(awaited);
+                }
+                now += ns;
+                spin.progress(now);
+            }
+            assert!(!spin.is_on(Awaited::Device));
+        }
+        assert!(caught > 990, "{caught} of 1000");
+    }
+
+    #[test]
+    fn what_is_late_more_often_than_not_is_given_up() {
+        // One in three comes in time, and the others just after the worker went to sleep.
+        let (mut spin, mut now) = (Spin::new(50), 1);
+        let mut looked_ns = 0;
+        for i in 0..10_000 {
+            let ns = if i % 3 == 0 { 45_000 } else { 58_000 };
+            looked_ns += spin.bound_ns(Awaited::Device).min(ns);
+            if !spin.again(now + ns, Awaited::Device) {
+                spin.sleeps(Awaited::Device);
+            }
+            now += ns;
+            spin.progress(now);
+        }
+        assert!(
+            looked_ns / 10_000 < 2_000,
+            "{} ns a pause",
+            looked_ns / 10_000
+        );
     }
 }
