@@ -15,6 +15,7 @@ use io_uring::cqueue;
 
 use self::copying::Small;
 use self::polled::Polled;
+use self::sending::Batch;
 use super::memory::Memory;
 use super::slot::{Next, Slot, Stage};
 use super::start::start;
@@ -59,6 +60,7 @@ pub struct Engine {
     /// Calls and watches the ring had no room for.
     unsent_fds: bool,
     in_flight: usize,
+    batch: Batch,
     generation: u32,
     counters: EngineCounters,
 }
@@ -112,6 +114,7 @@ impl Engine {
             unsent: Vec::with_capacity(usize::from(depth)),
             unsent_fds: false,
             in_flight: 0,
+            batch: Batch::NEW,
             generation: 0,
             counters: EngineCounters::default(),
         })
@@ -165,7 +168,8 @@ impl Engine {
         disk.target
     }
 
-    /// Takes a command; it is submitted by the next [`Engine::commit_rqs`] or [`Engine::wait`].
+    /// Takes a command; it is submitted by the next [`Engine::commit_rqs`] or [`Engine::wait`] at the
+    /// latest.
     ///
     /// The tag must be free: not used, or its [`Event::Done`] reaped. A command outside the disk ends
     /// with `EIO`.
@@ -212,6 +216,7 @@ impl Engine {
                     self.counters.busy += 1;
                     return Err(Busy::RetryLater);
                 }
+                self.begin_early();
             }
         }
         self.disks
@@ -222,14 +227,14 @@ impl Engine {
         Ok(())
     }
 
-    /// Submits what was queued with one system call; none if nothing was.
+    /// Ends a batch: submits what is queued with one system call; none if nothing is.
     ///
     /// What the kernel has no room for stays queued for the next time. An error means that the ring
     /// itself is broken.
     pub fn commit_rqs(&mut self) -> io::Result<()> {
         self.resend();
-        self.submit_polled()?;
-        self.ring.submit(&mut self.counters)
+        self.batch = Batch::NEW;
+        self.submit()
     }
 
     /// Reports what has happened and returns how many completions were looked at.
@@ -288,10 +293,10 @@ impl Engine {
     /// `timeout` is over. Returns at once if there is something to reap already.
     pub fn wait(&mut self, timeout: Option<Duration>) -> io::Result<()> {
         self.resend();
+        self.batch = Batch::NEW;
         let short = !self.unsent.is_empty() || self.unsent_fds;
         if self.has_events() || timeout == Some(Duration::ZERO) {
-            self.submit_polled()?;
-            return self.ring.submit(&mut self.counters);
+            return self.submit();
         }
         // The kernel had no room: look again soon.
         let timeout = if short {

@@ -4,8 +4,8 @@
 //! completions of disk I/O, kicks (eventfds armed in the ring and never read), messages from other
 //! threads ([`Waker`]), and the end of a wait. Nothing else in a worker sleeps or makes a system
 //! call on the data path. The words are blk-mq's: [`Engine::queue_rq`] prepares,
-//! [`Engine::commit_rqs`] submits what was prepared with one system call, and a refusal says who
-//! acts next ([`Busy`]).
+//! [`Engine::commit_rqs`] submits what was prepared with one system call (a long batch in a few, so that
+//! the device need not wait for its end), and a refusal says who acts next ([`Busy`]).
 //!
 //! ```text
 //!  queue_rq ──▶ Slot (one for each driver tag) ──▶ SQE ─┐

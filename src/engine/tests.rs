@@ -778,6 +778,36 @@ fn read_soon(fd: &OwnedFd) -> u64 {
 }
 
 #[test]
+fn a_device_begins_before_a_long_batch_ends() {
+    let image = Image::new(On::Buffered, 1 << 20);
+    let mut engine = engine(64);
+    let disk = engine.add_disk(image.target()).unwrap();
+    let mut buffer = Buffer::new(512, 0);
+    let segments = buffer.segments(&[]);
+    // With 8 of them, with 16 more, and with the rest; a short batch with one call as ever.
+    for (count, calls) in [(64, 4), (8, 1), (7, 1), (32, 3)] {
+        let before = engine.counters().enters;
+        for i in 0..count {
+            // SAFETY: the buffer is alive until the end. Unsafe because `queue_rq` is.
+            unsafe { engine.queue_rq(disk, tag(i, 1), transfer(Op::Read, 0, &segments)) }.unwrap();
+        }
+        engine.commit_rqs().unwrap();
+        assert_eq!(engine.counters().enters - before, calls, "{count} at once");
+        let events = reap_until(&mut engine, |events| events.len() == usize::from(count));
+        let ok = |event: &Event| {
+            matches!(
+                event,
+                Event::Done {
+                    result: Ok(512),
+                    ..
+                }
+            )
+        };
+        assert!(events.iter().all(ok), "{events:?}");
+    }
+}
+
+#[test]
 fn calls_reach_every_kind_of_eventfd() {
     let mut engine = engine(4);
     for flags in [EventfdFlags::NONBLOCK, EventfdFlags::empty()] {

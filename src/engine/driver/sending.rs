@@ -1,6 +1,27 @@
 //! From slots to submission entries.
 
+use std::io;
+
 use super::{Engine, KIND_SLOT, user_data};
+
+/// With so many commands of a batch the device begins with them, for the first time.
+const EARLY: u32 = 8;
+
+/// What was queued since the last [`Engine::commit_rqs`].
+#[derive(Debug)]
+pub(super) struct Batch {
+    /// Commands that the kernel has not been given.
+    queued: u32,
+    /// With how many of them it is given them, although the batch goes on.
+    early: u32,
+}
+
+impl Batch {
+    pub(super) const NEW: Batch = Batch {
+        queued: 0,
+        early: EARLY,
+    };
+}
 
 impl Engine {
     /// Prepares the slot's next step; false if the ring takes none now.
@@ -62,5 +83,24 @@ impl Engine {
         if self.unsent_fds {
             self.resend_fds();
         }
+    }
+
+    /// Has the device begin with a long batch while the rest of it is prepared: a request takes the kernel
+    /// some microseconds, and a device that waits for all of them has nothing to do for that long. Each
+    /// time twice as many are waited for, so that the calls stay few.
+    #[inline]
+    pub(super) fn begin_early(&mut self) {
+        self.batch.queued += 1;
+        if self.batch.queued == self.batch.early {
+            self.batch.queued = 0;
+            self.batch.early = self.batch.early.saturating_mul(2);
+            // A ring that is broken says so again when the batch ends.
+            let _ = self.submit();
+        }
+    }
+
+    pub(super) fn submit(&mut self) -> io::Result<()> {
+        self.submit_polled()?;
+        self.ring.submit(&mut self.counters)
     }
 }
