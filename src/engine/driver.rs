@@ -227,16 +227,6 @@ impl Engine {
         Ok(())
     }
 
-    /// Ends a batch: submits what is queued with one system call; none if nothing is.
-    ///
-    /// What the kernel has no room for stays queued for the next time. An error means that the ring
-    /// itself is broken.
-    pub fn commit_rqs(&mut self) -> io::Result<()> {
-        self.resend();
-        self.batch = Batch::NEW;
-        self.submit()
-    }
-
     /// Reports what has happened and returns how many completions were looked at.
     ///
     /// Makes a system call only when the kernel says that it keeps something back for us.

@@ -99,6 +99,16 @@ impl Engine {
         }
     }
 
+    /// Ends a batch: submits what is queued with one system call; none if nothing is.
+    ///
+    /// What the kernel has no room for stays queued for the next time. An error means that the ring
+    /// itself is broken.
+    pub fn commit_rqs(&mut self) -> io::Result<()> {
+        self.resend();
+        self.batch = Batch::NEW;
+        self.submit()
+    }
+
     pub(super) fn submit(&mut self) -> io::Result<()> {
         self.submit_polled()?;
         self.ring.submit(&mut self.counters)
