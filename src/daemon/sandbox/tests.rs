@@ -4,17 +4,21 @@ use std::fs::File;
 use std::io;
 use std::net::TcpStream;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::PathBuf;
 use std::process::{Command, Output};
 
 use super::*;
 
 const TRY: &str = "BLKMQ_SANDBOX_TRY";
+const DIR: &str = "BLKMQ_SANDBOX_DIR";
 
-/// Runs one attempt, with these layers on.
+/// Runs one attempt, with these layers on. What it leaves is removed here: it may not be able to, or may not live to.
 fn attempt(what: &str, layers: &str) -> Output {
+    let dir = tempfile::tempdir().expect("a directory");
     Command::new(std::env::current_exe().expect("our own path"))
         .args(["--exact", "daemon::sandbox::tests::child", "--nocapture"])
         .env(TRY, format!("{what},{layers}"))
+        .env(DIR, dir.path())
         .output()
         .expect("it starts")
 }
@@ -34,8 +38,8 @@ fn child() {
         dumps: has("dumps"),
         io_uring: false,
     };
-    let dir = std::env::temp_dir();
-    let ours = dir.join(format!("blkmq-sandbox-{}", std::process::id()));
+    let dir = PathBuf::from(std::env::var_os(DIR).expect("where files may be made"));
+    let ours = dir.join("ours");
     File::create(&ours).expect("a file of ours");
     enter(layers, None, &[&ours]).expect("put on");
     seal(layers).expect("put on");
@@ -45,7 +49,7 @@ fn child() {
     };
     match what {
         "open" => told(File::open("/etc/passwd").map(drop)),
-        "create" => told(File::create(dir.join("blkmq-sandbox-new")).map(drop)),
+        "create" => told(File::create(dir.join("new")).map(drop)),
         "remove ours" => told(std::fs::remove_file(&ours)),
         "remove others" => told(std::fs::remove_file("/etc/blkmq-there-is-no-such-file")),
         "become" => told(Err(Command::new("/bin/true").exec())),
@@ -78,7 +82,6 @@ fn child() {
         ),
         other => panic!("what is {other}?"),
     }
-    let _ = std::fs::remove_file(&ours);
 }
 
 fn outcome(output: &Output) -> String {
