@@ -8,6 +8,8 @@
     reason = "test code: sizes and offsets are small and known"
 )]
 
+#[path = "faults/enter.rs"]
+mod enter;
 mod support;
 
 use std::fs::{self, File};
@@ -15,9 +17,9 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Instant;
 
-use rustix::process::geteuid;
+use rustix::process::{Signal, geteuid};
 use serde_json::Value;
-use support::disk::{finish, finish_all, status};
+use support::disk::{finish, finish_all, kind, status};
 use support::*;
 use tempfile::TempDir;
 use vhost_user_blkmq::control::client;

@@ -3,6 +3,11 @@
 use super::{Engine, KIND_SLOT, user_data};
 
 impl Engine {
+    /// Whether the kernel has refused to be entered again and again. Then nothing arrives here, messages neither.
+    pub fn is_refused(&self) -> bool {
+        self.ring.is_refused()
+    }
+
     /// Prepares the slot's next step; false if the ring takes none now.
     #[inline]
     pub(super) fn send(&mut self, index: u16) -> bool {
