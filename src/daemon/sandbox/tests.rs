@@ -41,6 +41,7 @@ fn child() {
     let dir = PathBuf::from(std::env::var_os(DIR).expect("where files may be made"));
     let ours = dir.join("ours");
     File::create(&ours).expect("a file of ours");
+    let parent = rustix::process::getppid().expect("we have one");
     enter(layers, None, &[&ours]).expect("put on");
     seal(layers).expect("put on");
     let told = |outcome: io::Result<()>| match outcome {
@@ -56,10 +57,7 @@ fn child() {
         "spawn" => told(Command::new("/bin/true").status().map(drop)),
         "network" => told(TcpStream::connect("127.0.0.1:1").map(drop)),
         "execute" => told(sigsys::map_executable()),
-        "signal" => told(
-            rustix::process::test_kill_process(rustix::process::getppid().expect("we have one"))
-                .map_err(io::Error::from),
-        ),
+        "signal" => told(rustix::process::test_kill_process(parent).map_err(io::Error::from)),
         "thread" => {
             std::thread::spawn(|| println!("outcome: allowed"))
                 .join()
@@ -112,9 +110,18 @@ fn seccomp_ends_what_nobody_foresaw() {
     // The C library blocks all signals around it, so that there are no last words.
     assert!(is_killed(&attempt("spawn", "seccomp")));
     assert_eq!(outcome(&attempt("execute", "none")), "allowed");
-    for what in ["become", "network", "ptrace", "execute", "signal"] {
+    for (what, name) in [
+        ("become", "execve ("),
+        ("network", "socket ("),
+        ("ptrace", "prctl ("),
+        ("execute", "mmap ("),
+        ("signal", "kill ("),
+    ] {
         let output = attempt(what, "seccomp");
         assert!(is_ended(&output), "{what}: {output:?}");
+        let said = String::from_utf8_lossy(&output.stderr);
+        let named = format!("does not allow system call {name}");
+        assert!(said.contains(&named), "{what}: {said}");
     }
     assert_eq!(outcome(&attempt("open", "none")), "allowed");
     assert_eq!(outcome(&attempt("open", "seccomp")), "PermissionDenied");
