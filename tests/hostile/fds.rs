@@ -319,6 +319,7 @@ attacks! {
         front.send_raw(SET_VRING_CALL, 1, &[0; 8], &[listener.as_fd()]).expect("it is sent");
         assert!(front.is_closed());
         stage.told("the call descriptor is a socket that listens");
+        std::fs::remove_file(&path).expect("its file");
     }
 
     /// A back-end channel whose other end is closed, or never read.
