@@ -109,7 +109,7 @@ fn calls_that_fail_now_and_then_delay_requests_and_lose_none() {
     }
 }
 
-/// What is submitted alone fails: the call that waits for nothing and the one that sleeps with something queued.
+/// Every call fails for more than a second, those that only wait as well: nothing can be submitted, and nothing heard.
 #[test]
 fn calls_that_fail_for_long_are_tried_at_leisure_and_requests_end_when_they_work_again() {
     for (errno, name) in PASSING {
