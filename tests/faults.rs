@@ -8,6 +8,8 @@
     reason = "test code: sizes and offsets are small and known"
 )]
 
+#[path = "faults/enter.rs"]
+mod enter;
 mod support;
 
 use std::fs::{self, File};
@@ -15,9 +17,9 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Instant;
 
-use rustix::process::geteuid;
+use rustix::process::{Signal, geteuid};
 use serde_json::Value;
-use support::disk::{finish, finish_all, status};
+use support::disk::{finish, finish_all, kind, status};
 use support::*;
 use tempfile::TempDir;
 use vhost_user_blkmq::control::client;
@@ -366,13 +368,10 @@ fn what_is_held_ends_when_the_front_end_wants_its_queue_back() {
 
 #[test]
 fn an_image_that_was_cut_short_is_an_error_and_not_an_endless_loop() {
-    let served = {
-        let dir = tempfile::tempdir().expect("a directory");
-        let image = dir.keep().join("disk.img");
-        sparse(&image, 1 << 20);
-        (Served::start(&image, &[]), image)
-    };
-    let (served, image) = served;
+    let dir = tempfile::tempdir().expect("a directory");
+    let image = dir.path().join("disk.img");
+    sparse(&image, 1 << 20);
+    let served = Served::start(&image, &[]);
     let mut disk = Disk::attach(served.daemon.socket(), 1);
     disk.write(0, 0, &[1; 8192]);
     File::options()
@@ -389,7 +388,6 @@ fn an_image_that_was_cut_short_is_an_error_and_not_an_endless_loop() {
     disk.write(0, 2040, &[2; 4096]);
     assert_eq!(disk.read(0, 8, 4096), [0; 4096], "a write extends it again");
     assert!(served.disk(0)["io_errors"]["io"].as_u64().unwrap() >= 4);
-    fs::remove_dir_all(image.parent().expect("a directory")).expect("removed");
 }
 
 #[test]

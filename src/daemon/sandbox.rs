@@ -21,6 +21,7 @@
 
 mod files;
 mod filter;
+mod names;
 mod privileges;
 mod sigsys;
 

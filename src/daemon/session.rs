@@ -38,6 +38,7 @@ mod refusal;
 mod rest;
 mod rules;
 mod shape;
+mod streams;
 mod wire;
 
 use std::io;
@@ -54,6 +55,7 @@ pub use inflight::{CarriedInflight, InflightStore};
 pub use log::LogKeeper;
 pub use notifier::ConfigNotifier;
 pub use refusal::{Reason, Refusal, RequestName};
+pub use streams::remember_socket;
 
 use inflight::Turnstile;
 use notifier::Channel;
@@ -157,6 +159,7 @@ impl Guard {
         stop: OwnedFd,
     ) -> io::Result<Guard> {
         open_fd_table()?;
+        remember_socket(&vmm)?;
         let channel = Arc::new(Channel::default());
         Ok(Guard {
             front_end: vmm,

@@ -17,6 +17,7 @@ use rustix::process::{Gid, Uid};
 use vhost::vhost_user::Listener;
 use vmm_sys_util::tempdir::TempDir;
 
+use super::session::remember_socket;
 use crate::error::StartError;
 
 /// Connections that may wait to be accepted: as many as the system allows (net.core.somaxconn), which is
@@ -164,7 +165,9 @@ pub fn listen_privately(
 ///
 /// It is not a socket that can be listened on.
 pub fn listen_ourselves(socket: &impl AsFd) -> io::Result<()> {
-    Ok(rustix::net::listen(socket, BACKLOG)?)
+    rustix::net::listen(socket, BACKLOG)?;
+    // Those who connected before that are known by the name.
+    remember_socket(socket)
 }
 
 fn listen(

@@ -274,13 +274,14 @@ impl Engine {
     /// Whether [`Self::reap`] has something to report without a system call.
     pub fn has_events(&mut self) -> bool {
         self.has_copies()
-            || self.is_polling()
+            || self.polls_now()
             || !self.ready.is_empty()
             || self.ring.has_completions()
     }
 
     /// Submits what is queued and sleeps until there is something to reap, a signal comes, or
-    /// `timeout` is over. Returns at once if there is something to reap already.
+    /// `timeout` is over. Returns at once if there is something to reap already. Where the kernel refuses
+    /// to be entered it sleeps for a moment, so that a caller that tries again takes no CPU to speak of.
     pub fn wait(&mut self, timeout: Option<Duration>) -> io::Result<()> {
         self.resend();
         self.batch = Batch::NEW;
@@ -289,11 +290,9 @@ impl Engine {
             return self.submit();
         }
         // The kernel had no room: look again soon.
-        let timeout = if short {
-            Some(Duration::from_millis(1))
-        } else {
-            timeout
-        };
+        let sooner = short.then_some(Duration::from_millis(1));
+        let sooner = sooner.or_else(|| self.pause_polling());
+        let timeout = [sooner, timeout].into_iter().flatten().min();
         self.ring.wait(timeout, &mut self.counters)
     }
 

@@ -190,6 +190,8 @@ pub enum Event {
 pub struct EngineCounters {
     /// System calls (`io_uring_enter`).
     pub enters: u64,
+    /// Those of them that the kernel refused for the moment (`EAGAIN`, `EBUSY`, `ENOMEM`, `EINTR`).
+    pub refused: u64,
     /// Submission entries prepared.
     pub sqes: u64,
     /// Completion entries seen.

@@ -1,5 +1,7 @@
 //! The engine on real files, eventfds and pipes.
 
+mod refused;
+
 use std::fs::File;
 use std::io::Read;
 use std::os::fd::{AsFd, OwnedFd};

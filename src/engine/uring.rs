@@ -1,7 +1,10 @@
 //! The ring itself: how it is set up, and the only place that enters the kernel.
 
+mod refusal;
+
 use std::io;
 use std::mem::MaybeUninit;
+use std::thread;
 use std::time::Duration;
 
 use io_uring::types::{SubmitArgs, Timespec};
@@ -11,6 +14,7 @@ use io_uring::{
     squeue,
 };
 
+use self::refusal::Refusals;
 use super::{EngineCounters, MAX_DISKS};
 
 /// How many completions are taken out of the ring at a time.
@@ -47,6 +51,7 @@ pub(super) struct Ring {
     pub(super) silent_writes: bool,
     pub(super) restricted: bool,
     mode: &'static str,
+    refusals: Refusals,
 }
 
 impl std::fmt::Debug for Ring {
@@ -124,6 +129,7 @@ impl Ring {
             silent_writes,
             restricted: ask.restricted,
             mode,
+            refusals: Refusals::default(),
         })
     }
 
@@ -184,19 +190,12 @@ impl Ring {
         !self.ring.completion().is_empty()
     }
 
-    /// Submits what is queued. Entries the kernel had no room for stay queued.
+    /// Submits what is queued. Entries the kernel has no room for stay queued.
     pub(super) fn submit(&mut self, counters: &mut EngineCounters) -> io::Result<()> {
         while self.has_queued() {
-            counters.enters += 1;
-            match self.ring.submit() {
-                Ok(0) => break,
-                Ok(_) => {}
-                Err(e) if is_passing(&e) => {
-                    if e.raw_os_error() != Some(libc::EINTR) {
-                        break;
-                    }
-                }
-                Err(e) => return Err(e),
+            let entered = self.ring.submit();
+            if self.entered(entered, counters)? == 0 {
+                break;
             }
         }
         Ok(())
@@ -216,7 +215,6 @@ impl Ring {
     /// Submits what is queued and lets completions that are due happen, without waiting.
     pub(super) fn enter_events(&mut self, counters: &mut EngineCounters) -> io::Result<()> {
         let queued = u32::try_from(self.ring.submission().len()).expect("at most the queue's size");
-        counters.enters += 1;
         // SAFETY: no argument is passed, so no memory is named. Unsafe because the crate offers no
         // other way to enter for events without waiting for one.
         let entered = unsafe {
@@ -227,19 +225,16 @@ impl Ring {
                 None,
             )
         };
-        match entered {
-            Err(e) if !is_passing(&e) => Err(e),
-            _ => Ok(()),
-        }
+        self.entered(entered, counters).map(drop)
     }
 
-    /// Submits what is queued and waits for a completion, at most `timeout`.
+    /// Submits what is queued and waits for a completion, at most `timeout`. Where the kernel refuses
+    /// that again and again, waits for a while all the same: whoever waits has nothing else to do.
     pub(super) fn wait(
         &mut self,
         timeout: Option<Duration>,
         counters: &mut EngineCounters,
     ) -> io::Result<()> {
-        counters.enters += 1;
         let entered = match timeout {
             None => self.ring.submit_and_wait(1),
             Some(timeout) => {
@@ -249,10 +244,56 @@ impl Ring {
                     .submit_with_args(1, &SubmitArgs::new().timespec(&timespec))
             }
         };
-        match entered {
-            Err(e) if !is_passing(&e) && e.raw_os_error() != Some(libc::ETIME) => Err(e),
-            _ => Ok(()),
+        self.entered(entered, counters)?;
+        if self.is_refused() {
+            let pause = self.pause();
+            thread::sleep(timeout.map_or(pause, |timeout| timeout.min(pause)));
         }
+        Ok(())
+    }
+
+    /// What came of a call: how many entries were taken. None is no error if the call is right again
+    /// later.
+    #[inline]
+    fn entered(
+        &mut self,
+        outcome: io::Result<usize>,
+        counters: &mut EngineCounters,
+    ) -> io::Result<usize> {
+        counters.enters += 1;
+        match outcome {
+            Ok(taken) => {
+                self.refusals.end();
+                Ok(taken)
+            }
+            Err(error) => self.refused(error, counters),
+        }
+    }
+
+    #[cold]
+    fn refused(&mut self, error: io::Error, counters: &mut EngineCounters) -> io::Result<usize> {
+        match error.raw_os_error() {
+            // What was waited for did not come in time.
+            Some(libc::ETIME) => self.refusals.end(),
+            // A signal; no memory for the moment; completions to be reaped first.
+            Some(libc::EINTR | libc::EAGAIN | libc::ENOMEM | libc::EBUSY) => {
+                counters.refused += 1;
+                self.refusals.add(error);
+            }
+            _ => return Err(error),
+        }
+        Ok(0)
+    }
+
+    /// Whether the kernel has refused the last calls, so that the next one had better wait.
+    #[inline]
+    pub(super) fn is_refused(&self) -> bool {
+        self.refusals.is_repeated()
+    }
+
+    /// For how long, if the caller does.
+    pub(super) fn pause(&mut self) -> Duration {
+        self.refusals.pause()
     }
 
     /// Takes up to [`REAP_BATCH`] completions out of the ring.
@@ -318,15 +359,6 @@ fn unrestricted(error: io::Error) -> io::Error {
     let text =
         format!("the ring cannot be restricted (--sandbox io-uring=off does without): {error}");
     io::Error::new(error.kind(), text)
-}
-
-/// Errors of `io_uring_enter` after which the same call is right again: a signal, no memory for the
-/// moment, completions to be reaped first.
-fn is_passing(error: &io::Error) -> bool {
-    matches!(
-        error.raw_os_error(),
-        Some(libc::EINTR | libc::EAGAIN | libc::EBUSY)
-    )
 }
 
 fn unavailable(error: io::Error) -> io::Error {

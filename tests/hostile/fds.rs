@@ -7,6 +7,7 @@ use crate::support::*;
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use rustix::io::{read, write};
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use rustix::pipe::{PipeFlags, pipe_with};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -56,6 +57,16 @@ fn full_eventfd(flags: EventfdFlags) -> OwnedFd {
     let event = eventfd(0, flags | EventfdFlags::CLOEXEC).expect("an eventfd");
     write(&event, &FULL.to_ne_bytes()).expect("up to its end");
     event
+}
+
+/// Sends `what` on `socket`.
+fn hide(socket: &UnixStream, what: &UnixStream) -> rustix::io::Result<()> {
+    let fds = [what.as_fd()];
+    let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    control.push(SendAncillaryMessage::ScmRights(&fds));
+    let bytes = [std::io::IoSlice::new(&[0])];
+    sendmsg(socket, &bytes, &mut control, SendFlags::NOSIGNAL).map(drop)
 }
 
 attacks! {
@@ -148,9 +159,8 @@ attacks! {
     }
 
     fn a_call_socket_that_is_not_connected(stage) {
-        let listener = UnixListener::bind(stage.daemon.dir().join("mine")).expect("a socket");
-        std::fs::remove_file(stage.daemon.dir().join("mine")).expect("only its file");
-        leaves(with_call(stage, &listener.into()));
+        let socket = rustix::net::socket(rustix::net::AddressFamily::UNIX, rustix::net::SocketType::STREAM, None);
+        leaves(with_call(stage, &socket.expect("a socket")));
     }
 
     /// Calls that are kicks: each answer asks to look again. It ends, because there is nothing more to find.
@@ -272,6 +282,44 @@ attacks! {
         }
         stage.told("the back-end channel's descriptor is a connection to this daemon");
         stage.told("the call descriptor is a connection to this daemon");
+    }
+
+    /// The same, as a message that nobody reads in a socket that may be sent: put there before, or afterwards.
+    fn its_own_connection_hidden_in_another_socket(stage) {
+        for request in [SET_BACKEND_REQ_FD, SET_VRING_CALL, SET_VRING_ERR] {
+            let payload: &[u8] = if request == SET_BACKEND_REQ_FD { &[] } else { &[0; 8] };
+            for before in [true, false] {
+                let setup = Setup {
+                    protocol: protocol::KNOWN | vhost::vhost_user::message::VhostUserProtocolFeatures::BACKEND_REQ,
+                    ..Setup::default()
+                };
+                let mut front = Front::connect(stage.socket(), &setup).expect("a session");
+                let (ours, theirs) = UnixStream::pair().expect("sockets");
+                if before {
+                    hide(&ours, front.socket()).expect("there is room");
+                }
+                front.send_raw(request, 1, payload, &[theirs.as_fd()]).expect("it is sent");
+                // What is answered has been taken.
+                front.config_bytes(0, 8).expect("it is served");
+                // Once taken it cannot be put there any more; where it can, the session would not end.
+                let _ = hide(&ours, front.socket());
+            }
+            // The one before has to end for this one to be served.
+            stage.attach(1).read(0, 0, 4096);
+        }
+    }
+
+    /// A socket that listens holds the connections that wait there, with what was sent on them.
+    fn a_socket_that_listens_as_a_call(stage) {
+        let path = stage.daemon.dir().join("listener");
+        let listener = UnixListener::bind(&path).expect("it listens");
+        let front = stage.front();
+        let waiting = UnixStream::connect(&path).expect("it waits");
+        hide(&waiting, front.socket()).expect("there is room");
+        front.send_raw(SET_VRING_CALL, 1, &[0; 8], &[listener.as_fd()]).expect("it is sent");
+        assert!(front.is_closed());
+        stage.told("the call descriptor is a socket that listens");
+        std::fs::remove_file(&path).expect("its file");
     }
 
     /// A back-end channel whose other end is closed, or never read.

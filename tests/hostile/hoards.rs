@@ -6,7 +6,12 @@ use tempfile::TempDir;
 
 const DISK: u64 = 8 << 20;
 
-/// Two disks on one worker; the first may do one operation a second, so that what it has in flight stays there.
+/// A disk that may do one operation a second, so that what it has in flight stays there.
+pub fn slow_disk() -> Spec {
+    Spec::image(DISK).args(["--limit", "iops=1"])
+}
+
+/// Two disks on one worker, the first of them slow.
 fn two_disks(dir: &TempDir) -> (Daemon, Disk, Disk) {
     let image = dir.path().join("other.img");
     let file = std::fs::File::create(&image).expect("an image");
@@ -17,18 +22,26 @@ fn two_disks(dir: &TempDir) -> (Daemon, Disk, Disk) {
         socket.display(),
         image.display()
     );
-    let args = ["--workers", "1", "--limit", "iops=1", "--disk", &other];
-    let daemon = Daemon::start_ours(&Spec::image(DISK).args(args));
+    let daemon = Daemon::start_ours(&slow_disk().args(["--workers", "1", "--disk", &other]));
     let slow = Disk::attach(daemon.socket(), 4);
     let other = Disk::attach(&socket, 1);
     (daemon, slow, other)
 }
 
-/// Requests of many buffers borrow room for them. One disk's must not be able to borrow it all.
-#[test]
-fn the_room_for_long_requests_cannot_be_hoarded() {
-    let dir = TempDir::new().expect("a directory");
-    let (_daemon, mut slow, mut other) = two_disks(&dir);
+/// Takes what there is to take with requests on the slow disk.
+pub type Hoard = fn(&mut Disk);
+
+/// All of this file, for the measurement.
+pub const ALL: &[(&str, Hoard)] = &[
+    (
+        "the_room_for_long_requests_cannot_be_hoarded",
+        long_requests,
+    ),
+    ("tags_cannot_be_hoarded", tags),
+];
+
+/// Requests of many buffers, 64 on each queue.
+fn long_requests(slow: &mut Disk) {
     let gpa = slow.mem().alloc(1 << 20, 4096);
     let segs: Vec<Seg> = (0..40)
         .map(|n| Seg::writable(gpa + n * 4096, 512))
@@ -41,6 +54,29 @@ fn the_room_for_long_requests_cannot_be_hoarded() {
         }
         queue.publish();
     }
+}
+
+/// Requests of one buffer, as many as there is room for.
+fn tags(slow: &mut Disk) {
+    let gpa = slow.mem().alloc(4096, 4096);
+    for queue in &mut slow.queues {
+        let mut n = 0;
+        while queue
+            .push(n, kind::IN, 0, n * 16, &[Seg::writable(gpa, 4096)])
+            .is_some()
+        {
+            n += 1;
+        }
+        queue.publish();
+    }
+}
+
+/// Requests of many buffers borrow room for them. One disk's must not be able to borrow it all.
+#[test]
+fn the_room_for_long_requests_cannot_be_hoarded() {
+    let dir = TempDir::new().expect("a directory");
+    let (_daemon, mut slow, mut other) = two_disks(&dir);
+    long_requests(&mut slow);
     let gpa = other.mem().alloc(1 << 20, 4096);
     let segs: Vec<Seg> = (0..40)
         .map(|n| Seg::writable(gpa + n * 4096, 512))
@@ -61,17 +97,7 @@ fn the_room_for_long_requests_cannot_be_hoarded() {
 fn tags_cannot_be_hoarded() {
     let dir = TempDir::new().expect("a directory");
     let (_daemon, mut slow, mut other) = two_disks(&dir);
-    let gpa = slow.mem().alloc(4096, 4096);
-    for queue in &mut slow.queues {
-        let mut n = 0;
-        while queue
-            .push(n, kind::IN, 0, n * 16, &[Seg::writable(gpa, 4096)])
-            .is_some()
-        {
-            n += 1;
-        }
-        queue.publish();
-    }
+    tags(&mut slow);
     let data = Rng::new(2).bytes(4096);
     for sector in 0..100 {
         other.write(0, sector * 8, &data);

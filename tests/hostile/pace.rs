@@ -1,6 +1,7 @@
 //! What the other disk's front end feels of each attack. Measurements, not tests: they assert nothing about time. They
 //! check its data all the same, as every other test here does.
 
+use crate::hoards::{self, Hoard};
 use crate::stage::{Attack, Beside, DISK, Stage};
 use crate::support::disk::kind;
 use crate::support::{Seg, Spec, disk};
@@ -84,6 +85,24 @@ fn pace(attacks: &[Attack], beside: Beside, span: Duration) -> [(u64, u64); 2] {
     [quiet, (median, most)]
 }
 
+/// The same for what is taken once and kept: during is while it is held.
+fn pace_beside_hoard(hoard: Hoard, beside: Beside, span: Duration) -> [(u64, u64); 2] {
+    let stage = Stage::beside(hoards::slow_disk(), beside);
+    stage.other.beats(100);
+    stage.other.take_delays();
+    std::thread::sleep(span / 2);
+    let (_, median, most) = stage.other.take_delays();
+    let quiet = (median, most);
+    let mut slow = stage.attach(4);
+    hoard(&mut slow);
+    std::thread::sleep(span);
+    stage.other.beats(100);
+    let (_, median, most) = stage.other.take_delays();
+    // At one a second what is held would take an hour to end.
+    stage.abandon();
+    [quiet, (median, most)]
+}
+
 /// The other disk beside each kind of attack: at depth 1 and 8, on the worker that is attacked and on another one.
 #[test]
 #[ignore = "measures for two minutes; run it alone, in the release profile, with --nocapture"]
@@ -134,6 +153,20 @@ fn the_other_disk_keeps_its_pace() {
             }
         }
     }
+    for (name, hoard) in hoards::ALL {
+        if !is_wanted(name) {
+            continue;
+        }
+        for (worker, beside) in [("the same", TOGETHER), ("another", APART)] {
+            for depth in [1, 8] {
+                let [quiet, war] = pace_beside_hoard(*hoard, Beside { depth, ..beside }, LONG);
+                println!(
+                    "| {name} | {worker} | {depth} | {} | {} | {} | {} |",
+                    quiet.0, war.0, quiet.1, war.1
+                );
+            }
+        }
+    }
 }
 
 /// The other disk beside each attack by itself, on the same worker.
@@ -147,6 +180,16 @@ fn the_other_disk_keeps_its_pace_in_each_attack() {
             continue;
         }
         let [quiet, war] = pace(&[attack], TOGETHER, SHORT);
+        println!(
+            "| `{name}` | {} | {} | {} | {} |",
+            quiet.0, war.0, quiet.1, war.1
+        );
+    }
+    for (name, hoard) in hoards::ALL {
+        if !is_wanted(name) {
+            continue;
+        }
+        let [quiet, war] = pace_beside_hoard(*hoard, TOGETHER, SHORT);
         println!(
             "| `{name}` | {} | {} | {} | {} |",
             quiet.0, war.0, quiet.1, war.1

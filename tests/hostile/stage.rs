@@ -139,6 +139,11 @@ impl Stage {
         disk.flush(0);
     }
 
+    /// Ends the process as it is, where good order would take too long.
+    pub fn abandon(self) {
+        self.other.leave();
+    }
+
     /// Ends the process in good order.
     pub fn end(self) {
         self.other.leave();

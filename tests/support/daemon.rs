@@ -1,6 +1,7 @@
 //! Starts and stops the program under test, and reads what it and the kernel say about it.
 
 use super::DEADLINE;
+use super::enter::Gate;
 use super::proc_stats::ProcStats;
 use super::summary::Summary;
 use rustix::process::{
@@ -176,6 +177,21 @@ impl Daemon {
             panic!("the daemon does not listen:\n{}", daemon.stderr());
         }
         daemon
+    }
+
+    /// Starts our program behind a gate that can have its `io_uring_enter` fail.
+    pub fn start_gated(spec: &Spec) -> (Self, Gate) {
+        let dir = Arc::new(TempDir::new().expect("a temporary directory can be made"));
+        let image = spec.make_image(dir.path());
+        let socket = dir.path().join("blk.sock");
+        let mut command = Self::our_command(spec, &socket, image.as_deref());
+        let theirs = Gate::put_on(&mut command);
+        let daemon = Self::spawn(command, dir, socket, image, spec.lifetime);
+        let gate = Gate::open(&theirs);
+        if !daemon.stderr.wait_for("listening on") {
+            panic!("the daemon does not listen:\n{}", daemon.stderr());
+        }
+        (daemon, gate)
     }
 
     /// Starts our program once more, for the same socket and image, and does not wait for anything.

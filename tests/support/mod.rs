@@ -24,6 +24,7 @@ pub mod config;
 pub mod daemon;
 pub mod disk;
 pub mod driver;
+pub mod enter;
 pub mod event;
 pub mod front;
 pub mod memory;

@@ -11,6 +11,7 @@ use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
 
 use super::support::disk::{finish, kind, status};
+use super::support::front::request::SET_VRING_CALL;
 use super::support::*;
 use super::{Lineage, MIB, under_load};
 
@@ -371,6 +372,36 @@ fn a_crash_after_an_upgrade_loses_nothing() {
     seen.sort_unstable();
     assert_eq!(seen, (0..30).collect::<Vec<_>>(), "each exactly once");
     assert_eq!(in_region(), 0);
+}
+
+/// The same where the connection is older than the daemon: the kernel names the first one as its other end. A session
+/// that is carried along, one that waits for its turn, and after a second upgrade.
+#[test]
+fn a_carried_session_that_sends_its_own_connection_is_refused() {
+    let mut lineage = Lineage::start(Spec::image(8 * MIB), &[]);
+    let setup = Setup {
+        protocol: protocol::KNOWN | VhostUserProtocolFeatures::BACKEND_REQ,
+        ..Setup::default()
+    };
+    let front = Front::connect(lineage.daemon.socket(), &setup).expect("a session");
+    let waiting = UnixStream::connect(lineage.daemon.socket()).expect("it waits");
+    lineage.upgrade(&[]);
+    front
+        .send_raw(SET_BACKEND_REQ_FD, 1, &[], &[front.socket().as_fd()])
+        .expect("it is sent");
+    assert!(front.is_closed(), "its own");
+    drop(waiting);
+
+    let front = Front::connect(lineage.daemon.socket(), &setup).expect("a session");
+    let waiting = UnixStream::connect(lineage.daemon.socket()).expect("it waits");
+    lineage.upgrade(&[]);
+    lineage.upgrade(&[]);
+    front
+        .send_raw(SET_VRING_CALL, 1, &[0; 8], &[waiting.as_fd()])
+        .expect("it is sent");
+    assert!(front.is_closed(), "one that waits");
+    let told = "the call descriptor is a connection to this daemon";
+    assert!(lineage.daemon.wait_for_message(told));
 }
 
 /// A front end that sends its own connection would keep it open after it has left.

@@ -224,6 +224,9 @@ pub(super) const QUEUE_TIMES: &[(&str, &str, Times)] = &[
 pub(super) type Counter = (&'static str, &'static str, fn(&EngineCounters) -> u64);
 pub(super) const WORKER_COUNTERS: &[Counter] = &[
     ("enters", "System calls (io_uring_enter).", |c| c.enters),
+    ("refused", "System calls refused for the moment.", |c| {
+        c.refused
+    }),
     ("sqes", "Submission entries prepared.", |c| c.sqes),
     ("cqes", "Completion entries seen.", |c| c.cqes),
     ("inline", "Commands completed without the kernel.", |c| {

@@ -7,6 +7,8 @@ use std::ptr;
 
 use libc::{c_int, siginfo_t};
 
+use super::names::name_of;
+
 /// The kernel's siginfo of SIGSYS (`_sigsys` in asm-generic/siginfo.h), which the libc crate leaves
 /// out.
 #[repr(C)]
@@ -52,8 +54,21 @@ extern "C" fn on_sigsys(_signal: c_int, info: *mut siginfo_t, _context: *mut c_v
     let call = unsafe { (*info.cast::<SigsysInfo>()).syscall };
     let mut line = Line::new();
     line.push(b"vhost-user-blkmq: the sandbox does not allow system call ");
-    line.push_number(call.unsigned_abs());
-    line.push(b" (see ausyscall or unistd.h): this is a bug or an attack, and the process ends; --sandbox seccomp=off allows it\n");
+    match name_of(call.into()) {
+        Some(name) => {
+            line.push(name.as_bytes());
+            line.push(b" (");
+            line.push_number(call.unsigned_abs());
+            line.push(b")");
+        }
+        None => {
+            line.push_number(call.unsigned_abs());
+            line.push(b" (see ausyscall or unistd.h)");
+        }
+    }
+    line.push(
+        b": this is a bug or an attack, and the process ends; --sandbox seccomp=off allows it\n",
+    );
     let _ = rustix::io::write(
         // SAFETY: the number of standard error is only used for this call. Unsafe because it may have
         // been closed, and then nobody hears of it.

@@ -4,17 +4,21 @@ use std::fs::File;
 use std::io;
 use std::net::TcpStream;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::PathBuf;
 use std::process::{Command, Output};
 
 use super::*;
 
 const TRY: &str = "BLKMQ_SANDBOX_TRY";
+const DIR: &str = "BLKMQ_SANDBOX_DIR";
 
-/// Runs one attempt, with these layers on.
+/// Runs one attempt, with these layers on. What it leaves is removed here: it may not be able to, or may not live to.
 fn attempt(what: &str, layers: &str) -> Output {
+    let dir = tempfile::tempdir().expect("a directory");
     Command::new(std::env::current_exe().expect("our own path"))
         .args(["--exact", "daemon::sandbox::tests::child", "--nocapture"])
         .env(TRY, format!("{what},{layers}"))
+        .env(DIR, dir.path())
         .output()
         .expect("it starts")
 }
@@ -34,9 +38,10 @@ fn child() {
         dumps: has("dumps"),
         io_uring: false,
     };
-    let dir = std::env::temp_dir();
-    let ours = dir.join(format!("blkmq-sandbox-{}", std::process::id()));
+    let dir = PathBuf::from(std::env::var_os(DIR).expect("where files may be made"));
+    let ours = dir.join("ours");
     File::create(&ours).expect("a file of ours");
+    let parent = rustix::process::getppid().expect("we have one");
     enter(layers, None, &[&ours]).expect("put on");
     seal(layers).expect("put on");
     let told = |outcome: io::Result<()>| match outcome {
@@ -45,17 +50,14 @@ fn child() {
     };
     match what {
         "open" => told(File::open("/etc/passwd").map(drop)),
-        "create" => told(File::create(dir.join("blkmq-sandbox-new")).map(drop)),
+        "create" => told(File::create(dir.join("new")).map(drop)),
         "remove ours" => told(std::fs::remove_file(&ours)),
         "remove others" => told(std::fs::remove_file("/etc/blkmq-there-is-no-such-file")),
         "become" => told(Err(Command::new("/bin/true").exec())),
         "spawn" => told(Command::new("/bin/true").status().map(drop)),
         "network" => told(TcpStream::connect("127.0.0.1:1").map(drop)),
         "execute" => told(sigsys::map_executable()),
-        "signal" => told(
-            rustix::process::test_kill_process(rustix::process::getppid().expect("we have one"))
-                .map_err(io::Error::from),
-        ),
+        "signal" => told(rustix::process::test_kill_process(parent).map_err(io::Error::from)),
         "thread" => {
             std::thread::spawn(|| println!("outcome: allowed"))
                 .join()
@@ -78,7 +80,6 @@ fn child() {
         ),
         other => panic!("what is {other}?"),
     }
-    let _ = std::fs::remove_file(&ours);
 }
 
 fn outcome(output: &Output) -> String {
@@ -109,9 +110,18 @@ fn seccomp_ends_what_nobody_foresaw() {
     // The C library blocks all signals around it, so that there are no last words.
     assert!(is_killed(&attempt("spawn", "seccomp")));
     assert_eq!(outcome(&attempt("execute", "none")), "allowed");
-    for what in ["become", "network", "ptrace", "execute", "signal"] {
+    for (what, name) in [
+        ("become", "execve ("),
+        ("network", "socket ("),
+        ("ptrace", "prctl ("),
+        ("execute", "mmap ("),
+        ("signal", "kill ("),
+    ] {
         let output = attempt(what, "seccomp");
         assert!(is_ended(&output), "{what}: {output:?}");
+        let said = String::from_utf8_lossy(&output.stderr);
+        let named = format!("does not allow system call {name}");
+        assert!(said.contains(&named), "{what}: {said}");
     }
     assert_eq!(outcome(&attempt("open", "none")), "allowed");
     assert_eq!(outcome(&attempt("open", "seccomp")), "PermissionDenied");

@@ -5,10 +5,8 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::OnceLock;
 
 use rustix::fs::{FileType, Mode, OFlags, fcntl_getfl, fstat, fstatfs, open, readlinkat};
-use rustix::io::Errno;
-use rustix::net::sockopt::{socket_domain, socket_peercred, socket_type};
-use rustix::net::{AddressFamily, SocketType, getpeername};
-use rustix::process::getpid;
+use rustix::net::sockopt::{socket_domain, socket_type};
+use rustix::net::{AddressFamily, SocketType};
 
 /// What stands behind a file descriptor, as far as a session cares.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -134,21 +132,6 @@ const ELSEWHERE: [u32; 8] = [
     0x5346_414f,
 ];
 
-/// Whether `socket` is the other end of a connection to a socket of this process. To hold such an end
-/// is to keep that connection open after everybody else has closed it.
-///
-/// The kernel knows who listened (SO_PEERCRED), and that it was under a name tells a connection from a
-/// pair of sockets.
-pub(super) fn leads_to_us(socket: &OwnedFd) -> io::Result<bool> {
-    let named = match getpeername(socket) {
-        // The address of a socket without a name is its family and nothing else (unix(7)).
-        Ok(Some(peer)) => peer.addr_len() as usize > size_of::<libc::sa_family_t>(),
-        Ok(None) | Err(Errno::NOTCONN) => false,
-        Err(errno) => return Err(errno.into()),
-    };
-    Ok(named && socket_peercred(socket)?.pid == getpid())
-}
-
 /// Opens `/proc/self/fd`, which tells an eventfd from other anonymous inodes; `fstat` does not.
 ///
 /// It is opened once for the process and kept, so that sessions work where `/proc` cannot be
@@ -189,24 +172,6 @@ mod tests {
     use super::*;
     use rustix::event::{EventfdFlags, eventfd};
     use std::os::unix::net::{UnixDatagram, UnixStream};
-
-    #[test]
-    fn a_connection_to_us_is_told_from_others() {
-        let directory = tempfile::TempDir::new().unwrap();
-        let path = directory.path().join("socket");
-        let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
-        let theirs = UnixStream::connect(&path).unwrap();
-        let (ours, _) = listener.accept().unwrap();
-        let (one, _other) = UnixStream::pair().unwrap();
-        for (socket, leads) in [
-            (theirs.into(), true),
-            (ours.into(), false),
-            (one.into(), false),
-            (OwnedFd::from(listener), false),
-        ] {
-            assert_eq!(leads_to_us(&socket).unwrap(), leads, "{socket:?}");
-        }
-    }
 
     #[test]
     fn files_on_other_machines_and_of_other_programs_are_known() {

@@ -103,6 +103,8 @@ pub enum Reason {
         "the {role} descriptor is a connection to this daemon, which would keep it open for ever"
     )]
     OwnConnection { role: &'static str },
+    #[error("the {role} descriptor is a socket that listens; send one that is connected")]
+    Listens { role: &'static str },
     #[error("a file descriptor could not be examined: {0}")]
     Examine(String),
     #[error("config access of {size} bytes at {offset} is outside 1 to {space} bytes")]

@@ -3,7 +3,7 @@
 //! The rules see a message after it is whole and before the device does. They keep no more of a
 //! session than they need to judge the next message: what was negotiated and which memory there is.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use vhost::vhost_user::message::{
@@ -12,13 +12,14 @@ use vhost::vhost_user::message::{
 
 use super::SessionLimits;
 use super::contents;
-use super::fds::{FdKind, leads_to_us};
+use super::fds::FdKind;
 use super::inflight::{self, InflightStore};
 use super::log::Log;
 use super::memory::{REGION_BYTES, Region, RegionTable};
 use super::notifier::Channel;
 use super::refusal::Reason;
 use super::shape::{SINGLE_HEADER_BYTES, Shape, TABLE_HEADER_BYTES, U64_BYTES};
+use super::streams::{self, Unfit};
 use super::wire::{
     FLAG_NEED_REPLY, FLAG_REPLY, Header, MAX_FDS, Message, VERSION, VERSION_MASK, u32_at, u64_at,
 };
@@ -208,10 +209,7 @@ impl Rules {
             FdKind::UnixStream => {}
             other => return Err(Reason::ChannelKind(other.describe())),
         }
-        if leads_to_us(fd).map_err(examine)? {
-            let role = "back-end channel's";
-            return Err(Reason::OwnConnection { role });
-        }
+        take_stream(fd, "back-end channel's")?;
         let duplicate = fd.as_fd().try_clone_to_owned().map_err(examine)?;
         self.channel.set_socket(duplicate);
         Ok(())
@@ -308,11 +306,7 @@ impl Rules {
         match kind {
             FdKind::Eventfd => Ok(()),
             FdKind::Pipe { writable: true } if !read => Ok(()),
-            FdKind::UnixStream if !read => match leads_to_us(fd) {
-                Ok(false) => Ok(()),
-                Ok(true) => Err(Reason::OwnConnection { role }),
-                Err(error) => Err(Reason::Examine(error.to_string())),
-            },
+            FdKind::UnixStream if !read => take_stream(fd, role),
             other => Err(Reason::FdKind {
                 queue,
                 role,
@@ -392,6 +386,16 @@ pub(super) fn check_answer_header(header: Header) -> bool {
         && header.flags & FLAG_REPLY != 0
         && usize::try_from(header.size)
             .is_ok_and(|size| size <= vhost::vhost_user::message::MAX_MSG_SIZE)
+}
+
+/// A stream socket that is only going to be written to.
+fn take_stream(fd: &OwnedFd, role: &'static str) -> Result<(), Reason> {
+    match streams::take(fd) {
+        Ok(Ok(())) => Ok(()),
+        Ok(Err(Unfit::LeadsToUs)) => Err(Reason::OwnConnection { role }),
+        Ok(Err(Unfit::Listens)) => Err(Reason::Listens { role }),
+        Err(error) => Err(Reason::Examine(error.to_string())),
+    }
 }
 
 fn expect_fds(message: &Message, want: usize) -> Result<(), Reason> {

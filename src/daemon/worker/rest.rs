@@ -57,6 +57,9 @@ impl Worker {
         if let Err(error) = self.engine.wait(timeout) {
             self.engine_broken(&error);
         }
+        // What does not come through the ring is fetched, so that somebody who asks what is the matter is
+        // answered.
+        self.has_mail |= self.engine.is_refused();
     }
 
     pub(super) fn commit(&mut self) {
@@ -65,8 +68,9 @@ impl Worker {
         }
     }
 
-    /// io_uring_enter fails for good only when we misuse it, and then no request ends any more: the
-    /// process stops loudly, so that whoever supervises it starts another.
+    /// io_uring_enter fails like this only when we misuse it or somebody forbids it, and then no request ends any
+    /// more: the process stops loudly, so that whoever supervises it starts another. Answering what is in flight
+    /// would be no way out, since the kernel may still have it, and be reading or writing the guest's memory.
     #[cold]
     pub(super) fn engine_broken(&self, error: &io::Error) -> ! {
         log::error!("worker {}: the io_uring is unusable: {error}", self.id);

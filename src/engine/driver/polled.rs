@@ -6,6 +6,7 @@
 
 use std::io;
 use std::mem::MaybeUninit;
+use std::time::Duration;
 
 use io_uring::cqueue;
 
@@ -68,6 +69,21 @@ impl Engine {
     #[inline]
     pub(super) fn is_polling(&self) -> bool {
         self.polled.as_ref().is_some_and(|p| p.in_flight > 0)
+    }
+
+    /// Whether that is worth doing at once: not where the kernel refuses to be entered for it.
+    #[inline]
+    pub(super) fn polls_now(&self) -> bool {
+        self.polled
+            .as_ref()
+            .is_some_and(|p| p.in_flight > 0 && !p.ring.is_refused())
+    }
+
+    /// How long that can wait, for a caller that is going to; `None`: nothing is polled for.
+    #[inline]
+    pub(super) fn pause_polling(&mut self) -> Option<Duration> {
+        let polled = self.polled.as_mut()?;
+        (polled.in_flight > 0).then(|| polled.ring.pause())
     }
 
     #[inline]

@@ -24,6 +24,11 @@ impl Batch {
 }
 
 impl Engine {
+    /// Whether the kernel has refused to be entered again and again. Then nothing arrives here, messages neither.
+    pub fn is_refused(&self) -> bool {
+        self.ring.is_refused()
+    }
+
     /// Prepares the slot's next step; false if the ring takes none now.
     #[inline]
     pub(super) fn send(&mut self, index: u16) -> bool {
@@ -101,8 +106,8 @@ impl Engine {
 
     /// Ends a batch: submits what is queued with one system call; none if nothing is.
     ///
-    /// What the kernel has no room for stays queued for the next time. An error means that the ring
-    /// itself is broken.
+    /// What the kernel has no room for stays queued for the next time: it is not lost, and no error of its
+    /// request. An error means that the ring itself is broken.
     pub fn commit_rqs(&mut self) -> io::Result<()> {
         self.resend();
         self.batch = Batch::NEW;

@@ -1,0 +1,155 @@
+//! Stream sockets that a front end sends to be written to: its calls, errors, and the back-end channel.
+//!
+//! A session ends when its front end has left, which is when the last descriptor of the other end of its connection is
+//! closed. If we held one ourselves it would never end, and the disk would not be served again. So what is sent must
+//! neither be such an end nor hold one: a message that waits in a socket holds the descriptors that were sent with it,
+//! and a socket that listens holds the connections that wait there.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use rustix::io::Errno;
+use rustix::net::sockopt::{socket_acceptconn, socket_peercred};
+use rustix::net::{
+    RecvFlags, Shutdown, SocketAddrAny, SocketAddrUnix, getpeername, getsockname, recv, shutdown,
+};
+use rustix::process::getpid;
+
+/// What is wrong with a stream socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Unfit {
+    /// It is the other end of a connection to this process.
+    LeadsToUs,
+    /// It listens.
+    Listens,
+}
+
+/// Takes a stream socket that is only going to be written to. From here on nothing can be put into it, whoever else
+/// has it: that belongs to the socket and not to a descriptor, and the sender is to read what we write and nothing
+/// else.
+pub(super) fn take(socket: &OwnedFd) -> io::Result<Result<(), Unfit>> {
+    if leads_to_us(socket)? {
+        return Ok(Err(Unfit::LeadsToUs));
+    }
+    shutdown(socket, Shutdown::Read)?;
+    // After that: what begins to listen now lets nobody in (unix_stream_connect, net/unix/af_unix.c).
+    if socket_acceptconn(socket)? {
+        return Ok(Err(Unfit::Listens));
+    }
+    let mut bytes = [0; 4096];
+    loop {
+        // Without room for descriptors, so that those that were sent are closed by the kernel.
+        match recv(socket, &mut bytes, RecvFlags::DONTWAIT) {
+            Ok((0, _)) => return Ok(Ok(())),
+            Ok(_) | Err(Errno::INTR) => {}
+            // Nothing there, or never connected.
+            Err(_) => return Ok(Ok(())),
+        }
+    }
+}
+
+/// Names under which others have listened for us: a daemon that was taken over from, or whoever opened a socket and
+/// passed it on. There are as many as disks at most.
+static NAMES: Mutex<BTreeSet<SocketAddrUnix>> = Mutex::new(BTreeSet::new());
+
+fn names() -> MutexGuard<'static, BTreeSet<SocketAddrUnix>> {
+    // An insertion is whole or has not begun, as far as a set can be seen after a panic elsewhere.
+    NAMES.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Remembers the name of a socket that listens, or of one that was accepted from it, as ours. It can be told by nothing
+/// else that a connection leads to us where it was made before we listened.
+///
+/// # Errors
+///
+/// It is no socket.
+pub fn remember_socket(socket: &impl AsFd) -> io::Result<()> {
+    if let Some(name) = name(Some(getsockname(socket)?)) {
+        names().insert(name);
+    }
+    Ok(())
+}
+
+/// A name of the Unix domain, if there is one: a pair of sockets has none.
+fn name(address: Option<SocketAddrAny>) -> Option<SocketAddrUnix> {
+    // The address of a socket without a name is its family and nothing else (unix(7)).
+    let named = address.filter(|a| a.addr_len() as usize > size_of::<libc::sa_family_t>())?;
+    SocketAddrUnix::try_from(named).ok()
+}
+
+/// Whether `socket` is the other end of a connection to a socket of this process.
+///
+/// The kernel knows who listened when it was made (SO_PEERCRED), and that it was under a name tells a connection from a
+/// pair of sockets. Where another process listened then, the name is that of a socket which we have now. It cannot be
+/// changed: it is the one of our end.
+fn leads_to_us(socket: &OwnedFd) -> io::Result<bool> {
+    let peer = match getpeername(socket) {
+        Ok(peer) => name(peer),
+        Err(Errno::NOTCONN) => None,
+        Err(errno) => return Err(errno.into()),
+    };
+    let Some(peer) = peer else { return Ok(false) };
+    Ok(names().contains(&peer) || socket_peercred(socket)?.pid == getpid())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read, Write};
+    use std::os::unix::net::{UnixListener, UnixStream};
+
+    #[test]
+    fn a_connection_to_us_is_told_from_others() {
+        let directory = tempfile::TempDir::new().unwrap();
+        let path = directory.path().join("socket");
+        let listener = UnixListener::bind(&path).unwrap();
+        let theirs = UnixStream::connect(&path).unwrap();
+        let (ours, _) = listener.accept().unwrap();
+        let (one, _other) = UnixStream::pair().unwrap();
+        for (socket, leads) in [
+            (theirs.into(), true),
+            (ours.into(), false),
+            (one.into(), false),
+            (OwnedFd::from(listener), false),
+        ] {
+            assert_eq!(leads_to_us(&socket).unwrap(), leads, "{socket:?}");
+        }
+    }
+
+    #[test]
+    fn what_was_put_into_a_socket_is_gone_and_nothing_more_can_be() {
+        let (mut theirs, ours) = UnixStream::pair().unwrap();
+        theirs.write_all(&[1; 10_000]).unwrap();
+        let ours = OwnedFd::from(ours);
+        assert_eq!(take(&ours).unwrap(), Ok(()));
+        let error = theirs.write_all(&[1]).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::BrokenPipe);
+        let mut ours = UnixStream::from(ours);
+        assert_eq!(ours.read(&mut [0]).unwrap(), 0);
+        ours.write_all(b"call").unwrap();
+        let mut got = [0; 4];
+        theirs.read_exact(&mut got).unwrap();
+        assert_eq!(&got, b"call", "what it is for");
+    }
+
+    #[test]
+    fn a_socket_that_listens_now_or_later_lets_nobody_in() {
+        let directory = tempfile::TempDir::new().unwrap();
+        let path = directory.path().join("socket");
+        let listener = OwnedFd::from(UnixListener::bind(&path).unwrap());
+        assert_eq!(take(&listener).unwrap(), Err(Unfit::Listens));
+        let later = rustix::net::socket(
+            rustix::net::AddressFamily::UNIX,
+            rustix::net::SocketType::STREAM,
+            None,
+        )
+        .unwrap();
+        assert_eq!(take(&later).unwrap(), Ok(()));
+        let path = directory.path().join("later");
+        rustix::net::bind(&later, &SocketAddrUnix::new(&path).unwrap()).unwrap();
+        rustix::net::listen(&later, 1).unwrap();
+        UnixStream::connect(&path).expect_err("nobody is let in");
+    }
+}
