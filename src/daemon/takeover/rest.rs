@@ -90,6 +90,9 @@ pub struct RestPlace {
 #[derive(Debug)]
 struct State {
     phase: Phase,
+    /// How often threads were told what comes of it. A thread that slept through that may find them asked to
+    /// rest once more.
+    rounds: u64,
     /// By disk.
     places: Vec<Place>,
 }
@@ -115,6 +118,7 @@ impl RestPlace {
             wish: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
             state: Mutex::new(State {
                 phase: Phase::Serving,
+                rounds: 0,
                 places: (0..disks).map(|_| Place::Busy).collect(),
             }),
             changed: Condvar::new(),
@@ -161,9 +165,12 @@ impl RestPlace {
             };
             self.changed.notify_all();
         }
+        let round = state.rounds;
         let state = self
             .changed
-            .wait_while(state, |state| state.phase == Phase::Resting)
+            .wait_while(state, |state| {
+                state.phase == Phase::Resting && state.rounds == round
+            })
             .unwrap_or_else(PoisonError::into_inner);
         match state.phase {
             Phase::Left => Verdict::Leave,
@@ -241,6 +248,7 @@ impl RestPlace {
         // Nobody polls for it in vain from here on.
         let _ = rustix::io::read(&self.wish, &mut [0; 8]);
         state.phase = phase;
+        state.rounds += 1;
         for place in &mut state.places {
             if !matches!(place, Place::Gone) {
                 *place = Place::Busy;
@@ -262,6 +270,35 @@ mod tests {
 
     fn soon() -> Instant {
         Instant::now() + Duration::from_secs(20)
+    }
+
+    #[test]
+    fn who_is_asked_again_before_it_has_woken_up_comes_to_rest_again() {
+        let place = RestPlace::new(1).unwrap();
+        let mut heard = Ok(());
+        thread::scope(|scope| {
+            let thread = scope.spawn(|| {
+                let stop = Stop::new().unwrap();
+                let never = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
+                loop {
+                    assert_eq!(place.wait(&stop, &never), Woken::Wished);
+                    if place.rest(DiskId(0), Ok(AtRest::default())) == Verdict::Leave {
+                        break;
+                    }
+                }
+            });
+            for _ in 0..10_000 {
+                heard = place.gather(soon()).map(drop);
+                if heard.is_err() {
+                    break;
+                }
+                place.go_on();
+            }
+            // So that it ends, whatever was heard.
+            let _ = place.gather(soon());
+            place.leave();
+        });
+        assert_eq!(heard, Ok(()));
     }
 
     #[test]
