@@ -277,7 +277,7 @@ mod tests {
         let place = RestPlace::new(1).unwrap();
         let mut heard = Ok(());
         thread::scope(|scope| {
-            let thread = scope.spawn(|| {
+            scope.spawn(|| {
                 let stop = Stop::new().unwrap();
                 let never = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
                 loop {
