@@ -206,8 +206,11 @@ impl Engine {
             }
             Ok(Next::Done(result)) => {
                 slot.stage = Stage::Inline;
+                target.in_flight += 1;
                 self.counters.inline += 1;
+                self.in_flight += 1;
                 self.ready.push((tag, result));
+                return Ok(());
             }
             Ok(Next::Copy) => self.begin_copy(tag.index),
             Ok(Next::Issue) => {

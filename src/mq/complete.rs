@@ -24,7 +24,7 @@ impl<P> Hctx<P> {
         let now_ns = below.now_ns;
         let entry = self.table.get(tag);
         let request = entry.request;
-        let (queued_ns, started_ns, ctx) = (entry.queued_ns, entry.issued_ns, entry.ctx);
+        let (queued_ns, started_ns, kin) = (entry.queued_ns, entry.issued_ns, entry.kin);
         if entry.elevated {
             let times = Times {
                 queued_ns,
@@ -33,7 +33,8 @@ impl<P> Hctx<P> {
             };
             below.queue.elevated_ended(&request, times);
         }
-        if result.is_err() && request.op != Op::Flush && self.table.is_merged(tag) {
+        let merged = entry.is_merged();
+        if result.is_err() && request.op != Op::Flush && merged {
             below.trace(Action::Split, self.id, tag, &request);
             self.split(tag, below);
             return Want::Run;
@@ -42,31 +43,28 @@ impl<P> Hctx<P> {
         below
             .trace
             .completed(now_ns, self.id, tag, &request, status);
-        let plain = status == Status::Ok && !self.table.is_merged(tag);
-        if plain {
-            self.count_ended(&request, ctx, (queued_ns, started_ns), below);
+        let read = |bytes| match (status, request.op) {
+            (Status::Ok, Op::Read) => bytes,
+            _ => 0,
+        };
+        if status == Status::Ok && !merged {
+            self.count_ended(&request, kin, (queued_ns, started_ns), below);
+            finish(self.table.remove(tag), status, read(request.bytes));
         } else {
             self.times.device(request.op).record(now_ns - started_ns);
             let sectors = request.bytes / SECTOR_SIZE;
-            let account = &mut below.queue.account;
-            account.done(now_ns, request.op, sectors, queued_ns);
-        }
-        let (stats, ctxs) = (&mut self.stats, &mut self.ctxs.stats);
-        self.table.remove(tag, |ctx, bytes, payload| {
-            if !plain {
+            self.account(below)
+                .done(now_ns, request.op, sectors, queued_ns);
+            let (stats, ctxs) = (&mut self.stats, &mut self.ctxs.stats);
+            self.table.remove_parts(tag, |ctx, bytes, payload| {
                 ctxs[ctx.index()].completed += 1;
                 match status {
                     Status::Ok => stats.succeeded(request.op, bytes),
                     _ => stats.errors += 1,
                 }
-            }
-            let read = if status == Status::Ok && request.op == Op::Read {
-                bytes
-            } else {
-                0
-            };
-            finish(payload, status, read);
-        });
+                finish(payload, status, read(bytes));
+            });
+        }
         if request.op == Op::Flush {
             self.flush.running = false;
             if let Some(next) = self.flush.next.take() {
@@ -84,7 +82,8 @@ impl<P> Hctx<P> {
         self.stats.requeued += u64::from(parts.len());
         // The one that is in flight for the disk's account becomes several.
         let more = u64::from(parts.len() - 1);
-        below.queue.account.start_many(below.now_ns, op, more);
+        let now_ns = below.now_ns;
+        self.account(below).start_many(now_ns, op, more);
         self.leftovers.append(&mut self.table, &mut parts);
     }
 }

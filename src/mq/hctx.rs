@@ -5,14 +5,14 @@
 //! the disk's request queue and the worker's tags.
 
 use super::ctx::Ctxs;
-use super::ids::{DiskId, DriverTag, HctxId, QueueId, RequestId, RequestTag};
+use super::ids::{CtxId, DiskId, DriverTag, HctxId, QueueId, RequestId, RequestTag};
 use super::limits::{PLUG_FLUSH_BYTES, PLUG_REQUESTS};
 use super::merge::{self, Merged};
 use super::queue::Below;
 use super::request::{Op, Request};
 use super::stats::{HctxStats, HctxTimes};
 use super::table::{Fifo, Parts, Table};
-use super::tally::Tally;
+use super::tally::{Kin, Sent, Tally};
 use super::trace::Action;
 
 /// The engine does not take a request now; the variant says who wakes us.
@@ -72,7 +72,8 @@ pub(super) struct Hctx<P> {
     pub config: HctxConfig,
     pub table: Table<P>,
     pub ctxs: Ctxs,
-    plug: Fifo,
+    /// What the drain at hand brought, oldest first; [`PLUG_REQUESTS`] at most.
+    plug: Vec<RequestTag>,
     pub leftovers: Fifo,
     pub flush: FlushMachine,
     pub dispatch_busy: u32,
@@ -98,7 +99,10 @@ pub(super) struct FlushMachine {
 }
 
 pub(super) enum Issue {
-    Done,
+    /// The engine has it; whose it is.
+    Sent(CtxId),
+    /// A flush that waits for the one that runs.
+    Joined,
     NoTag,
     Throttled(u64),
     Busy(Busy),
@@ -111,7 +115,7 @@ impl<P> Hctx<P> {
             config,
             table: Table::new(config.ring_size),
             ctxs: Ctxs::new(config.ctxs),
-            plug: Fifo::default(),
+            plug: Vec::with_capacity(PLUG_REQUESTS),
             leftovers: Fifo::default(),
             flush: FlushMachine::default(),
             dispatch_busy: 0,
@@ -162,38 +166,38 @@ impl<P> Hctx<P> {
         payload: P,
         below: &mut Below<'_, D>,
     ) -> Want {
-        let ctx = self.ctxs.of(&request);
-        self.count_arrived(request.op, ctx, below);
+        let kin = Kin::new(request.op, self.ctxs.of(&request));
+        self.count_arrived(request.op, kin, below);
         below.trace(Action::Queued, self.id, tag, &request);
         if self.plug.is_empty() {
             below.trace.plugged(below.now_ns, self.id);
         }
-        self.table.insert(tag, request, ctx, below.now_ns, payload);
-        let merged = merge::into_newest(&mut self.table, &self.plug, tag, 1);
-        if merged != Merged::No {
-            self.count_merge(tag, merged, below);
-            self.count_merged_arrival();
-            return Want::Nothing;
+        self.table.insert(tag, request, kin, below.now_ns, payload);
+        let newest = self.plug.last().copied();
+        let mut full = self.plug.len() >= PLUG_REQUESTS;
+        if let Some(newest) = newest {
+            full |= self.table.get(newest).request.bytes >= PLUG_FLUSH_BYTES;
+            let merged = merge::into_one(&mut self.table, newest, tag).unwrap_or(Merged::No);
+            if merged != Merged::No {
+                self.count_merge(tag, merged, below);
+                self.count_merged_arrival();
+                return Want::Nothing;
+            }
         }
         below.trace(Action::Got, self.id, tag, &request);
-        let full = usize::from(self.plug.len()) >= PLUG_REQUESTS
-            || self
-                .plug
-                .back()
-                .is_some_and(|newest| self.table.get(newest).request.bytes >= PLUG_FLUSH_BYTES);
         let want = if full {
             self.unplug(below)
         } else {
             Want::Nothing
         };
-        self.plug.push_back(&mut self.table, tag);
+        self.plug.push(tag);
         want
     }
 
     fn count_merge<D>(&mut self, tag: RequestTag, merged: Merged, below: &mut Below<'_, D>) {
         self.stats.merged += 1;
         let entry = self.table.get(tag);
-        self.ctxs.stats[entry.ctx.index()].merged += 1;
+        self.ctxs.stats[entry.kin.ctx().index()].merged += 1;
         let action = match merged {
             Merged::Front => Action::FrontMerged,
             Merged::Back | Merged::No => Action::BackMerged,
@@ -206,53 +210,67 @@ impl<P> Hctx<P> {
         if self.plug.is_empty() {
             return Want::Nothing;
         }
-        self.fold_arrived(below.now_ns, &mut below.queue.account);
-        below
-            .trace
-            .unplugged(below.now_ns, self.id, u32::from(self.plug.len()));
-        let mut want = Want::Run;
+        below.trace.unplugged(
+            below.now_ns,
+            self.id,
+            u32::try_from(self.plug.len()).unwrap_or(u32::MAX),
+        );
+        // It is given back below, with the memory that it has.
+        let mut plug = std::mem::take(&mut self.plug);
+        let (mut gone, mut want) = (0, Want::Run);
         if !self.quiesced
             && self.dispatch_busy == 0
             && !self.has_work()
             && below.queue.elevator.is_none()
         {
-            want = self.issue_plug(below);
+            (gone, want) = self.issue_plug(&plug, below);
         }
-        while let Some(tag) = self.plug.pop_front(&mut self.table) {
-            self.stage(tag, below);
+        for tag in &plug[gone..] {
+            self.stage(*tag, below);
         }
+        plug.clear();
+        self.plug = plug;
         want
     }
 
-    /// Direct issue, until something is refused (blk_mq_try_issue_list_directly).
-    fn issue_plug<D: Driver<P>>(&mut self, below: &mut Below<'_, D>) -> Want {
-        let mut issued: u16 = 0;
-        let want = loop {
-            let Some(tag) = self.plug.pop_front(&mut self.table) else {
-                break Want::Nothing;
-            };
-            match self.issue(tag, below) {
-                Issue::Done => issued += 1,
+    /// Direct issue, until something is refused (blk_mq_try_issue_list_directly). Says how many of
+    /// them are not to be staged.
+    fn issue_plug<D: Driver<P>>(
+        &mut self,
+        plug: &[RequestTag],
+        below: &mut Below<'_, D>,
+    ) -> (usize, Want) {
+        let (mut issued, mut refused) = (0, 0);
+        let mut sent = Sent::NONE;
+        let mut want = Want::Nothing;
+        for tag in plug {
+            match self.issue(*tag, below) {
+                Issue::Sent(ctx) => self.count_sent(&mut sent, ctx),
+                Issue::Joined => {}
                 Issue::NoTag => {
-                    self.stage(tag, below);
-                    break Want::Completion;
+                    want = Want::Completion;
+                    break;
                 }
                 Issue::Throttled(until) => {
-                    self.stage(tag, below);
-                    break Want::At(until);
+                    want = Want::At(until);
+                    break;
                 }
                 Issue::Busy(busy) => {
                     // Refused by the engine itself: first in line when it is asked again.
-                    self.leftovers.push_back(&mut self.table, tag);
+                    self.leftovers.push_back(&mut self.table, *tag);
                     self.stats.staged += 1;
                     self.update_busy(true);
-                    break want_after(busy, below);
+                    refused = 1;
+                    want = want_after(busy, below);
+                    break;
                 }
             }
-        };
-        self.stats.direct += u64::from(issued);
-        self.times.runs.record(usize::from(issued));
-        want
+            issued += 1;
+        }
+        self.add_sent(sent);
+        self.stats.direct += issued as u64;
+        self.times.runs.record(issued);
+        (issued + refused, want)
     }
 
     /// Puts a request where it waits: the leftovers' head for a flush, the elevator if there is
@@ -266,6 +284,8 @@ impl<P> Hctx<P> {
             self.stats.staged += 1;
             return;
         }
+        // To fill a gap between two that wait changes the account.
+        self.account(below);
         let id = RequestId { hctx: self.id, tag };
         let mut merged = below.merge_into_elevator(&mut self.table, id);
         if merged == Merged::No {
@@ -280,8 +300,8 @@ impl<P> Hctx<P> {
             below.trace(Action::Inserted, self.id, tag, &request);
         } else {
             self.count_merge(tag, merged, below);
-            let account = &mut below.queue.account;
-            account.merged_started(below.now_ns, request.op);
+            let now_ns = below.now_ns;
+            self.account(below).merged_started(now_ns, request.op);
         }
     }
 
@@ -347,13 +367,23 @@ impl<P> Hctx<P> {
             return Want::Nothing;
         }
         let mut issued = 0;
-        while let Some(tag) = list.pop_front(&mut self.table) {
+        let mut sent = Sent::NONE;
+        let want = loop {
+            let Some(tag) = list.pop_front(&mut self.table) else {
+                self.update_busy(false);
+                break Want::Nothing;
+            };
             self.table
                 .get_mut(tag)
                 .dispatch_ns
                 .get_or_insert(below.now_ns);
-            let want = match self.issue(tag, below) {
-                Issue::Done => {
+            let want = match self.issue_staged(tag, below) {
+                Issue::Sent(ctx) => {
+                    issued += 1;
+                    self.count_sent(&mut sent, ctx);
+                    continue;
+                }
+                Issue::Joined => {
                     issued += 1;
                     continue;
                 }
@@ -370,12 +400,11 @@ impl<P> Hctx<P> {
             };
             list.push_front(&mut self.table, tag);
             self.leftovers.append(&mut self.table, &mut list);
-            self.times.runs.record(issued);
-            return want;
-        }
-        self.update_busy(false);
+            break want;
+        };
+        self.add_sent(sent);
         self.times.runs.record(issued);
-        Want::Nothing
+        want
     }
 }
 

@@ -1,10 +1,10 @@
 //! Handing one request to the engine, and remembering how willing it was.
 
 use super::hctx::{Driver, Hctx, Issue};
-use super::ids::{RequestId, RequestTag};
+use super::ids::{CtxId, RequestId, RequestTag};
 use super::qos::RetryAt;
 use super::queue::Below;
-use super::request::{Op, Request};
+use super::request::Op;
 use super::trace::Action;
 
 /// Weight of the past in the busy average (`BLK_MQ_DISPATCH_BUSY_EWMA_WEIGHT`).
@@ -13,23 +13,26 @@ const BUSY_WEIGHT: u32 = 8;
 const BUSY_FACTOR: u32 = 4;
 
 impl<P> Hctx<P> {
+    /// Issues a request that waited. Apart from [`Self::issue`], so that there are few copies of that.
+    #[inline(never)]
+    pub fn issue_staged<D: Driver<P>>(
+        &mut self,
+        tag: RequestTag,
+        below: &mut Below<'_, D>,
+    ) -> Issue {
+        self.issue(tag, below)
+    }
+
     /// Budget, driver tag, engine, in this order; what was taken is given back if a later one
     /// refuses.
-    #[inline]
+    #[inline(always)]
     pub fn issue<D: Driver<P>>(&mut self, tag: RequestTag, below: &mut Below<'_, D>) -> Issue {
-        let request = self.table.get(tag).request;
+        let request = &self.table.get(tag).request;
         if request.op == Op::Flush && self.flush.running {
-            match self.flush.next {
-                Some(leader) => {
-                    self.table.merge_back(leader, tag);
-                    self.stats.flush_joined += 1;
-                    below.queue.account.merged_started(below.now_ns, Op::Flush);
-                }
-                None => self.flush.next = Some(tag),
-            }
-            return Issue::Done;
+            self.join_flush(tag, below);
+            return Issue::Joined;
         }
-        if let Err(RetryAt(until)) = below.take_budget(&request) {
+        if let Err(RetryAt(until)) = below.take_budget(request) {
             self.stats.throttled += 1;
             return Issue::Throttled(until);
         }
@@ -43,44 +46,55 @@ impl<P> Hctx<P> {
             Op::Flush => below.tags.get_reserved(owner),
             _ => None,
         };
+        let ordinary = reserved.is_none();
         let Some(driver_tag) = reserved.or_else(|| below.tags.get(owner, self.held)) else {
-            below.put_budget(&request);
+            below.put_budget(request);
             return Issue::NoTag;
         };
         let parts = self.table.parts(tag);
         match below
             .driver
-            .queue_rq(self.config.disk, self.id, driver_tag, &request, parts)
+            .queue_rq(self.config.disk, self.id, driver_tag, request, parts)
         {
             Ok(()) => {
-                if !below.tags.is_reserved(driver_tag) {
-                    self.held += 1;
-                }
-                self.issued(tag, &request, below.now_ns);
-                below.trace(Action::Issued, self.id, tag, &request);
-                Issue::Done
+                self.held += u16::from(ordinary);
+                self.flush.running |= request.op == Op::Flush;
+                below.trace(Action::Issued, self.id, tag, request);
+                Issue::Sent(self.issued(tag, below.now_ns))
             }
             Err(busy) => {
                 below.tags.put(driver_tag);
-                below.put_budget(&request);
-                below.trace(Action::Requeued, self.id, tag, &request);
+                below.put_budget(request);
+                below.trace(Action::Requeued, self.id, tag, request);
                 Issue::Busy(busy)
             }
         }
     }
 
     #[inline]
-    fn issued(&mut self, tag: RequestTag, request: &Request, now_ns: u64) {
-        self.flush.running |= request.op == Op::Flush;
+    fn issued(&mut self, tag: RequestTag, now_ns: u64) -> CtxId {
         let entry = self.table.get_mut(tag);
         entry.started = true;
         entry.issued_ns = now_ns;
-        let ctx = entry.ctx;
         if let Some(dispatch_ns) = entry.dispatch_ns {
             self.times.staged.record(dispatch_ns - entry.queued_ns);
             self.times.dispatch.record(now_ns - dispatch_ns);
         }
-        self.count_sent(ctx);
+        entry.kin.ctx()
+    }
+
+    /// A flush that comes while one runs becomes a part of the next, or is it.
+    #[cold]
+    fn join_flush<D>(&mut self, tag: RequestTag, below: &mut Below<'_, D>) {
+        match self.flush.next {
+            Some(leader) => {
+                self.table.merge_back(leader, tag);
+                self.stats.flush_joined += 1;
+                let now_ns = below.now_ns;
+                self.account(below).merged_started(now_ns, Op::Flush);
+            }
+            None => self.flush.next = Some(tag),
+        }
     }
 
     /// The moving average of refusals (blk_mq_update_dispatch_busy).

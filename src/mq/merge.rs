@@ -64,6 +64,28 @@ pub(super) fn fit(early: &Request, late: &Request, started: bool) -> Fit {
     if allowed { place } else { Fit::Refused }
 }
 
+/// Makes the request at `tag` a part of `early`, if it fits; `None` if the two are no neighbours.
+#[inline]
+pub(super) fn into_one<P>(
+    table: &mut Table<P>,
+    early: RequestTag,
+    tag: RequestTag,
+) -> Option<Merged> {
+    let (entry, late) = (table.get(early), &table.get(tag).request);
+    match fit(&entry.request, late, entry.started) {
+        Fit::Apart => None,
+        Fit::Back if late.bytes > 0 => {
+            table.merge_back(early, tag);
+            Some(Merged::Back)
+        }
+        Fit::Front if late.bytes > 0 => {
+            table.merge_front(early, tag);
+            Some(Merged::Front)
+        }
+        Fit::Back | Fit::Front | Fit::Refused => Some(Merged::No),
+    }
+}
+
 /// Tries the newest requests of `list`, at most `lookback` of them, newest first. A neighbour that
 /// may not be merged with ends the search (blk_mq_attempt_bio_merge does the same).
 pub(super) fn into_newest<P>(
@@ -72,27 +94,14 @@ pub(super) fn into_newest<P>(
     tag: RequestTag,
     lookback: usize,
 ) -> Merged {
-    let late = table.get(tag).request;
-    let mergeable = late.op.moves_data() || late.op == Op::Discard;
-    if !mergeable || late.fua || late.bytes == 0 {
+    let Some(mut early) = list.back() else {
         return Merged::No;
-    }
-    let mut at = list.back();
-    for _ in 0..lookback {
-        let Some(early) = at else { break };
-        let entry = table.get(early);
-        match fit(&entry.request, &late, entry.started) {
-            Fit::Back => {
-                table.merge_back(early, tag);
-                return Merged::Back;
-            }
-            Fit::Front => {
-                table.merge_front(early, tag);
-                return Merged::Front;
-            }
-            Fit::Refused => return Merged::No,
-            Fit::Apart => at = table.older(early),
+    };
+    for _ in 0..lookback.min(usize::from(list.len())) {
+        if let Some(merged) = into_one(table, early, tag) {
+            return merged;
         }
+        early = table.older(early);
     }
     Merged::No
 }

@@ -124,6 +124,13 @@ impl<D> Below<'_, D> {
     /// The budget: tokens of the disk and of its group, all or none (blk_mq_get_dispatch_budget).
     #[inline]
     pub fn take_budget(&mut self, request: &Request) -> Result<(), RetryAt> {
+        if self.queue.throttle.is_none() && self.queue.group.is_none() {
+            return Ok(());
+        }
+        self.take_tokens(request)
+    }
+
+    fn take_tokens(&mut self, request: &Request) -> Result<(), RetryAt> {
         let (now_ns, op, bytes) = (self.now_ns, request.op, request.bytes);
         match (&self.queue.throttle, &self.queue.group) {
             (None, None) => Ok(()),

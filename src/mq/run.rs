@@ -6,6 +6,7 @@ use super::elevator::{Elevator, Queued};
 use super::hctx::{Driver, Issue, Want, want_after};
 use super::ids::{DiskId, HctxId};
 use super::limits::RESOURCE_DELAY_NS;
+use super::tally::Sent;
 use super::{Mq, Place};
 
 impl<P> Mq<P> {
@@ -91,8 +92,12 @@ impl<P> Mq<P> {
                 request: entry.request,
                 queued_ns: entry.queued_ns,
             };
-            let want = match hctx.issue(next.tag, &mut below) {
-                Issue::Done => continue,
+            let want = match hctx.issue_staged(next.tag, &mut below) {
+                Issue::Sent(ctx) => {
+                    hctx.add_sent(Sent::one(ctx));
+                    continue;
+                }
+                Issue::Joined => continue,
                 Issue::NoTag => Want::Completion,
                 Issue::Throttled(until) => Want::At(until),
                 Issue::Busy(busy) => want_after(busy, &below),

@@ -1,11 +1,12 @@
 //! The request table of one hctx, and the FIFOs that run through it.
 //!
-//! Every list of blk-mq (plug, ctx, leftovers) holds requests of one hctx, and a request is on one
+//! Every list of those that wait (ctx, leftovers) holds requests of one hctx, and a request is on one
 //! list at a time. So a list is two indices, the links live in the entries, and nothing is
 //! allocated when a request moves.
 
 use super::ids::{CtxId, RequestTag, Sector};
-use super::request::Request;
+use super::request::{IoPrio, Op, Request};
+use super::tally::Kin;
 
 /// No entry. Larger than any tag ([`super::limits::MAX_RING_SIZE`]).
 const NONE: u16 = u16::MAX;
@@ -15,8 +16,8 @@ const NONE: u16 = u16::MAX;
 pub(super) struct Entry<P> {
     /// Its metadata; for the leader of a merged request, those of the whole.
     pub request: Request,
-    /// The ctx it was assigned to.
-    pub ctx: CtxId,
+    /// The ctx it was assigned to, with its operation.
+    pub kin: Kin,
     /// It was handed to the engine once: what it consists of is settled.
     pub started: bool,
     /// The elevator gave it out, and is told when it ends.
@@ -27,10 +28,12 @@ pub(super) struct Entry<P> {
     pub dispatch_ns: Option<u64>,
     /// When the engine took it.
     pub issued_ns: u64,
-    payload: P,
+    /// `None`: there is no request under this tag, and nothing else here means anything.
+    payload: Option<P>,
     own_sector: Sector,
     own_bytes: u64,
     own_segments: u16,
+    /// Its neighbours on the list it is on; what the list's ends have here means nothing.
     next: u16,
     prev: u16,
     part_next: u16,
@@ -38,17 +41,54 @@ pub(super) struct Entry<P> {
     last_part: u16,
 }
 
+impl<P> Entry<P> {
+    fn vacant() -> Self {
+        Entry {
+            request: Request {
+                op: Op::Flush,
+                sector: Sector(0),
+                bytes: 0,
+                segments: 0,
+                ioprio: IoPrio(0),
+                fua: false,
+                unmap: false,
+            },
+            kin: Kin::new(Op::Flush, CtxId(0)),
+            started: false,
+            elevated: false,
+            queued_ns: 0,
+            dispatch_ns: None,
+            issued_ns: 0,
+            payload: None,
+            own_sector: Sector(0),
+            own_bytes: 0,
+            own_segments: 0,
+            next: NONE,
+            prev: NONE,
+            part_next: NONE,
+            first_part: NONE,
+            last_part: NONE,
+        }
+    }
+
+    /// Whether it consists of more than itself.
+    #[inline]
+    pub fn is_merged(&self) -> bool {
+        self.first_part != self.last_part
+    }
+}
+
 /// Entries indexed by request tag.
 #[derive(Debug)]
 pub(super) struct Table<P> {
-    entries: Box<[Option<Entry<P>>]>,
+    entries: Box<[Entry<P>]>,
     live: u16,
 }
 
 impl<P> Table<P> {
     pub fn new(size: u16) -> Self {
         Table {
-            entries: (0..size).map(|_| None).collect(),
+            entries: (0..size).map(|_| Entry::vacant()).collect(),
             live: 0,
         }
     }
@@ -61,25 +101,22 @@ impl<P> Table<P> {
     /// Takes a new request in.
     ///
     /// The ring refuses a head that is already in flight, so a second entry under one tag is a bug.
-    pub fn insert(
-        &mut self,
-        tag: RequestTag,
-        request: Request,
-        ctx: CtxId,
-        now_ns: u64,
-        payload: P,
-    ) {
+    #[inline]
+    pub fn insert(&mut self, tag: RequestTag, request: Request, kin: Kin, now_ns: u64, payload: P) {
         let slot = &mut self.entries[tag.index()];
-        assert!(slot.is_none(), "request tag {tag} is already in flight");
-        *slot = Some(Entry {
+        assert!(
+            slot.payload.is_none(),
+            "request tag {tag} is already in flight"
+        );
+        *slot = Entry {
             request,
-            ctx,
+            kin,
             started: false,
             elevated: false,
             queued_ns: now_ns,
             dispatch_ns: None,
             issued_ns: now_ns,
-            payload,
+            payload: Some(payload),
             own_sector: request.sector,
             own_bytes: request.bytes,
             own_segments: request.segments,
@@ -88,29 +125,29 @@ impl<P> Table<P> {
             part_next: NONE,
             first_part: tag.0,
             last_part: tag.0,
-        });
+        };
         self.live += 1;
     }
 
+    /// The request under a tag that is in flight: on a list, with the engine, or in the elevator.
     #[inline]
     pub fn get(&self, tag: RequestTag) -> &Entry<P> {
-        self.entries[tag.index()]
-            .as_ref()
-            .expect("a listed tag has an entry")
+        let entry = &self.entries[tag.index()];
+        debug_assert!(entry.payload.is_some(), "request tag {tag} is not in use");
+        entry
     }
 
     #[inline]
     pub fn get_mut(&mut self, tag: RequestTag) -> &mut Entry<P> {
-        self.entries[tag.index()]
-            .as_mut()
-            .expect("a listed tag has an entry")
+        let entry = &mut self.entries[tag.index()];
+        debug_assert!(entry.payload.is_some(), "request tag {tag} is not in use");
+        entry
     }
 
-    /// The request before this one on the list it is on.
+    /// The request before this one on the list it is on; of the first, any.
     #[inline]
-    pub fn older(&self, tag: RequestTag) -> Option<RequestTag> {
-        let prev = self.get(tag).prev;
-        (prev != NONE).then_some(RequestTag(prev))
+    pub fn older(&self, tag: RequestTag) -> RequestTag {
+        RequestTag(self.get(tag).prev)
     }
 
     /// Joins `late`, and whatever was merged into it, to the end of `leader`, which it follows on
@@ -142,15 +179,10 @@ impl<P> Table<P> {
 
     /// Assigns every request to a ctx anew.
     pub fn reassign(&mut self, of: impl Fn(&Request) -> CtxId) {
-        for entry in self.entries.iter_mut().flatten() {
-            entry.ctx = of(&entry.request);
+        let taken = self.entries.iter_mut().filter(|e| e.payload.is_some());
+        for entry in taken {
+            entry.kin = Kin::new(entry.request.op, of(&entry.request));
         }
-    }
-
-    /// Whether `leader` consists of more than itself.
-    pub fn is_merged(&self, leader: RequestTag) -> bool {
-        let entry = self.get(leader);
-        entry.first_part != entry.last_part
     }
 
     /// Takes a merged request apart: each part stands for itself again. They come back in the order
@@ -175,22 +207,29 @@ impl<P> Table<P> {
         parts
     }
 
+    /// Takes a request out that nothing was merged into.
+    #[inline]
+    pub fn remove(&mut self, tag: RequestTag) -> P {
+        self.live -= 1;
+        let payload = self.entries[tag.index()].payload.take();
+        payload.expect("a request that ends was there")
+    }
+
     /// Takes `leader` and what was merged into it out, in the order of their sectors; `each` gets a
     /// part's ctx, its own length in bytes, and its payload.
-    pub fn remove(&mut self, leader: RequestTag, mut each: impl FnMut(CtxId, u64, P)) {
+    pub fn remove_parts(&mut self, leader: RequestTag, mut each: impl FnMut(CtxId, u64, P)) {
         let mut at = self.get(leader).first_part;
         while at != NONE {
             let tag = RequestTag(at);
-            let entry = self.entries[tag.index()]
-                .take()
-                .expect("a merged part has an entry");
+            let entry = self.get(tag);
+            let (ctx, bytes) = (entry.kin.ctx(), entry.own_bytes);
             at = entry.part_next;
-            self.live -= 1;
-            each(entry.ctx, entry.own_bytes, entry.payload);
+            each(ctx, bytes, self.remove(tag));
         }
     }
 
     /// The payloads of `leader` and what was merged into it, in the order of their sectors.
+    #[inline]
     pub fn parts(&self, leader: RequestTag) -> Parts<'_, P> {
         Parts {
             table: self,
@@ -225,7 +264,7 @@ impl<'a, P> Iterator for Parts<'a, P> {
         }
         let entry = self.table.get(RequestTag(self.at));
         self.at = entry.part_next;
-        Some(&entry.payload)
+        entry.payload.as_ref()
     }
 }
 
@@ -270,9 +309,7 @@ impl Fifo {
 
     #[inline]
     pub fn push_back<P>(&mut self, table: &mut Table<P>, tag: RequestTag) {
-        let entry = table.get_mut(tag);
-        entry.next = NONE;
-        entry.prev = self.tail;
+        table.get_mut(tag).prev = self.tail;
         if self.len == 0 {
             self.head = tag.0;
         } else {
@@ -284,9 +321,7 @@ impl Fifo {
 
     #[inline]
     pub fn push_front<P>(&mut self, table: &mut Table<P>, tag: RequestTag) {
-        let entry = table.get_mut(tag);
-        entry.next = self.head;
-        entry.prev = NONE;
+        table.get_mut(tag).next = self.head;
         if self.len == 0 {
             self.tail = tag.0;
         } else {
@@ -304,11 +339,6 @@ impl Fifo {
         let tag = RequestTag(self.head);
         self.head = table.get(tag).next;
         self.len -= 1;
-        if self.len == 0 {
-            self.tail = NONE;
-        } else {
-            table.get_mut(RequestTag(self.head)).prev = NONE;
-        }
         Some(tag)
     }
 

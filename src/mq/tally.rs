@@ -5,6 +5,9 @@
 //! request that differs, with the turn, or when somebody asks. What is published is exact then, and a
 //! request costs two comparisons and two additions instead of a dozen counters, a histogram and an
 //! account.
+//!
+//! Whatever else changes the disk's account asks for it by [`Hctx::account`], which adds those that came
+//! first: none ends or is merged there that never started.
 
 use super::diskstats::{Account, DiskStats};
 use super::hctx::Hctx;
@@ -15,28 +18,55 @@ use super::request::{Op, Request};
 use super::stats::{CtxStats, HctxStats, HctxTimes};
 use super::{Mq, NOBODY};
 
+/// The operation of a request and its ctx, in one word that tells at once whether two are alike.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Kin(u32);
+
+impl Kin {
+    #[inline]
+    pub fn new(op: Op, ctx: CtxId) -> Self {
+        Kin((op as u32) << 16 | u32::from(ctx.0))
+    }
+
+    #[inline]
+    pub fn ctx(self) -> CtxId {
+        CtxId((self.0 & 0xffff) as u16)
+    }
+}
+
 /// Requests a plug has taken.
 #[derive(Debug)]
 pub(super) struct Arrived {
+    kin: Kin,
     op: Op,
-    ctx: CtxId,
     count: u32,
     /// Those that became parts of others in the plug.
     pub merged: u32,
 }
 
-/// Requests that were handed to the engine.
+/// Requests of one ctx that were handed to the engine one after the other, for as long as they are.
 #[derive(Debug)]
 pub(super) struct Sent {
     ctx: CtxId,
-    count: u32,
+    count: u64,
+}
+
+impl Sent {
+    pub const NONE: Sent = Sent {
+        ctx: CtxId(0),
+        count: 0,
+    };
+
+    pub fn one(ctx: CtxId) -> Sent {
+        Sent { ctx, count: 1 }
+    }
 }
 
 /// Requests that ended well, each by itself.
 #[derive(Debug)]
 pub(super) struct Ended {
+    kin: Kin,
     op: Op,
-    ctx: CtxId,
     queued_ns: u64,
     started_ns: u64,
     count: u32,
@@ -49,25 +79,24 @@ pub(super) struct Tally {
     /// Nothing is counted.
     pub off: bool,
     arrived: Arrived,
-    sent: Sent,
     ended: Ended,
 }
 
 impl Tally {
     pub fn new() -> Self {
-        let (op, ctx) = (Op::Read, CtxId(0));
+        let op = Op::Read;
+        let kin = Kin::new(op, CtxId(0));
         Tally {
             off: false,
             arrived: Arrived {
+                kin,
                 op,
-                ctx,
                 count: 0,
                 merged: 0,
             },
-            sent: Sent { ctx, count: 0 },
             ended: Ended {
+                kin,
                 op,
-                ctx,
                 queued_ns: 0,
                 started_ns: 0,
                 count: 0,
@@ -80,14 +109,13 @@ impl Tally {
 impl<P> Hctx<P> {
     /// A request came.
     #[inline]
-    pub(super) fn count_arrived<D>(&mut self, op: Op, ctx: CtxId, below: &mut Below<'_, D>) {
+    pub(super) fn count_arrived<D>(&mut self, op: Op, kin: Kin, below: &mut Below<'_, D>) {
         if self.tally.off {
             return;
         }
-        let run = &self.tally.arrived;
-        if run.op != op || run.ctx != ctx {
+        if self.tally.arrived.kin != kin {
             self.fold_arrived(below.now_ns, &mut below.queue.account);
-            (self.tally.arrived.op, self.tally.arrived.ctx) = (op, ctx);
+            (self.tally.arrived.kin, self.tally.arrived.op) = (kin, op);
         }
         self.tally.arrived.count += 1;
     }
@@ -100,9 +128,8 @@ impl<P> Hctx<P> {
         }
     }
 
-    /// Adds the requests of a plug to the statistics; they are in flight for the disk from here on.
     #[inline]
-    pub(super) fn fold_arrived(&mut self, now_ns: u64, account: &mut Account) {
+    fn fold_arrived(&mut self, now_ns: u64, account: &mut Account) {
         if self.tally.arrived.count != 0 {
             self.add_arrived(now_ns, account);
         }
@@ -114,33 +141,34 @@ impl<P> Hctx<P> {
         let (count, merged) = (u64::from(run.count), u64::from(run.merged));
         (run.count, run.merged) = (0, 0);
         self.stats.accepted(run.op, count);
-        self.ctxs.stats[run.ctx.index()].queued += count;
+        self.ctxs.stats[run.kin.ctx().index()].queued += count;
         account.merged_many(run.op, merged);
         account.start_many(now_ns, run.op, count - merged);
     }
 
-    /// A request was handed to the engine.
+    /// The disk's account, with all in it that came.
     #[inline]
-    pub(super) fn count_sent(&mut self, ctx: CtxId) {
-        if self.tally.off {
-            return;
+    pub(super) fn account<'a, D>(&mut self, below: &'a mut Below<'_, D>) -> &'a mut Account {
+        let account = &mut below.queue.account;
+        self.fold_arrived(below.now_ns, account);
+        account
+    }
+
+    /// A request of `ctx` was handed to the engine, after those in `sent`.
+    #[inline]
+    pub(super) fn count_sent(&mut self, sent: &mut Sent, ctx: CtxId) {
+        if sent.ctx != ctx {
+            self.add_sent(std::mem::replace(sent, Sent { ctx, count: 0 }));
         }
-        if self.tally.sent.ctx != ctx {
-            self.fold_sent();
-            self.tally.sent.ctx = ctx;
-        }
-        self.tally.sent.count += 1;
+        sent.count += 1;
     }
 
     #[inline]
-    fn fold_sent(&mut self) {
-        let run = &mut self.tally.sent;
-        if run.count == 0 {
-            return;
+    pub(super) fn add_sent(&mut self, sent: Sent) {
+        if sent.count != 0 && !self.tally.off {
+            self.stats.dispatched += sent.count;
+            self.ctxs.stats[sent.ctx.index()].dispatched += sent.count;
         }
-        let count = u64::from(std::mem::take(&mut run.count));
-        self.stats.dispatched += count;
-        self.ctxs.stats[run.ctx.index()].dispatched += count;
     }
 
     /// A request of one part ended well.
@@ -148,7 +176,7 @@ impl<P> Hctx<P> {
     pub(super) fn count_ended<D>(
         &mut self,
         request: &Request,
-        ctx: CtxId,
+        kin: Kin,
         (queued_ns, started_ns): (u64, u64),
         below: &mut Below<'_, D>,
     ) {
@@ -156,14 +184,11 @@ impl<P> Hctx<P> {
             return;
         }
         let run = &self.tally.ended;
-        let alike = run.op == request.op
-            && run.ctx == ctx
-            && run.started_ns == started_ns
-            && run.queued_ns == queued_ns;
+        let alike = run.kin == kin && run.started_ns == started_ns && run.queued_ns == queued_ns;
         if !alike {
             self.fold_ended(below.now_ns, &mut below.queue.account);
             let run = &mut self.tally.ended;
-            (run.op, run.ctx) = (request.op, ctx);
+            (run.kin, run.op) = (kin, request.op);
             (run.queued_ns, run.started_ns) = (queued_ns, started_ns);
         }
         let run = &mut self.tally.ended;
@@ -171,8 +196,10 @@ impl<P> Hctx<P> {
         run.bytes += request.bytes;
     }
 
+    /// Those that ended came before.
     #[inline]
     fn fold_ended(&mut self, now_ns: u64, account: &mut Account) {
+        self.fold_arrived(now_ns, account);
         if self.tally.ended.count != 0 {
             self.add_ended(now_ns, account);
         }
@@ -189,13 +216,11 @@ impl<P> Hctx<P> {
             .device(run.op)
             .record_many(now_ns - run.started_ns, count);
         self.stats.succeeded(run.op, bytes);
-        self.ctxs.stats[run.ctx.index()].completed += count;
+        self.ctxs.stats[run.kin.ctx().index()].completed += count;
     }
 
     /// Adds everything to the statistics. `now_ns` is the time of the turn it was counted in.
     pub(super) fn fold(&mut self, now_ns: u64, account: &mut Account) {
-        self.fold_arrived(now_ns, account);
-        self.fold_sent();
         self.fold_ended(now_ns, account);
     }
 }
