@@ -7,6 +7,7 @@
 //! tests/hotpath.rs runs it under valgrind and holds the counts against its table. Run by hand without
 //! arguments it says how long a request takes.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -434,19 +435,16 @@ fn time() {
         recorded: true,
         ..*workload
     };
-    let owners = WORKLOADS.iter().map(|workload| {
-        let name = recorded(workload).name;
-        WORKLOADS.iter().position(|other| other.name == name)
-    });
-    let owners: Vec<usize> = owners.flatten().collect();
-    let mut benches: Vec<Bench> = WORKLOADS
+    let mut benches: BTreeMap<&str, Bench> = WORKLOADS
         .iter()
-        .map(|workload| Bench::new(recorded(workload)))
+        .map(recorded)
+        .map(|workload| (workload.name, Bench::new(workload)))
         .collect();
     let mut best = [f64::MAX; WORKLOADS.len()];
     for _ in 0..40 {
-        for ((owner, workload), best) in owners.iter().zip(WORKLOADS).zip(&mut best) {
-            let bench = &mut benches[*owner];
+        for (workload, best) in WORKLOADS.iter().zip(&mut best) {
+            let bench = benches.get_mut(recorded(workload).name);
+            let bench = bench.expect("made for every workload");
             bench.mq.set_iostats(DiskId(0), workload.recorded);
             let start = Instant::now();
             bench.batches(*workload, 32_000 / u64::from(workload.batch));

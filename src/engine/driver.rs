@@ -206,6 +206,7 @@ impl Engine {
             }
             Ok(Next::Done(result)) => {
                 slot.stage = Stage::Inline;
+                // Counted here and not below, where the disk has to be looked up once more.
                 target.in_flight += 1;
                 self.counters.inline += 1;
                 self.in_flight += 1;

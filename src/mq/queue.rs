@@ -130,6 +130,7 @@ impl<D> Below<'_, D> {
         self.take_tokens(request)
     }
 
+    /// Apart from [`Self::take_budget`], so that a disk without limits pays for no call.
     fn take_tokens(&mut self, request: &Request) -> Result<(), RetryAt> {
         let (now_ns, op, bytes) = (self.now_ns, request.op, request.bytes);
         match (&self.queue.throttle, &self.queue.group) {

@@ -3,11 +3,11 @@
 use crate::stage::Stage;
 use crate::support::disk::{finish, finish_all, kind};
 use crate::support::front::request::{SET_VRING_CALL, SET_VRING_ERR, SET_VRING_KICK};
+use crate::support::front::send_with_fds;
 use crate::support::*;
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use rustix::io::{read, write};
-use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use rustix::pipe::{PipeFlags, pipe_with};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -61,12 +61,7 @@ fn full_eventfd(flags: EventfdFlags) -> OwnedFd {
 
 /// Sends `what` on `socket`.
 fn hide(socket: &UnixStream, what: &UnixStream) -> rustix::io::Result<()> {
-    let fds = [what.as_fd()];
-    let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-    let mut control = SendAncillaryBuffer::new(&mut space);
-    control.push(SendAncillaryMessage::ScmRights(&fds));
-    let bytes = [std::io::IoSlice::new(&[0])];
-    sendmsg(socket, &bytes, &mut control, SendFlags::NOSIGNAL).map(drop)
+    send_with_fds(socket, &[0], &[what.as_fd()]).map(drop)
 }
 
 attacks! {

@@ -62,45 +62,62 @@ fn every_attack() -> Vec<(&'static str, Attack)> {
     .concat()
 }
 
-/// Attacks in turn for at least `span`, each once at least. The median and the 99th percentile of the other disk's
-/// delays, in microseconds: before, and during.
-fn pace(attacks: &[Attack], beside: Beside, span: Duration) -> [(u64, u64); 2] {
-    let stage = Stage::beside(Spec::image(DISK), beside);
+/// What is done beside the other disk.
+enum War {
+    /// Made in turn, again and again, each once at least.
+    Attacks(Vec<Attack>),
+    /// Taken once, and kept.
+    Held(Hoard),
+}
+
+/// For at least `span`. The median and the 99th percentile of the other disk's delays, in microseconds: before, and
+/// during.
+fn pace(war: &War, beside: Beside, span: Duration) -> [(u64, u64); 2] {
+    let spec = match war {
+        War::Attacks(_) => Spec::image(DISK),
+        War::Held(_) => hoards::slow_disk(),
+    };
+    let stage = Stage::beside(spec, beside);
     stage.other.beats(100);
     stage.other.take_delays();
     std::thread::sleep(span / 2);
     let (_, median, most) = stage.other.take_delays();
     let quiet = (median, most);
-    let begun = Instant::now();
-    let mut done = 0;
-    while done < attacks.len() || begun.elapsed() < span {
-        attacks[done % attacks.len()](&stage);
-        done += 1;
-    }
+    let held = match war {
+        War::Attacks(attacks) => {
+            let begun = Instant::now();
+            let mut done = 0;
+            while done < attacks.len() || begun.elapsed() < span {
+                attacks[done % attacks.len()](&stage);
+                done += 1;
+            }
+            None
+        }
+        War::Held(hoard) => {
+            let mut slow = stage.attach(4);
+            hoard(&mut slow);
+            std::thread::sleep(span);
+            Some(slow)
+        }
+    };
     // An attack may be over before the other disk was served once.
     stage.other.beats(100);
     let (_, median, most) = stage.other.take_delays();
-    stage.serves_again();
-    stage.end();
+    match held {
+        None => {
+            stage.serves_again();
+            stage.end();
+        }
+        // At one a second what is held would take an hour to end.
+        Some(_) => stage.abandon(),
+    }
     [quiet, (median, most)]
 }
 
-/// The same for what is taken once and kept: during is while it is held.
-fn pace_beside_hoard(hoard: Hoard, beside: Beside, span: Duration) -> [(u64, u64); 2] {
-    let stage = Stage::beside(hoards::slow_disk(), beside);
-    stage.other.beats(100);
-    stage.other.take_delays();
-    std::thread::sleep(span / 2);
-    let (_, median, most) = stage.other.take_delays();
-    let quiet = (median, most);
-    let mut slow = stage.attach(4);
-    hoard(&mut slow);
-    std::thread::sleep(span);
-    stage.other.beats(100);
-    let (_, median, most) = stage.other.take_delays();
-    // At one a second what is held would take an hour to end.
-    stage.abandon();
-    [quiet, (median, most)]
+/// What is taken and kept, by name.
+fn every_hoard() -> impl Iterator<Item = (&'static str, War)> {
+    let all = hoards::ALL.iter();
+    all.map(|(name, hoard)| (*name, War::Held(*hoard)))
 }
 
 /// The other disk beside each kind of attack: at depth 1 and 8, on the worker that is attacked and on another one.
@@ -139,27 +156,14 @@ fn the_other_disk_keeps_its_pace() {
     ];
     println!("| attack | worker | depth | p50 before | during | p99 before | during (µs) |");
     println!("|---|---|---|---|---|---|---|");
-    for (name, attacks) in &kinds {
+    let kinds = kinds.map(|(name, attacks)| (name, War::Attacks(attacks)));
+    for (name, war) in kinds.into_iter().chain(every_hoard()) {
         if !is_wanted(name) {
             continue;
         }
         for (worker, beside) in [("the same", TOGETHER), ("another", APART)] {
             for depth in [1, 8] {
-                let [quiet, war] = pace(attacks, Beside { depth, ..beside }, LONG);
-                println!(
-                    "| {name} | {worker} | {depth} | {} | {} | {} | {} |",
-                    quiet.0, war.0, quiet.1, war.1
-                );
-            }
-        }
-    }
-    for (name, hoard) in hoards::ALL {
-        if !is_wanted(name) {
-            continue;
-        }
-        for (worker, beside) in [("the same", TOGETHER), ("another", APART)] {
-            for depth in [1, 8] {
-                let [quiet, war] = pace_beside_hoard(*hoard, Beside { depth, ..beside }, LONG);
+                let [quiet, war] = pace(&war, Beside { depth, ..beside }, LONG);
                 println!(
                     "| {name} | {worker} | {depth} | {} | {} | {} | {} |",
                     quiet.0, war.0, quiet.1, war.1
@@ -175,21 +179,13 @@ fn the_other_disk_keeps_its_pace() {
 fn the_other_disk_keeps_its_pace_in_each_attack() {
     println!("| attack | p50 before | during | p99 before | during (µs) |\n|---|---|---|---|---|");
     let good: (&str, Attack) = ("a_good_neighbour", a_good_neighbour);
-    for (name, attack) in std::iter::once(good).chain(every_attack()) {
+    let attacks = std::iter::once(good).chain(every_attack());
+    let attacks = attacks.map(|(name, attack)| (name, War::Attacks(vec![attack])));
+    for (name, war) in attacks.chain(every_hoard()) {
         if !is_wanted(name) {
             continue;
         }
-        let [quiet, war] = pace(&[attack], TOGETHER, SHORT);
-        println!(
-            "| `{name}` | {} | {} | {} | {} |",
-            quiet.0, war.0, quiet.1, war.1
-        );
-    }
-    for (name, hoard) in hoards::ALL {
-        if !is_wanted(name) {
-            continue;
-        }
-        let [quiet, war] = pace_beside_hoard(*hoard, TOGETHER, SHORT);
+        let [quiet, war] = pace(&war, TOGETHER, SHORT);
         println!(
             "| `{name}` | {} | {} | {} | {} |",
             quiet.0, war.0, quiet.1, war.1

@@ -168,30 +168,26 @@ impl Daemon {
 
     /// Starts our program.
     pub fn start_ours(spec: &Spec) -> Self {
-        let dir = Arc::new(TempDir::new().expect("a temporary directory can be made"));
-        let image = spec.make_image(dir.path());
-        let socket = dir.path().join("blk.sock");
-        let command = Self::our_command(spec, &socket, image.as_deref());
-        let daemon = Self::spawn(command, dir, socket, image, spec.lifetime);
-        if !daemon.stderr.wait_for("listening on") {
-            panic!("the daemon does not listen:\n{}", daemon.stderr());
-        }
-        daemon
+        Self::start_with(spec, |_| ()).0
     }
 
     /// Starts our program behind a gate that can have its `io_uring_enter` fail.
     pub fn start_gated(spec: &Spec) -> (Self, Gate) {
+        Self::start_with(spec, Gate::put_on)
+    }
+
+    /// Starts our program, with something done to its command before; and what came of that.
+    fn start_with<T>(spec: &Spec, prepare: impl FnOnce(&mut Command) -> T) -> (Self, T) {
         let dir = Arc::new(TempDir::new().expect("a temporary directory can be made"));
         let image = spec.make_image(dir.path());
         let socket = dir.path().join("blk.sock");
         let mut command = Self::our_command(spec, &socket, image.as_deref());
-        let theirs = Gate::put_on(&mut command);
+        let prepared = prepare(&mut command);
         let daemon = Self::spawn(command, dir, socket, image, spec.lifetime);
-        let gate = Gate::open(&theirs);
         if !daemon.stderr.wait_for("listening on") {
             panic!("the daemon does not listen:\n{}", daemon.stderr());
         }
-        (daemon, gate)
+        (daemon, prepared)
     }
 
     /// Starts our program once more, for the same socket and image, and does not wait for anything.

@@ -11,11 +11,9 @@ use std::process::Command;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
+use super::front::send_with_fds;
 use rustix::event::{PollFd, PollFlags, poll};
-use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
-};
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 
 /// What a call of `io_uring_enter` asks for.
 #[derive(Clone, Copy, Debug)]
@@ -48,39 +46,24 @@ impl std::fmt::Debug for Gate {
 }
 
 impl Gate {
-    /// Puts the filter on what `command` will start. The second part is for [`Gate::open`], once it has started.
-    pub fn put_on(command: &mut Command) -> UnixStream {
+    /// Puts the filter on what `command` will start. Everything passes until told otherwise.
+    pub fn put_on(command: &mut Command) -> Gate {
         let (ours, theirs) = UnixStream::pair().expect("sockets");
         let install = move || {
             let asked = install_filter()?;
-            let fds = [asked.as_fd()];
-            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-            let mut control = SendAncillaryBuffer::new(&mut space);
-            control.push(SendAncillaryMessage::ScmRights(&fds));
-            sendmsg(
-                &theirs,
-                &[io::IoSlice::new(&[0])],
-                &mut control,
-                SendFlags::empty(),
-            )?;
+            send_with_fds(&theirs, &[0], &[asked.as_fd()])?;
             Ok(())
         };
         // SAFETY: needed to run code between fork and exec, where only what may be done in a signal handler may be done:
         // it makes three system calls, and allocates nothing.
         unsafe { command.pre_exec(install) };
-        ours
-    }
-
-    /// Lets everything pass from here on, until told otherwise. `theirs` is what [`Gate::put_on`] returned.
-    pub fn open(theirs: &UnixStream) -> Gate {
-        let asked = receive(theirs);
         let shared = Arc::new(Shared {
             answer: Mutex::new(Box::new(|_| None)),
             refused: AtomicU64::new(0),
         });
         let of_thread = Arc::clone(&shared);
-        // Ends with the program.
-        std::thread::spawn(move || serve(&asked, &of_thread));
+        // Begins and ends with the program.
+        std::thread::spawn(move || serve(&receive(&ours), &of_thread));
         Gate { shared }
     }
 

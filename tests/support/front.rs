@@ -387,18 +387,7 @@ impl Front {
 
     /// Writes any bytes to the socket, with fds beside them.
     pub fn send_bytes(&self, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<()> {
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(64))];
-        let mut control = SendAncillaryBuffer::new(&mut space);
-        if !fds.is_empty() {
-            let fits = control.push(SendAncillaryMessage::ScmRights(fds));
-            assert!(fits, "64 fds at most");
-        }
-        let sent = sendmsg(
-            &self.socket,
-            &[IoSlice::new(bytes)],
-            &mut control,
-            SendFlags::NOSIGNAL,
-        )?;
+        let sent = send_with_fds(&self.socket, bytes, fds)?;
         if sent != bytes.len() {
             return Err(io::Error::other("the message was sent in part"));
         }
@@ -484,4 +473,24 @@ impl Front {
         self.vhost
             .set_config(offset, VhostUserConfigFlags::WRITABLE, bytes)
     }
+}
+
+/// Sends bytes with fds beside them, 64 at most; how many bytes were sent. Allocates nothing.
+pub fn send_with_fds(
+    socket: &UnixStream,
+    bytes: &[u8],
+    fds: &[BorrowedFd<'_>],
+) -> rustix::io::Result<usize> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(64))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    if !fds.is_empty() {
+        let fits = control.push(SendAncillaryMessage::ScmRights(fds));
+        assert!(fits, "64 fds at most");
+    }
+    sendmsg(
+        socket,
+        &[IoSlice::new(bytes)],
+        &mut control,
+        SendFlags::NOSIGNAL,
+    )
 }

@@ -18,6 +18,8 @@ const SLICE: u16 = 8;
 /// The same in bytes: no more than one large request.
 const SLICE_BYTES: u64 = 128 * 1024;
 
+/// How many chains ahead of the one at work the lines of each step are asked for. A step needs the line of the
+/// one before it, which takes as long to come from a CPU that is far away as four chains take to be served.
 const FETCH_DESCRIPTOR: u16 = 12;
 const FETCH_TABLE: u16 = 8;
 const FETCH_HEADER: u16 = 4;

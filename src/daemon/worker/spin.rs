@@ -43,8 +43,8 @@ pub(super) enum Awaited {
 #[derive(Debug)]
 pub(super) struct Spin {
     max_ns: u64,
-    guest: Look,
-    device: Look,
+    /// By whom is awaited.
+    looks: [Look; 2],
     last_progress_ns: u64,
     /// Whom the worker last looked or slept for.
     awaited: Awaited,
@@ -122,8 +122,7 @@ impl Spin {
     pub fn new(max_us: u32) -> Self {
         Spin {
             max_ns: u64::from(max_us) * 1000,
-            guest: Look::OFF,
-            device: Look::OFF,
+            looks: [Look::OFF; 2],
             last_progress_ns: 0,
             awaited: Awaited::Guest,
             pause: Pause::Not,
@@ -140,10 +139,7 @@ impl Spin {
     }
 
     fn end_pause(&mut self, now_ns: u64) {
-        let look = match self.awaited {
-            Awaited::Guest => &mut self.guest,
-            Awaited::Device => &mut self.device,
-        };
+        let look = &mut self.looks[self.awaited as usize];
         match self.pause {
             Pause::Sleeping => {
                 look.woken(now_ns.saturating_sub(self.last_progress_ns), self.max_ns);
@@ -154,10 +150,7 @@ impl Spin {
     }
 
     fn bound_ns(&self, awaited: Awaited) -> u64 {
-        match awaited {
-            Awaited::Guest => self.guest.bound_ns,
-            Awaited::Device => self.device.bound_ns,
-        }
+        self.looks[awaited as usize].bound_ns
     }
 
     /// Whether to look once more before sleeping, after a turn that found nothing.
@@ -196,9 +189,14 @@ mod tests {
 
     /// A pause that is caught if the bound allows; true if it was.
     fn offer(spin: &mut Spin, now: &mut u64, ns: u64) -> bool {
-        let caught = spin.again(*now + ns, Awaited::Guest);
+        offer_of(spin, now, Awaited::Guest, ns)
+    }
+
+    /// The same, whoever is awaited.
+    fn offer_of(spin: &mut Spin, now: &mut u64, awaited: Awaited, ns: u64) -> bool {
+        let caught = spin.again(*now + ns, awaited);
         if !caught {
-            spin.sleeps(Awaited::Guest);
+            spin.sleeps(awaited);
         }
         *now += ns;
         spin.progress(*now);
@@ -250,7 +248,7 @@ mod tests {
         let (mut spin, mut now) = (Spin::new(50), 1);
         let mut looked_ns = 0;
         for _ in 0..10_000 {
-            looked_ns += spin.guest.bound_ns;
+            looked_ns += spin.bound_ns(Awaited::Guest);
             pause(&mut spin, &mut now, 65_000);
         }
         assert!(
@@ -276,9 +274,9 @@ mod tests {
         let mut looked_ns = 0;
         let mut pauses = 0;
         for _ in 0..10_000 {
-            looked_ns += spin.guest.bound_ns;
+            looked_ns += spin.bound_ns(Awaited::Guest);
             pauses += 1;
-            let ns = spin.guest.bound_ns.min(47_000) + 2_000;
+            let ns = spin.bound_ns(Awaited::Guest).min(47_000) + 2_000;
             pause(&mut spin, &mut now, ns);
         }
         assert!(
@@ -292,7 +290,7 @@ mod tests {
     fn it_looks_again_when_looking_pays_again() {
         let (mut spin, mut now) = (Spin::new(50), 1);
         (0..200).for_each(|_| {
-            let ns = spin.guest.bound_ns.min(47_000) + 2_000;
+            let ns = spin.bound_ns(Awaited::Guest).min(47_000) + 2_000;
             pause(&mut spin, &mut now, ns);
         });
         let caught = (0..2000)
@@ -314,14 +312,10 @@ mod tests {
         let mut caught = 0;
         for _ in 0..1000 {
             for (awaited, ns) in [(Awaited::Device, 100_000), (Awaited::Guest, 30_000)] {
-                if spin.again(now + ns, awaited) {
+                if offer_of(&mut spin, &mut now, awaited, ns) {
                     assert_eq!(awaited, Awaited::Guest);
                     caught += 1;
-                } else {
-                    spin.sleeps(awaited);
                 }
-                now += ns;
-                spin.progress(now);
             }
             assert!(!spin.is_on(Awaited::Device));
         }
@@ -336,11 +330,7 @@ mod tests {
         for i in 0..10_000 {
             let ns = if i % 3 == 0 { 45_000 } else { 58_000 };
             looked_ns += spin.bound_ns(Awaited::Device).min(ns);
-            if !spin.again(now + ns, Awaited::Device) {
-                spin.sleeps(Awaited::Device);
-            }
-            now += ns;
-            spin.progress(now);
+            offer_of(&mut spin, &mut now, Awaited::Device, ns);
         }
         assert!(
             looked_ns / 10_000 < 2_000,
