@@ -786,8 +786,8 @@ fn a_device_begins_before_a_long_batch_ends() {
     let disk = engine.add_disk(image.target()).unwrap();
     let mut buffer = Buffer::new(512, 0);
     let segments = buffer.segments(&[]);
-    // With 8 of them, with 16 more, and with the rest; a short batch with one call as ever.
-    for (count, calls) in [(64, 4), (8, 1), (7, 1), (32, 3)] {
+    // With 2 of them, with 4, 8 and so on more, and with the rest; two or one with one call.
+    for (count, calls) in [(64, 6), (8, 3), (2, 1), (1, 1), (32, 5)] {
         let before = engine.counters().enters;
         for i in 0..count {
             // SAFETY: the buffer is alive until the end. Unsafe because `queue_rq` is.

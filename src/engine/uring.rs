@@ -15,7 +15,7 @@ use io_uring::{
 };
 
 use self::refusal::Refusals;
-use super::{EngineCounters, MAX_DISKS};
+use super::EngineCounters;
 
 /// How many completions are taken out of the ring at a time.
 pub(super) const REAP_BATCH: usize = 32;
@@ -46,7 +46,8 @@ impl Ask {
 /// An io_uring with what the kernel could give.
 pub(super) struct Ring {
     ring: IoUring,
-    pub(super) fixed_files: bool,
+    /// Places of the registered file table; 0: there is none.
+    pub(super) files: u32,
     /// A write can be told to complete without a word (Linux 5.17).
     pub(super) silent_writes: bool,
     pub(super) restricted: bool,
@@ -62,8 +63,9 @@ impl std::fmt::Debug for Ring {
 
 impl Ring {
     /// A ring with room for `sqes` entries to submit and `cqes` completions, for the calling thread
-    /// only: as good as `ask` says, or what the kernel has.
-    pub(super) fn new(sqes: u32, cqes: u32, ask: Ask) -> io::Result<Self> {
+    /// only: as good as `ask` says, or what the kernel has. The registered file table gets the first
+    /// of the sizes in `files` that the kernel allows.
+    pub(super) fn new(sqes: u32, cqes: u32, files: &[u16], ask: Ask) -> io::Result<Self> {
         let mut builder = IoUring::builder();
         builder.dontfork().setup_cqsize(cqes).setup_clamp();
         if ask.restricted {
@@ -115,17 +117,18 @@ impl Ring {
             "the kernel keeps the size asked for"
         );
         let silent_writes = ask.silent_writes && params.is_feature_skip_cqe_on_success();
-        let fixed_files = ask.fixed_files
-            && ring
-                .submitter()
-                .register_files_sparse(u32::from(MAX_DISKS))
-                .is_ok();
+        // The kernel allows as many as the process may open.
+        let files = files
+            .iter()
+            .map(|files| u32::from(*files))
+            .find(|files| ask.fixed_files && ring.submitter().register_files_sparse(*files).is_ok())
+            .unwrap_or(0);
         if ask.restricted {
             restrict(&ring).map_err(unrestricted)?;
         }
         Ok(Ring {
             ring,
-            fixed_files,
+            files,
             silent_writes,
             restricted: ask.restricted,
             mode,
@@ -139,7 +142,7 @@ impl Ring {
             "io_uring: {}, {}{}, {} submission and {} completion entries",
             self.mode,
             if self.restricted { "restricted, " } else { "" },
-            if self.fixed_files {
+            if self.files > 0 {
                 "registered files"
             } else {
                 "plain files"
@@ -150,10 +153,10 @@ impl Ring {
     }
 
     /// Puts a file into the registered table, or takes it out (−1).
-    pub(super) fn update_file(&self, index: u16, fd: i32) -> io::Result<()> {
+    pub(super) fn update_file(&self, index: u32, fd: i32) -> io::Result<()> {
         self.ring
             .submitter()
-            .register_files_update(u32::from(index), &[fd])
+            .register_files_update(index, &[fd])
             .map(drop)
     }
 
@@ -310,7 +313,7 @@ impl Drop for Ring {
     /// A ring is taken apart some time after it was closed. Until then it would keep the images open,
     /// and with them their locks, although the process has ended.
     fn drop(&mut self) {
-        if self.fixed_files {
+        if self.files > 0 {
             let _ = self.ring.submitter().unregister_files();
         }
     }
@@ -382,7 +385,7 @@ mod tests {
     /// What a ring says to opening a file, and to being given buffers of its own.
     fn tries(ask: Ask) -> (i32, bool) {
         let mut counters = EngineCounters::default();
-        let mut ring = Ring::new(8, 16, ask).expect("a ring");
+        let mut ring = Ring::new(8, 16, &[], ask).expect("a ring");
         let path = c"/dev/null";
         let open = opcode::OpenAt::new(Fd(libc::AT_FDCWD), path.as_ptr()).build();
         // SAFETY: the path is there for ever. Unsafe because the kernel works on addresses.

@@ -1,7 +1,7 @@
 //! The fds of other people: eventfds that wake us, and eventfds we write to.
 
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 
 use io_uring::{opcode, squeue, types};
@@ -154,6 +154,9 @@ pub(super) struct Call {
     blocking: bool,
     /// Writes since the last one whose end we asked to hear of.
     unheard: u8,
+    /// Its place in the ring's registered file table, which saves the kernel looking up the number and counting
+    /// the users of a file that the front end uses at the same time.
+    place: Option<u32>,
 }
 
 impl Call {
@@ -168,7 +171,22 @@ impl Call {
             lost: false,
             blocking,
             unheard: 0,
+            place: None,
         })
+    }
+
+    /// Writes go to it by its place in the registered file table from now on.
+    pub(super) fn is_registered_at(&mut self, place: u32) {
+        self.place = Some(place);
+    }
+
+    /// Its place in the registered file table.
+    pub(super) fn place(&self) -> Option<u32> {
+        self.place
+    }
+
+    pub(super) fn fd(&self) -> RawFd {
+        self.fd.as_raw_fd()
     }
 
     pub(super) fn into_fd(self) -> OwnedFd {
@@ -188,7 +206,11 @@ impl Call {
     /// writes ask for none; now and then one does, and none follows until it is over. That bounds
     /// what a front end can pile up by making its fd block. The flag says whether this one reports.
     pub(super) fn sqe(&mut self, silent: bool) -> (squeue::Entry, bool) {
-        let entry = opcode::Write::new(types::Fd(self.fd.as_raw_fd()), ONE.as_ptr(), 8).build();
+        let write = match self.place {
+            Some(place) => opcode::Write::new(types::Fixed(place), ONE.as_ptr(), 8),
+            None => opcode::Write::new(types::Fd(self.fd()), ONE.as_ptr(), 8),
+        };
+        let entry = write.build();
         if self.blocking {
             return (entry.flags(squeue::Flags::ASYNC), true);
         }

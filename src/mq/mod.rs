@@ -222,6 +222,12 @@ impl<P> Mq<P> {
         }
     }
 
+    /// How many driver tags one hctx may hold now.
+    #[inline]
+    pub fn fair_share(&self) -> u16 {
+        self.tags.fair_share()
+    }
+
     /// When the worker has to take a turn even if nothing happens, on the same clock.
     pub fn next_deadline_ns(&self) -> Option<u64> {
         self.delayed.peek().map(|Reverse((at, ..))| *at)

@@ -20,6 +20,8 @@ pub struct TagSet {
     reserved: u16,
     in_use: u16,
     active_hctxs: u16,
+    /// What each of them may hold. Kept, because a division for each request is dear.
+    fair_share: u16,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -47,6 +49,7 @@ impl TagSet {
             reserved,
             in_use: 0,
             active_hctxs: 0,
+            fair_share: depth - reserved,
         }
     }
 
@@ -68,27 +71,33 @@ impl TagSet {
     /// How many ordinary tags one hctx may hold now.
     #[inline]
     pub fn fair_share(&self) -> u16 {
-        if self.active_hctxs <= 1 {
-            return self.depth();
-        }
-        self.depth().div_ceil(self.active_hctxs).max(FAIR_MINIMUM)
+        self.fair_share
+    }
+
+    fn share(&mut self) {
+        self.fair_share = match self.active_hctxs {
+            0 | 1 => self.depth(),
+            active => self.depth().div_ceil(active).max(FAIR_MINIMUM),
+        };
     }
 
     /// An hctx started to use tags.
     pub fn hctx_activated(&mut self) {
         self.active_hctxs += 1;
+        self.share();
     }
 
     /// An hctx no longer uses tags.
     pub fn hctx_idled(&mut self) {
         assert!(self.active_hctxs > 0, "more hctxs idle than were active");
         self.active_hctxs -= 1;
+        self.share();
     }
 
     /// Takes an ordinary tag for an hctx that holds `held` of them.
     #[inline]
     pub fn get(&mut self, owner: RequestId, held: u16) -> Option<DriverTag> {
-        if self.active_hctxs > 1 && held >= self.fair_share() {
+        if held >= self.fair_share {
             return None;
         }
         let index = self.free.pop()?;

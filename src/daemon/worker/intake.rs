@@ -24,6 +24,9 @@ const FETCH_DESCRIPTOR: u16 = 12;
 const FETCH_TABLE: u16 = 8;
 const FETCH_HEADER: u16 = 4;
 
+/// How many rings ahead of the one that is looked at the lines of their indices are asked for.
+const FETCH_RING: usize = 8;
+
 /// How many descriptors of long or odd chains are taken from a ring in a turn: some tens of microseconds
 /// of other rings' time.
 const TURN_DESCRIPTORS: u32 = 4096;
@@ -43,6 +46,9 @@ impl Worker {
     pub(super) fn drain(&mut self) -> bool {
         let mut busy = mem::take(&mut self.busy);
         for at in 0..self.hot.len() {
+            if let Some(later) = self.hot.get(at + FETCH_RING) {
+                open_port(&mut self.ports, *later).ring.fetch_available();
+            }
             let hctx = self.hot[at];
             let port = open_port(&mut self.ports, hctx);
             if port.no_room || !port.is_open() && !port.must_resume() {
@@ -53,6 +59,7 @@ impl Worker {
                 Ok(_) => {
                     busy.push(hctx);
                     port.ring.start_walk();
+                    port.ring.fetch_used();
                     (0..FETCH_DESCRIPTOR).for_each(|after| port.ring.fetch_descriptor(after));
                 }
                 Err(error) => self.break_ring(hctx, &error),
@@ -122,7 +129,7 @@ impl Worker {
         };
         let pool = disk.pool.as_mut().expect("made with the first ring");
         let (mut left, mut bytes_left) = match port.inline {
-            true => (SLICE, SLICE_BYTES),
+            true => (SLICE.min(self.mq.fair_share()), SLICE_BYTES),
             false => (u16::MAX, u64::MAX),
         };
         let outcome = loop {

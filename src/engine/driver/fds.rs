@@ -7,7 +7,7 @@ use io_uring::{cqueue, opcode, types};
 
 use super::{Engine, KIND_CALL, KIND_CANCEL, KIND_SLOT, KIND_WATCH, user_data};
 use crate::engine::watch::{Call, CallSlot, Polled, Waker, Watch, Watched, check_pollable};
-use crate::engine::{Errno, Event};
+use crate::engine::{Errno, Event, MAX_DISKS};
 use crate::mq::ids::DriverTag;
 
 impl Engine {
@@ -66,7 +66,13 @@ impl Engine {
         let index = self.calls.vacant()?;
         self.generation = self.generation.wrapping_add(1);
         let generation = self.generation;
-        self.calls.put(index, Call::new(fd, token, generation)?);
+        let mut call = Call::new(fd, token, generation)?;
+        // After the places of the disks.
+        let place = u32::from(MAX_DISKS) + u32::from(index);
+        if place < self.ring.files && self.ring.update_file(place, call.fd()).is_ok() {
+            call.is_registered_at(place);
+        }
+        self.calls.put(index, call);
         Ok(CallSlot { index, generation })
     }
 
@@ -123,6 +129,10 @@ impl Engine {
         // Writes that nobody hears of may wait as well, and all of them go.
         if call.in_flight || call.may_wait() {
             self.cancel(user_data(KIND_CALL, slot.generation, slot.index));
+        }
+        if let Some(place) = call.place() {
+            // Its place is overwritten by the next one at the latest.
+            let _ = self.ring.update_file(place, -1);
         }
         self.close_or_leak(call.into_fd());
     }

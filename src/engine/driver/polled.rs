@@ -12,6 +12,7 @@ use io_uring::cqueue;
 
 use super::Engine;
 use crate::engine::Event;
+use crate::engine::MAX_DISKS;
 use crate::engine::target::{Disk, IoPoll, Target};
 use crate::engine::uring::{Ask, REAP_BATCH, Ring};
 
@@ -35,13 +36,13 @@ impl Engine {
         if self.polled.is_none() {
             let ask = Ask {
                 polled: true,
-                fixed_files: self.ring.fixed_files,
+                fixed_files: self.ring.files > 0,
                 restricted: self.ring.restricted,
                 ..Ask::ALL
             };
             let depth = u32::try_from(self.slots.len()).expect("tags are numbered by u16");
             let entries = depth.next_power_of_two();
-            match Ring::new(entries, entries * 2, ask) {
+            match Ring::new(entries, entries * 2, &[MAX_DISKS], ask) {
                 Ok(ring) => self.polled = Some(Polled { ring, in_flight: 0 }),
                 Err(error) => log::warn!("devices are not polled: {error}"),
             }
@@ -50,8 +51,11 @@ impl Engine {
         disk.can.poll = match &self.polled {
             Some(polled) => {
                 !disk.registered
-                    || polled.ring.fixed_files
-                        && polled.ring.update_file(disk.index, disk.fd).is_ok()
+                    || polled.ring.files > 0
+                        && polled
+                            .ring
+                            .update_file(u32::from(disk.index), disk.fd)
+                            .is_ok()
             }
             None => false,
         };
@@ -59,9 +63,9 @@ impl Engine {
 
     pub(super) fn end_polling(&mut self, index: u16) {
         if let Some(polled) = &self.polled
-            && polled.ring.fixed_files
+            && polled.ring.files > 0
         {
-            let _ = polled.ring.update_file(index, -1);
+            let _ = polled.ring.update_file(u32::from(index), -1);
         }
     }
 

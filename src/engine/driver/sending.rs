@@ -5,7 +5,7 @@ use std::io;
 use super::{Engine, KIND_SLOT, user_data};
 
 /// With so many commands of a batch the device begins with them, for the first time.
-const EARLY: u32 = 8;
+const EARLY: u32 = 2;
 
 /// What was queued since the last [`Engine::commit_rqs`].
 #[derive(Debug)]
@@ -90,7 +90,7 @@ impl Engine {
         }
     }
 
-    /// Has the device begin with a long batch while the rest of it is prepared: a request takes the kernel
+    /// Has the device begin with a batch while the rest of it is prepared: a request takes the kernel
     /// some microseconds, and a device that waits for all of them has nothing to do for that long. Each
     /// time twice as many are waited for, so that the calls stay few.
     #[inline]

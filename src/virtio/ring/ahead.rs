@@ -11,6 +11,31 @@ use super::Ring;
 use crate::virtio::abi::{self, DESC_INDIRECT, DESCRIPTOR_BYTES, Descriptor, HEADER_BYTES};
 
 impl Ring {
+    /// Asks for the line of the available index, which [`Ring::available`] is going to look at.
+    #[inline]
+    pub fn fetch_available(&self) {
+        abi::fetch(self.parts.avail.cast());
+    }
+
+    /// Asks for the lines that answers go to, and for the driver's wish about calls.
+    #[inline]
+    pub fn fetch_used(&self) {
+        let entry = usize::from(self.next_used & self.mask);
+        abi::fetch_to_write(self.parts.used.cast());
+        // SAFETY: the used ring has `size` elements of eight bytes, and the available ring has used_event after
+        // `size` entries; without EVENT_IDX this is an address that nobody accesses, within or at the end of
+        // what is mapped. Unsafe because they are in the guest's memory.
+        unsafe {
+            abi::fetch_to_write(self.parts.used.add(2 + 4 * entry).cast());
+            abi::fetch(
+                self.parts
+                    .avail
+                    .add(2 + usize::from(self.setup.size))
+                    .cast(),
+            );
+        }
+    }
+
     /// The head of the chain that comes `after` so many others, if it was seen already.
     #[inline]
     fn head_after(&self, after: u16) -> Option<u16> {
