@@ -96,7 +96,8 @@ impl Engine {
         // it not do, the kernel keeps the rest and ends the polls, and we arm them again.
         let sqes = (slots + fds.min(slots) + 64).next_power_of_two().min(32768);
         let cqes = (sqes + 6 * fds).next_power_of_two().min(65536);
-        let files = [MAX_DISKS.saturating_add(watches), MAX_DISKS];
+        let disks = u32::from(MAX_DISKS);
+        let files = [disks + u32::from(watches), disks];
         let ring = Ring::new(sqes, cqes, &files, ask)?;
         let memory = Memory::new(depth)?;
         Ok(Engine {
@@ -140,9 +141,7 @@ impl Engine {
     pub fn add_disk(&mut self, target: Target) -> io::Result<DiskSlot> {
         let index = self.disks.vacant()?;
         let mut disk = Disk::new(index, target)?;
-        if disk.fd >= 0 && self.ring.files > 0 {
-            disk.registered = self.ring.update_file(u32::from(index), disk.fd).is_ok();
-        }
+        disk.registered = disk.fd >= 0 && self.ring.register_file(index, disk.fd);
         self.begin_polling(&mut disk);
         self.disks.put(index, disk);
         Ok(DiskSlot(index))
@@ -162,8 +161,7 @@ impl Engine {
             "a disk is removed while requests of it are in flight"
         );
         if disk.registered {
-            // Its place is overwritten by the next disk at the latest.
-            let _ = self.ring.update_file(u32::from(slot.0), -1);
+            self.ring.unregister_file(slot.0);
             self.end_polling(slot.0);
         }
         disk.target

@@ -4,6 +4,7 @@ mod refusal;
 
 use std::io;
 use std::mem::MaybeUninit;
+use std::os::fd::RawFd;
 use std::thread;
 use std::time::Duration;
 
@@ -47,7 +48,7 @@ impl Ask {
 pub(super) struct Ring {
     ring: IoUring,
     /// Places of the registered file table; 0: there is none.
-    pub(super) files: u32,
+    files: u32,
     /// A write can be told to complete without a word (Linux 5.17).
     pub(super) silent_writes: bool,
     pub(super) restricted: bool,
@@ -65,7 +66,7 @@ impl Ring {
     /// A ring with room for `sqes` entries to submit and `cqes` completions, for the calling thread
     /// only: as good as `ask` says, or what the kernel has. The registered file table gets the first
     /// of the sizes in `files` that the kernel allows.
-    pub(super) fn new(sqes: u32, cqes: u32, files: &[u16], ask: Ask) -> io::Result<Self> {
+    pub(super) fn new(sqes: u32, cqes: u32, files: &[u32], ask: Ask) -> io::Result<Self> {
         let mut builder = IoUring::builder();
         builder.dontfork().setup_cqsize(cqes).setup_clamp();
         if ask.restricted {
@@ -120,7 +121,7 @@ impl Ring {
         // The kernel allows as many as the process may open.
         let files = files
             .iter()
-            .map(|files| u32::from(*files))
+            .copied()
             .find(|files| ask.fixed_files && ring.submitter().register_files_sparse(*files).is_ok())
             .unwrap_or(0);
         if ask.restricted {
@@ -142,7 +143,7 @@ impl Ring {
             "io_uring: {}, {}{}, {} submission and {} completion entries",
             self.mode,
             if self.restricted { "restricted, " } else { "" },
-            if self.files > 0 {
+            if self.has_files() {
                 "registered files"
             } else {
                 "plain files"
@@ -152,12 +153,25 @@ impl Ring {
         )
     }
 
-    /// Puts a file into the registered table, or takes it out (−1).
-    pub(super) fn update_file(&self, index: u32, fd: i32) -> io::Result<()> {
-        self.ring
-            .submitter()
-            .register_files_update(index, &[fd])
-            .map(drop)
+    /// Whether there is a registered file table.
+    pub(super) fn has_files(&self) -> bool {
+        self.files > 0
+    }
+
+    /// Puts a file into the registered table; whether it is there.
+    pub(super) fn register_file(&self, place: impl Into<u32>, fd: RawFd) -> bool {
+        self.update_file(place.into(), fd)
+    }
+
+    /// Takes a file out of the registered table. Should that fail, its place is overwritten by the next one
+    /// at the latest.
+    pub(super) fn unregister_file(&self, place: impl Into<u32>) {
+        self.update_file(place.into(), -1);
+    }
+
+    fn update_file(&self, place: u32, fd: RawFd) -> bool {
+        let submitter = self.ring.submitter();
+        place < self.files && submitter.register_files_update(place, &[fd]).is_ok()
     }
 
     /// Prepares an entry. When the queue is full it is submitted; false: that did not help now.
@@ -313,7 +327,7 @@ impl Drop for Ring {
     /// A ring is taken apart some time after it was closed. Until then it would keep the images open,
     /// and with them their locks, although the process has ended.
     fn drop(&mut self) {
-        if self.files > 0 {
+        if self.has_files() {
             let _ = self.ring.submitter().unregister_files();
         }
     }

@@ -1,7 +1,7 @@
 //! The fds of other people: eventfds that wake us, and eventfds we write to.
 
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 
 use io_uring::{opcode, squeue, types};
@@ -9,6 +9,7 @@ use rustix::event::{EventfdFlags, PollFlags, eventfd};
 use rustix::fs::{FileType, OFlags};
 
 use super::Errno;
+use super::uring::Ring;
 
 /// Wakes an engine from any thread: see [`super::Engine::watch_waker`].
 #[derive(Clone, Debug)]
@@ -175,18 +176,17 @@ impl Call {
         })
     }
 
-    /// Writes go to it by its place in the registered file table from now on.
-    pub(super) fn is_registered_at(&mut self, place: u32) {
-        self.place = Some(place);
+    /// Has writes go to it by a place in the ring's registered file table, if that can be had.
+    pub(super) fn register(&mut self, ring: &Ring, place: u32) {
+        self.place = ring
+            .register_file(place, self.fd.as_raw_fd())
+            .then_some(place);
     }
 
-    /// Its place in the registered file table.
-    pub(super) fn place(&self) -> Option<u32> {
-        self.place
-    }
-
-    pub(super) fn fd(&self) -> RawFd {
-        self.fd.as_raw_fd()
+    pub(super) fn unregister(&self, ring: &Ring) {
+        if let Some(place) = self.place {
+            ring.unregister_file(place);
+        }
     }
 
     pub(super) fn into_fd(self) -> OwnedFd {
@@ -208,7 +208,7 @@ impl Call {
     pub(super) fn sqe(&mut self, silent: bool) -> (squeue::Entry, bool) {
         let write = match self.place {
             Some(place) => opcode::Write::new(types::Fixed(place), ONE.as_ptr(), 8),
-            None => opcode::Write::new(types::Fd(self.fd()), ONE.as_ptr(), 8),
+            None => opcode::Write::new(types::Fd(self.fd.as_raw_fd()), ONE.as_ptr(), 8),
         };
         let entry = write.build();
         if self.blocking {

@@ -74,7 +74,8 @@ impl TagSet {
         self.fair_share
     }
 
-    fn share(&mut self) {
+    /// The number of those that share has changed.
+    fn share_anew(&mut self) {
         self.fair_share = match self.active_hctxs {
             0 | 1 => self.depth(),
             active => self.depth().div_ceil(active).max(FAIR_MINIMUM),
@@ -84,14 +85,14 @@ impl TagSet {
     /// An hctx started to use tags.
     pub fn hctx_activated(&mut self) {
         self.active_hctxs += 1;
-        self.share();
+        self.share_anew();
     }
 
     /// An hctx no longer uses tags.
     pub fn hctx_idled(&mut self) {
         assert!(self.active_hctxs > 0, "more hctxs idle than were active");
         self.active_hctxs -= 1;
-        self.share();
+        self.share_anew();
     }
 
     /// Takes an ordinary tag for an hctx that holds `held` of them.

@@ -186,7 +186,7 @@ impl<P> Hctx<P> {
         let run = &self.tally.ended;
         let alike = run.kin == kin && run.started_ns == started_ns && run.queued_ns == queued_ns;
         if !alike {
-            self.fold_ended(below.now_ns, &mut below.queue.account);
+            self.fold(below.now_ns, &mut below.queue.account);
             let run = &mut self.tally.ended;
             (run.kin, run.op) = (kin, request.op);
             (run.queued_ns, run.started_ns) = (queued_ns, started_ns);
@@ -196,9 +196,10 @@ impl<P> Hctx<P> {
         run.bytes += request.bytes;
     }
 
-    /// Those that ended came before.
+    /// Adds everything to the statistics, what came before what ended. `now_ns` is the time of the turn it
+    /// was counted in.
     #[inline]
-    fn fold_ended(&mut self, now_ns: u64, account: &mut Account) {
+    pub(super) fn fold(&mut self, now_ns: u64, account: &mut Account) {
         self.fold_arrived(now_ns, account);
         if self.tally.ended.count != 0 {
             self.add_ended(now_ns, account);
@@ -217,11 +218,6 @@ impl<P> Hctx<P> {
             .record_many(now_ns - run.started_ns, count);
         self.stats.succeeded(run.op, bytes);
         self.ctxs.stats[run.kin.ctx().index()].completed += count;
-    }
-
-    /// Adds everything to the statistics. `now_ns` is the time of the turn it was counted in.
-    pub(super) fn fold(&mut self, now_ns: u64, account: &mut Account) {
-        self.fold_ended(now_ns, account);
     }
 }
 

@@ -141,3 +141,45 @@ fn at_depth_32_there_are_few_system_calls_a_request() {
         assert!(summary.total(|queue| queue.calls) < total / 5);
     }
 }
+
+/// Their fair share of driver tags is less than what is taken of a ring at a time as a rule, and what exceeds it went
+/// the long way through staging.
+#[test]
+fn many_busy_queues_stage_next_to_nothing() {
+    const QUEUES: usize = 64;
+    const DEPTH: u64 = 16;
+    const ROUNDS: u64 = 20;
+    let spec = Spec::null(1 << 30)
+        .queues(QUEUES)
+        .args(["--workers", "1", "--scheduler", "none"]);
+    let daemon = Daemon::start_ours(&spec);
+    let mut disk = Disk::attach(daemon.socket(), QUEUES);
+    let data = [Seg::writable(disk.mem().alloc(4096, 4096), 4096)];
+    for round in 0..ROUNDS {
+        for queue in &mut disk.queues {
+            for slot in 0..DEPTH {
+                // No two are neighbours, which would be merged.
+                let sector = (round * DEPTH + slot) * 64;
+                let pushed = queue.push(slot, kind::IN, 0, sector, &data);
+                pushed.expect("the ring has room");
+            }
+            queue.publish();
+        }
+        for queue in &mut disk.queues {
+            for _ in 0..DEPTH {
+                let completion = queue.wait(DEADLINE).expect("a completion in time");
+                assert_eq!(completion.status, status::OK);
+            }
+        }
+    }
+    drop(disk);
+    let summary = daemon.stop();
+    let (requests, staged) = (
+        summary.total(|queue| queue.requests),
+        summary.total(|queue| queue.staged),
+    );
+    assert_eq!(requests, QUEUES as u64 * DEPTH * ROUNDS);
+    // Before a ring was served once, nobody knows that it is answered at once, and takes all of it.
+    let first = QUEUES as u64 * DEPTH;
+    assert!(staged <= first, "{staged} of {requests} staged");
+}

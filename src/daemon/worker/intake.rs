@@ -96,9 +96,12 @@ impl Worker {
         let taken = self.take_slice(hctx);
         let answered = self.finish_inline();
         let port = open_port(&mut self.ports, hctx);
-        port.inline = answered;
+        // What is staged says nothing of the engine.
+        port.inline = answered || port.inline && self.mq.has_staged(hctx);
         match taken? {
             Slice::Whole if !port.ring.has_more() => Ok(false),
+            // More would be staged behind it. The rest comes when that is with the engine.
+            Slice::Whole if !answered => Ok(false),
             Slice::Whole => {
                 // The guest can look at these while the next are at work.
                 port.ring.publish();

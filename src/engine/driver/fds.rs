@@ -69,9 +69,7 @@ impl Engine {
         let mut call = Call::new(fd, token, generation)?;
         // After the places of the disks.
         let place = u32::from(MAX_DISKS) + u32::from(index);
-        if place < self.ring.files && self.ring.update_file(place, call.fd()).is_ok() {
-            call.is_registered_at(place);
-        }
+        call.register(&self.ring, place);
         self.calls.put(index, call);
         Ok(CallSlot { index, generation })
     }
@@ -130,10 +128,7 @@ impl Engine {
         if call.in_flight || call.may_wait() {
             self.cancel(user_data(KIND_CALL, slot.generation, slot.index));
         }
-        if let Some(place) = call.place() {
-            // Its place is overwritten by the next one at the latest.
-            let _ = self.ring.update_file(place, -1);
-        }
+        call.unregister(&self.ring);
         self.close_or_leak(call.into_fd());
     }
 

@@ -11,10 +11,9 @@ use std::time::Duration;
 use io_uring::cqueue;
 
 use super::Engine;
-use crate::engine::Event;
-use crate::engine::MAX_DISKS;
 use crate::engine::target::{Disk, IoPoll, Target};
 use crate::engine::uring::{Ask, REAP_BATCH, Ring};
+use crate::engine::{Event, MAX_DISKS};
 
 /// The second ring of an engine.
 #[derive(Debug)]
@@ -36,36 +35,27 @@ impl Engine {
         if self.polled.is_none() {
             let ask = Ask {
                 polled: true,
-                fixed_files: self.ring.files > 0,
+                fixed_files: self.ring.has_files(),
                 restricted: self.ring.restricted,
                 ..Ask::ALL
             };
             let depth = u32::try_from(self.slots.len()).expect("tags are numbered by u16");
             let entries = depth.next_power_of_two();
-            match Ring::new(entries, entries * 2, &[MAX_DISKS], ask) {
+            match Ring::new(entries, entries * 2, &[MAX_DISKS.into()], ask) {
                 Ok(ring) => self.polled = Some(Polled { ring, in_flight: 0 }),
                 Err(error) => log::warn!("devices are not polled: {error}"),
             }
         }
         // An entry names the file in the same way whichever ring it goes to.
         disk.can.poll = match &self.polled {
-            Some(polled) => {
-                !disk.registered
-                    || polled.ring.files > 0
-                        && polled
-                            .ring
-                            .update_file(u32::from(disk.index), disk.fd)
-                            .is_ok()
-            }
+            Some(polled) => !disk.registered || polled.ring.register_file(disk.index, disk.fd),
             None => false,
         };
     }
 
     pub(super) fn end_polling(&mut self, index: u16) {
-        if let Some(polled) = &self.polled
-            && polled.ring.files > 0
-        {
-            let _ = polled.ring.update_file(u32::from(index), -1);
+        if let Some(polled) = &self.polled {
+            polled.ring.unregister_file(index);
         }
     }
 

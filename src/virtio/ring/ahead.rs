@@ -5,6 +5,7 @@
 //!
 //! Nothing that is seen here is used: whoever parses the chain reads all of it again and checks it.
 
+use std::ptr::NonNull;
 use std::sync::atomic::Ordering;
 
 use super::Ring;
@@ -20,20 +21,9 @@ impl Ring {
     /// Asks for the lines that answers go to, and for the driver's wish about calls.
     #[inline]
     pub fn fetch_used(&self) {
-        let entry = usize::from(self.next_used & self.mask);
         abi::fetch_to_write(self.parts.used.cast());
-        // SAFETY: the used ring has `size` elements of eight bytes, and the available ring has used_event after
-        // `size` entries; without EVENT_IDX this is an address that nobody accesses, within or at the end of
-        // what is mapped. Unsafe because they are in the guest's memory.
-        unsafe {
-            abi::fetch_to_write(self.parts.used.add(2 + 4 * entry).cast());
-            abi::fetch(
-                self.parts
-                    .avail
-                    .add(2 + usize::from(self.setup.size))
-                    .cast(),
-            );
-        }
+        abi::fetch_to_write(self.next_element().cast());
+        abi::fetch(NonNull::from(self.call_wish()).cast());
     }
 
     /// The head of the chain that comes `after` so many others, if it was seen already.
