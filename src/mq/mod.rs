@@ -222,12 +222,6 @@ impl<P> Mq<P> {
         }
     }
 
-    /// Whether an hctx has requests that wait outside the elevator.
-    #[inline]
-    pub fn has_staged(&self, id: HctxId) -> bool {
-        self.hctx(id).has_work()
-    }
-
     /// How many driver tags one hctx may hold now.
     #[inline]
     pub fn fair_share(&self) -> u16 {

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering};
 
 use super::abi::{self, Descriptor};
-use super::inflight::Tracker;
+use super::inflight::{Tracker, kill_point};
 use super::memory::{MemoryTable, Region};
 use super::pool::RawTable;
 use super::receipt::{Slot, Used};
@@ -23,7 +23,6 @@ mod error;
 mod logged;
 mod notify;
 mod resume;
-mod used;
 mod walk;
 
 pub use error::{RingError, RingPart};
@@ -274,6 +273,54 @@ impl Ring {
         self.next_avail != self.seen_avail || self.to_resume() > 0
     }
 
+    /// Writes a used element; [`Ring::publish`] shows it to the guest.
+    #[inline]
+    pub fn put_used(&mut self, used: Used) {
+        self.release(used.head());
+        if let Some(tracker) = &mut self.tracker {
+            tracker.put(used.head());
+        }
+        let entry = usize::from(self.next_used & self.mask);
+        // SAFETY: the used ring has `size` elements of two 32-bit fields, four bytes after its
+        // start, `Parts::find` checked that they are mapped and aligned to four bytes, and `entry`
+        // is below the size. Unsafe because the ring is the guest's memory.
+        unsafe {
+            let element = self.parts.used.add(2).cast::<u32>().add(2 * entry);
+            kill_point();
+            element.write_volatile(u32::from(used.head()).to_le());
+            element.add(1).write_volatile(used.len().to_le());
+        }
+        self.next_used = self.next_used.wrapping_add(1);
+    }
+
+    /// Shows the guest all that was put since the last time. False: there was nothing.
+    #[inline]
+    pub fn publish(&mut self) -> bool {
+        let (old, new) = (self.published, self.next_used);
+        if old == new {
+            return false;
+        }
+        if let Some(tracker) = &self.tracker {
+            tracker.publishes();
+        }
+        kill_point();
+        // Release pairs with the driver's read barrier after it has read the index (section
+        // 2.7.14): the elements and all data are visible before it.
+        self.used_field(1).store(new.to_le(), Ordering::Release);
+        if let Some(tracker) = &self.tracker {
+            tracker.published(new.wrapping_sub(old), new);
+        }
+        if self.log.is_some() {
+            self.log_published(old, new);
+        }
+        self.published = new;
+        self.used_before = true;
+        if new.wrapping_sub(self.decided) < new.wrapping_sub(old) {
+            self.must_call = true;
+        }
+        true
+    }
+
     /// The available index of the next chain to pop: the answer to VHOST_USER_GET_VRING_BASE.
     pub fn next_avail(&self) -> u16 {
         self.next_avail
@@ -326,6 +373,19 @@ impl Ring {
         self.last_head = NO_HEAD;
         self.track_taken(head.0);
         head.0
+    }
+
+    /// The head is the guest's again.
+    #[inline]
+    fn release(&mut self, head: u16) {
+        let (word, bit) = (usize::from(head / 64), 1 << (head % 64));
+        assert!(
+            self.in_flight_heads[word] & bit != 0,
+            "head {head} is not in flight"
+        );
+        self.in_flight_heads[word] &= !bit;
+        self.in_flight -= 1;
+        self.last_head = NO_HEAD;
     }
 
     /// A 16-bit field of the available ring: 0 flags, 1 idx, 2.. ring, 2 + size used_event.

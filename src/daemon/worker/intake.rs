@@ -59,7 +59,6 @@ impl Worker {
                 Ok(_) => {
                     busy.push(hctx);
                     port.ring.start_walk();
-                    port.ring.fetch_used();
                     (0..FETCH_DESCRIPTOR).for_each(|after| port.ring.fetch_descriptor(after));
                 }
                 Err(error) => self.break_ring(hctx, &error),
@@ -97,7 +96,7 @@ impl Worker {
         let answered = self.finish_inline();
         let port = open_port(&mut self.ports, hctx);
         // What is staged says nothing of the engine.
-        port.inline = answered || port.inline && self.mq.has_staged(hctx);
+        port.inline = answered || port.inline && self.mq.staged(hctx) > 0;
         match taken? {
             Slice::Whole if !port.ring.has_more() => Ok(false),
             // More would be staged behind it. The rest comes when that is with the engine.

@@ -5,7 +5,6 @@
 //!
 //! Nothing that is seen here is used: whoever parses the chain reads all of it again and checks it.
 
-use std::ptr::NonNull;
 use std::sync::atomic::Ordering;
 
 use super::Ring;
@@ -16,14 +15,6 @@ impl Ring {
     #[inline]
     pub fn fetch_available(&self) {
         abi::fetch(self.parts.avail.cast());
-    }
-
-    /// Asks for the lines that answers go to, and for the driver's wish about calls.
-    #[inline]
-    pub fn fetch_used(&self) {
-        abi::fetch_to_write(self.parts.used.cast());
-        abi::fetch_to_write(self.next_element().cast());
-        abi::fetch(NonNull::from(self.call_wish()).cast());
     }
 
     /// The head of the chain that comes `after` so many others, if it was seen already.

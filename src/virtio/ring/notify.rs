@@ -1,7 +1,7 @@
 //! Who wakes whom: calls to the guest, kicks from it (virtio 1.3, sections 2.7.7 and 2.7.10).
 
 use std::mem;
-use std::sync::atomic::{AtomicU16, Ordering, fence};
+use std::sync::atomic::{Ordering, fence};
 
 use super::Ring;
 use crate::virtio::abi::{AVAIL_NO_INTERRUPT, USED_NO_NOTIFY};
@@ -22,20 +22,14 @@ impl Ring {
         // barrier in the driver between that wish and its second look at the used index (section
         // 2.7.14; virtqueue_enable_cb in drivers/virtio/virtio_ring.c): one of us sees the other.
         fence(Ordering::SeqCst);
-        let wish = u16::from_le(self.call_wish().load(Ordering::Relaxed));
-        match self.setup.event_idx {
-            true => must_call || need_event(wish, new, old),
-            false => wish & AVAIL_NO_INTERRUPT == 0,
+        if self.setup.event_idx {
+            let event = self.avail_field(2 + usize::from(self.setup.size));
+            let event = u16::from_le(event.load(Ordering::Relaxed));
+            must_call || need_event(event, new, old)
+        } else {
+            let flags = u16::from_le(self.avail_field(0).load(Ordering::Relaxed));
+            flags & AVAIL_NO_INTERRUPT == 0
         }
-    }
-
-    /// Where the driver says which calls it wants: used_event, or the flags.
-    #[inline]
-    pub(super) fn call_wish(&self) -> &AtomicU16 {
-        self.avail_field(match self.setup.event_idx {
-            true => 2 + usize::from(self.setup.size),
-            false => 0,
-        })
     }
 
     /// How many published elements no decision was made about.
