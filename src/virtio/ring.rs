@@ -130,6 +130,7 @@ pub struct Ring {
     in_flight_heads: Box<[u64]>,
     /// One for each head; in use while it is in flight.
     slots: RawTable<Slot>,
+    ahead: ahead::Ahead,
     /// Keeps account for the process after this one, if the front end wants that.
     tracker: Option<Tracker>,
     /// What the process before had in flight; `None` as soon as all of it has been taken again.
@@ -187,6 +188,7 @@ impl Ring {
             in_flight: 0,
             in_flight_heads: vec![0; usize::from(size).div_ceil(64)].into_boxed_slice(),
             slots: RawTable::new(usize::from(size)),
+            ahead: ahead::Ahead::new(parts.desc),
             tracker: None,
             resume: None,
             memory,
@@ -212,6 +214,7 @@ impl Ring {
             "the memory changed under requests in flight"
         );
         self.parts = Parts::find(&self.setup, &memory)?;
+        self.ahead = ahead::Ahead::new(self.parts.desc);
         self.memory = memory;
         self.meta_region = Region::NONE;
         self.data_region = Region::NONE;

@@ -5,10 +5,31 @@
 //!
 //! Nothing that is seen here is used: whoever parses the chain reads all of it again and checks it.
 
+use std::ptr::NonNull;
 use std::sync::atomic::Ordering;
 
 use super::Ring;
 use crate::virtio::abi::{self, DESC_INDIRECT, DESCRIPTOR_BYTES, Descriptor, HEADER_BYTES};
+
+/// So many chains are looked ahead at most.
+const AHEAD: usize = 16;
+
+/// Where the next chains' first descriptors lie, as far as it was looked up, by the low bits of
+/// the available index. All of the places are mapped, sixteen bytes each, in the ring's memory table;
+/// those of chains that no step was made for are of other chains.
+#[derive(Debug)]
+pub(super) struct Ahead {
+    firsts: [NonNull<u8>; AHEAD],
+}
+
+impl Ahead {
+    /// Nothing was looked up; `table` is the ring's descriptor table.
+    pub(super) fn new(table: NonNull<u8>) -> Self {
+        Ahead {
+            firsts: [table; AHEAD],
+        }
+    }
+}
 
 impl Ring {
     /// Asks for the line of the available index, which [`Ring::available`] is going to look at.
@@ -30,39 +51,27 @@ impl Ring {
 
     /// First step: asks for the descriptor.
     #[inline]
-    pub fn fetch_descriptor(&self, after: u16) {
+    pub fn fetch_descriptor(&mut self, after: u16) {
         if let Some(head) = self.head_after(after) {
             // SAFETY: `head_after` gives heads of the table, whose `size` descriptors are mapped.
             // Unsafe because they are in the guest's memory.
-            abi::fetch(unsafe { self.parts.desc.add(usize::from(head) * 16) });
+            let descriptor = unsafe { self.parts.desc.add(usize::from(head) * 16) };
+            abi::fetch(descriptor);
+            self.ahead.firsts[self.place(after)] = descriptor;
         }
     }
 
-    /// Second step: asks for what the descriptor names, a table or a header.
+    /// Second step: asks for the table that the descriptor names, if it names one.
     #[inline]
     pub fn fetch_table(&mut self, after: u16) {
-        let Some(head) = self.head_after(after) else {
+        if after >= self.seen_avail.wrapping_sub(self.next_avail) {
             return;
-        };
-        let first = self.descriptor(head);
-        let bytes = u64::from(DESCRIPTOR_BYTES);
-        let found = self
-            .memory
-            .host_near(&mut self.meta_region, first.addr, bytes);
-        match found {
-            Some(table) if first.flags & DESC_INDIRECT != 0 => abi::fetch(table),
-            Some(header) => abi::fetch_to_write(header),
-            None => {}
         }
-    }
-
-    /// Third step: asks for the header that the table names.
-    #[inline]
-    pub fn fetch_header(&mut self, after: u16) {
-        let Some(head) = self.head_after(after) else {
-            return;
-        };
-        let first = self.descriptor(head);
+        let place = self.place(after);
+        let descriptor = self.ahead.firsts[place];
+        // SAFETY: [`Ahead`] has places of sixteen mapped bytes. Unsafe because they are in the
+        // guest's memory.
+        let first = Descriptor::from_words(unsafe { abi::read_words(descriptor) });
         if first.flags & DESC_INDIRECT == 0 {
             return;
         }
@@ -70,9 +79,22 @@ impl Ring {
         let table = self
             .memory
             .host_near(&mut self.meta_region, first.addr, bytes);
-        let Some(table) = table else { return };
-        // SAFETY: sixteen bytes there are mapped. Unsafe because they are in the guest's memory.
-        let first = Descriptor::from_words(unsafe { abi::read_words(table) });
+        if let Some(table) = table {
+            abi::fetch(table);
+            self.ahead.firsts[place] = table;
+        }
+    }
+
+    /// Third step: asks for the header that the chain's first descriptor names, in its table or
+    /// in the ring's.
+    #[inline]
+    pub fn fetch_header(&mut self, after: u16) {
+        if after >= self.seen_avail.wrapping_sub(self.next_avail) {
+            return;
+        }
+        let descriptor = self.ahead.firsts[self.place(after)];
+        // SAFETY: as in `fetch_table`. Unsafe for the same reason.
+        let first = Descriptor::from_words(unsafe { abi::read_words(descriptor) });
         let bytes = u64::from(HEADER_BYTES);
         let header = self
             .memory
@@ -81,5 +103,11 @@ impl Ring {
         if let Some(header) = header {
             abi::fetch_to_write(header);
         }
+    }
+
+    /// Where the chain that comes `after` so many others is remembered.
+    #[inline]
+    fn place(&self, after: u16) -> usize {
+        usize::from(self.next_avail.wrapping_add(after)) % AHEAD
     }
 }
