@@ -21,6 +21,7 @@ use crate::mq::limits::MAX_RING_SIZE;
 mod ahead;
 mod error;
 mod logged;
+mod memory;
 mod notify;
 mod resume;
 mod walk;
@@ -201,29 +202,6 @@ impl Ring {
         ring.used_before = used != 0 || setup.next_avail != 0;
         ring.must_call = ring.used_before;
         Ok(ring)
-    }
-
-    /// Goes over to another memory table. On an error the ring stays as it was, on the old one.
-    ///
-    /// # Panics
-    ///
-    /// If a chain is in flight: its buffers were translated with the old table.
-    pub fn set_memory(&mut self, memory: Arc<MemoryTable>) -> Result<(), RingError> {
-        assert_eq!(
-            self.in_flight, 0,
-            "the memory changed under requests in flight"
-        );
-        self.parts = Parts::find(&self.setup, &memory)?;
-        self.ahead = ahead::Ahead::new(self.parts.desc);
-        self.memory = memory;
-        self.meta_region = Region::NONE;
-        self.data_region = Region::NONE;
-        Ok(())
-    }
-
-    /// Whether any of its memory was taken away; see [`crate::sigbus`].
-    pub fn is_memory_lost(&self) -> bool {
-        self.memory.is_lost()
     }
 
     /// Looks how many chains are available: the one load of the guest's index for a batch.

@@ -1,6 +1,6 @@
 use super::*;
 use crate::mq::request::Status;
-use crate::virtio::abi::{DESC_WRITE, request_type};
+use crate::virtio::abi::{DESC_INDIRECT, DESC_WRITE, request_type};
 use crate::virtio::parse::{Parsed, parse};
 use crate::virtio::pool::SegmentPool;
 use crate::virtio::receipt::Used;
@@ -349,6 +349,46 @@ fn memory_changes_are_checked_and_only_between_requests() {
         2,
         "it stays on the old table"
     );
+}
+
+#[test]
+fn looking_ahead_reads_nothing_outside_the_memory_of_now() {
+    let guest = Guest::new(4);
+    let mut ring = guest.ring();
+    let far = u64::MAX - 0xfff;
+    guest.put_chain(0x4000, 0, &[(0x3000, 16, 0), (0x5000, 1, DESC_WRITE)]);
+    guest.put_chain(0x4100, 0, &[(far, 16, 0), (0x5000, 1, DESC_WRITE)]);
+    guest.put_chain(DESC, 0, &[(0x4000, 32, DESC_INDIRECT)]);
+    guest.put_chain(DESC, 1, &[(far, 32, DESC_INDIRECT)]);
+    guest.put_chain(DESC, 2, &[(0x4100, 32, DESC_INDIRECT)]);
+    guest.put_chain(DESC, 3, &[(far, 16, 0)]);
+    (0..4).for_each(|head| guest.offer(head));
+    let all = |ring: &mut Ring| {
+        // More than were offered, and more than are remembered.
+        (0..40).for_each(|after| ring.fetch_descriptor(after));
+        (0..40).for_each(|after| ring.fetch_table(after));
+        (0..40).for_each(|after| ring.fetch_header(after));
+    };
+    all(&mut ring);
+    assert_eq!(ring.available(), Ok(4));
+    all(&mut ring);
+    for head in 0..4 {
+        let popped = ring.pop_head().unwrap().unwrap();
+        assert_eq!(ring.commit(popped), head);
+        ring.put_used(Used::new(head, 0));
+    }
+
+    let other = Guest::new(4);
+    ring.set_memory(Arc::clone(&other.table)).unwrap();
+    drop(guest);
+    other.put_chain(DESC, 0, &[(0x4000, 32, DESC_INDIRECT)]);
+    (0..4).for_each(|head| other.offer(head));
+    // The available index goes on from 4; what was remembered lies in memory that is gone.
+    (0..4).for_each(|head| other.offer(head));
+    assert_eq!(ring.available(), Ok(4));
+    (0..4).for_each(|after| ring.fetch_table(after));
+    (0..4).for_each(|after| ring.fetch_header(after));
+    assert_eq!(ring.pop_head().unwrap().unwrap().index(), 0);
 }
 
 #[test]
