@@ -26,6 +26,7 @@ mod notify;
 mod resume;
 mod walk;
 
+pub use ahead::AHEAD;
 pub use error::{RingError, RingPart};
 use resume::Resume;
 

@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use crate::engine::Event;
 use crate::mq::ids::{HctxId, RequestTag};
 use crate::virtio::parse::{Parsed, parse};
-use crate::virtio::ring::RingError;
+use crate::virtio::ring::{AHEAD, RingError};
 
 use super::driver::EngineDriver;
 use super::{Worker, finish, open_disk, open_port, touch};
@@ -23,6 +23,7 @@ const SLICE_BYTES: u64 = 128 * 1024;
 const FETCH_DESCRIPTOR: u16 = 12;
 const FETCH_TABLE: u16 = 8;
 const FETCH_HEADER: u16 = 4;
+const _: () = assert!((FETCH_DESCRIPTOR as usize) < AHEAD);
 
 /// How many rings ahead of the one that is looked at the lines of their indices are asked for.
 const FETCH_RING: usize = 8;

@@ -11,8 +11,8 @@ use std::sync::atomic::Ordering;
 use super::Ring;
 use crate::virtio::abi::{self, DESC_INDIRECT, DESCRIPTOR_BYTES, Descriptor, HEADER_BYTES};
 
-/// So many chains are looked ahead at most.
-const AHEAD: usize = 16;
+/// So many chains' places are remembered: one that is further ahead would take another's.
+pub const AHEAD: usize = 16;
 
 /// Where the next chains' first descriptors lie, as far as it was looked up, by the low bits of
 /// the available index. All of the places are mapped, sixteen bytes each, in the ring's memory table;
@@ -29,6 +29,12 @@ impl Ahead {
             firsts: [table; AHEAD],
         }
     }
+
+    /// The place of the chain with this available index.
+    #[inline]
+    fn first(&mut self, index: u16) -> &mut NonNull<u8> {
+        &mut self.firsts[usize::from(index) % AHEAD]
+    }
 }
 
 impl Ring {
@@ -38,37 +44,37 @@ impl Ring {
         abi::fetch(self.parts.avail.cast());
     }
 
-    /// The head of the chain that comes `after` so many others, if it was seen already.
+    /// The available index of the chain that comes `after` so many others, if it was seen already.
     #[inline]
-    fn head_after(&self, after: u16) -> Option<u16> {
-        if after >= self.seen_avail.wrapping_sub(self.next_avail) {
-            return None;
-        }
-        let entry = usize::from(self.next_avail.wrapping_add(after) & self.mask);
-        let head = u16::from_le(self.avail_field(2 + entry).load(Ordering::Relaxed));
-        (head < self.setup.size).then_some(head)
+    fn seen(&self, after: u16) -> Option<u16> {
+        let is_seen = after < self.seen_avail.wrapping_sub(self.next_avail);
+        is_seen.then(|| self.next_avail.wrapping_add(after))
     }
 
     /// First step: asks for the descriptor.
     #[inline]
     pub fn fetch_descriptor(&mut self, after: u16) {
-        if let Some(head) = self.head_after(after) {
-            // SAFETY: `head_after` gives heads of the table, whose `size` descriptors are mapped.
-            // Unsafe because they are in the guest's memory.
+        let Some(index) = self.seen(after) else {
+            return;
+        };
+        let entry = usize::from(index & self.mask);
+        let head = u16::from_le(self.avail_field(2 + entry).load(Ordering::Relaxed));
+        if head < self.setup.size {
+            // SAFETY: the table's `size` descriptors are mapped. Unsafe because they are in the
+            // guest's memory.
             let descriptor = unsafe { self.parts.desc.add(usize::from(head) * 16) };
             abi::fetch(descriptor);
-            self.ahead.firsts[self.place(after)] = descriptor;
+            *self.ahead.first(index) = descriptor;
         }
     }
 
     /// Second step: asks for the table that the descriptor names, if it names one.
     #[inline]
     pub fn fetch_table(&mut self, after: u16) {
-        if after >= self.seen_avail.wrapping_sub(self.next_avail) {
+        let Some(index) = self.seen(after) else {
             return;
-        }
-        let place = self.place(after);
-        let descriptor = self.ahead.firsts[place];
+        };
+        let descriptor = *self.ahead.first(index);
         // SAFETY: [`Ahead`] has places of sixteen mapped bytes. Unsafe because they are in the
         // guest's memory.
         let first = Descriptor::from_words(unsafe { abi::read_words(descriptor) });
@@ -81,7 +87,7 @@ impl Ring {
             .host_near(&mut self.meta_region, first.addr, bytes);
         if let Some(table) = table {
             abi::fetch(table);
-            self.ahead.firsts[place] = table;
+            *self.ahead.first(index) = table;
         }
     }
 
@@ -89,10 +95,10 @@ impl Ring {
     /// in the ring's.
     #[inline]
     pub fn fetch_header(&mut self, after: u16) {
-        if after >= self.seen_avail.wrapping_sub(self.next_avail) {
+        let Some(index) = self.seen(after) else {
             return;
-        }
-        let descriptor = self.ahead.firsts[self.place(after)];
+        };
+        let descriptor = *self.ahead.first(index);
         // SAFETY: as in `fetch_table`. Unsafe for the same reason.
         let first = Descriptor::from_words(unsafe { abi::read_words(descriptor) });
         let bytes = u64::from(HEADER_BYTES);
@@ -103,11 +109,5 @@ impl Ring {
         if let Some(header) = header {
             abi::fetch_to_write(header);
         }
-    }
-
-    /// Where the chain that comes `after` so many others is remembered.
-    #[inline]
-    fn place(&self, after: u16) -> usize {
-        usize::from(self.next_avail.wrapping_add(after)) % AHEAD
     }
 }
