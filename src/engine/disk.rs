@@ -21,7 +21,8 @@ use rustix::fs::{AtFlags, FallocateFlags, OFlags, StatxFlags, fallocate, fcntl_s
 use rustix::io::Errno;
 
 use self::align::open_direct;
-use self::backing::{io_poll, map, not_in_memory};
+use self::backing::{io_poll, map, medium, not_in_memory};
+use self::filesystem::FileSystem;
 use self::limits::QueueLimits;
 use super::IoPoll;
 use super::mapping::{Mapping, Medium};
@@ -30,6 +31,7 @@ use crate::error::StartError;
 
 mod align;
 mod backing;
+pub mod filesystem;
 mod limits;
 pub mod lock;
 mod size;
@@ -78,6 +80,8 @@ pub struct Image {
     pub file: File,
     /// What it is.
     pub kind: ImageKind,
+    /// What answers for its bytes.
+    pub file_system: FileSystem,
     /// Its size in bytes: a multiple of the logical block size, never 0.
     pub size_bytes: u64,
     /// Whether it is open with O_DIRECT.
@@ -157,6 +161,7 @@ impl Image {
             .map_err(fail)?;
         let kind = kind_of(path, &file.metadata().map_err(fail)?)?;
         fcntl_setfl(&file, OFlags::empty()).map_err(|errno| fail(errno.into()))?;
+        let file_system = FileSystem::of(&file).map_err(fail)?;
         if config.lock == LockWhen::Always {
             lock(&file, path, config)?;
         }
@@ -183,7 +188,7 @@ impl Image {
 
         let (mut dio_mem_align, mut dio_offset_align) = (1, 1);
         let mapping = match kind {
-            ImageKind::File => map(path, &file, &facts, size_bytes, config)?,
+            ImageKind::File => map(path, &file, medium(file_system, &facts), size_bytes, config)?,
             _ if config.engine == EngineKind::Mmap => return Err(not_in_memory(path)),
             _ => None,
         };
@@ -215,6 +220,7 @@ impl Image {
 
         let mut image = Image {
             kind,
+            file_system,
             size_bytes,
             direct: alignment.is_some(),
             dio_mem_align,

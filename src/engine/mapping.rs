@@ -17,16 +17,15 @@ mod known;
 use std::fs::File;
 use std::io;
 use std::mem::ManuallyDrop;
-use std::os::fd::AsFd;
 use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use rustix::fs::{SeekFrom, seek};
-use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, munmap};
 
 use self::known::Known;
 pub(super) use self::known::Since;
+use super::disk::filesystem::FileSystem;
 use crate::sigbus::Guarded;
 
 /// The unit of what is known, in bytes.
@@ -268,23 +267,14 @@ pub(super) const fn in_memory(bytes: u64) -> usize {
     bytes as usize
 }
 
-/// The medium of an image with these facts, if it lies in memory.
-pub(super) fn medium_of(file: impl AsFd, is_dax: bool) -> Result<Option<Medium>, Errno> {
-    /// linux/magic.h
-    const TMPFS_MAGIC: u32 = 0x0102_1994;
-    const HUGETLBFS_MAGIC: u32 = 0x9584_58f6;
-    if is_dax {
-        return Ok(Some(Medium::Dax));
-    }
-    let facts = rustix::fs::fstatfs(file)?;
-    // The field has another width and sign on each architecture; the constants have 32 bits.
-    #[expect(clippy::cast_possible_truncation, reason = "see above")]
-    let magic = facts.f_type as u32;
-    Ok(match magic {
-        TMPFS_MAGIC => Some(Medium::Tmpfs),
-        HUGETLBFS_MAGIC => u64::try_from(facts.f_bsize).ok().map(Medium::Hugetlbfs),
+/// The medium of an image on this file system, if it lies in memory.
+pub(super) fn medium_of(file_system: FileSystem, is_dax: bool) -> Option<Medium> {
+    match file_system {
+        _ if is_dax => Some(Medium::Dax),
+        FileSystem::Tmpfs => Some(Medium::Tmpfs),
+        FileSystem::Hugetlbfs { page_bytes } => Some(Medium::Hugetlbfs(page_bytes)),
         _ => None,
-    })
+    }
 }
 
 /// Words of zeroes, without memory behind them until they are written to.

@@ -13,6 +13,7 @@ use libc::iovec;
 use self::media::{Effect, Media};
 pub(super) use self::random::Random;
 use self::sqe::Sqe;
+use super::disk::filesystem::FileSystem;
 use super::memory::Memory;
 use super::slot::{Next, Slot, Stage};
 use super::start::start;
@@ -113,6 +114,7 @@ impl SimEngine {
         let size_bytes = sectors * SECTOR_SIZE;
         let target = Target::File(FileTarget {
             file: File::open("/dev/null").expect("/dev/null").into(),
+            file_system: FileSystem::Local("ext4"),
             size_bytes,
             direct,
             memory_align: 512,

@@ -4,6 +4,7 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 
+use super::disk::filesystem::FileSystem;
 use super::mapping::{Mapping, Medium};
 use super::{BOUNCE_BYTES, SyncFault, memory};
 
@@ -12,6 +13,8 @@ use super::{BOUNCE_BYTES, SyncFault, memory};
 pub struct FileTarget {
     /// Open for reading, and for writing unless the disk is read-only.
     pub file: OwnedFd,
+    /// What answers for its bytes.
+    pub file_system: FileSystem,
     /// The disk's size in bytes. Nothing beyond it is ever touched.
     pub size_bytes: u64,
     /// Opened with `O_DIRECT`.
@@ -90,7 +93,7 @@ pub(super) struct Disk {
 /// What a file system or device may refuse to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Abilities {
-    /// `RWF_DSYNC`
+    /// `RWF_DSYNC`: accepted so far, and known to be kept ([`FileSystem::keeps_dsync`]).
     pub(super) dsync: bool,
     /// `FALLOC_FL_PUNCH_HOLE`
     pub(super) punch: bool,
@@ -121,9 +124,12 @@ impl Disk {
             }
             Target::Null { .. } => (-1, false),
         };
-        let align = match &target {
-            Target::File(file) => (file.memory_align as usize, file.offset_align as usize),
-            Target::Null { .. } => (1, 1),
+        let (align, dsync) = match &target {
+            Target::File(file) => (
+                (file.memory_align as usize, file.offset_align as usize),
+                file.file_system.keeps_dsync(),
+            ),
+            Target::Null { .. } => ((1, 1), true),
         };
         Ok(Disk {
             target,
@@ -131,7 +137,7 @@ impl Disk {
             fd,
             in_flight: 0,
             can: Abilities {
-                dsync: true,
+                dsync,
                 punch: allocates,
                 zero_range: allocates,
                 discard: block_device,

@@ -14,6 +14,7 @@ use libc::iovec;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd};
 use rustix::fs::{OFlags, fcntl_setfl};
 
+use super::disk::filesystem::FileSystem;
 use super::mapping::{Mapping, Medium};
 use super::uring::Ask;
 use super::*;
@@ -79,6 +80,7 @@ impl Image {
             .contains(OFlags::DIRECT);
         Target::File(FileTarget {
             file: self.file.try_clone().unwrap().into(),
+            file_system: FileSystem::Local("ext4"),
             size_bytes: self.size,
             direct,
             memory_align: 512,
@@ -950,6 +952,7 @@ fn a_request_that_hangs_can_be_given_up() {
     let disk = engine
         .add_disk(Target::File(FileTarget {
             file: pipe,
+            file_system: FileSystem::Local("ext4"),
             size_bytes: 1 << 20,
             direct: false,
             memory_align: 1,

@@ -20,6 +20,7 @@ pub(super) fn target(config: &DiskConfig, image: &Image) -> io::Result<Target> {
     }
     Ok(Target::File(FileTarget {
         file: image.file.try_clone()?.into(),
+        file_system: image.file_system,
         size_bytes: image.size_bytes,
         direct: image.direct,
         memory_align: image.dio_mem_align,

@@ -9,6 +9,7 @@ use log::warn;
 use rustix::fs::Statx;
 use rustix::io::Errno;
 
+use super::filesystem::FileSystem;
 use super::limits::QueueLimits;
 use super::{DiscardLimits, FILE_RANGE_MAX_BYTES, Image, ImageKind, WriteZeroesLimits, open_error};
 use crate::config::{DiskConfig, EngineKind, PollDevice};
@@ -70,6 +71,7 @@ impl Image {
         Ok(Image {
             file,
             kind: ImageKind::Null,
+            file_system: FileSystem::Tmpfs,
             size_bytes,
             direct: false,
             dio_mem_align: 1,
@@ -90,11 +92,17 @@ impl Image {
     }
 }
 
+/// The memory in which a regular file lies, if it does.
+pub(super) fn medium(file_system: FileSystem, facts: &Statx) -> Option<Medium> {
+    let is_dax = facts.stx_attributes.bits() & STATX_ATTR_DAX != 0;
+    medium_of(file_system, is_dax)
+}
+
 /// Maps a regular file that lies in memory; `None` where another engine serves it.
 pub(super) fn map(
     path: &Path,
     file: &File,
-    facts: &Statx,
+    medium: Option<Medium>,
     size_bytes: u64,
     config: &DiskConfig,
 ) -> Result<Option<Arc<Mapping>>, StartError> {
@@ -103,11 +111,10 @@ pub(super) fn map(
         EngineKind::Auto => false,
         EngineKind::IoUring | EngineKind::Null => return Ok(None),
     };
-    let is_dax = facts.stx_attributes.bits() & STATX_ATTR_DAX != 0;
-    let medium = match medium_of(file, is_dax) {
-        Ok(Some(medium)) => medium,
-        Ok(None) if forced => return Err(not_in_memory(path)),
-        Ok(None) | Err(_) => return Ok(None),
+    let medium = match medium {
+        Some(medium) => medium,
+        None if forced => return Err(not_in_memory(path)),
+        None => return Ok(None),
     };
     match Mapping::new(file, size_bytes, !config.read_only, medium) {
         Ok(mapping) => Ok(Some(Arc::new(mapping))),

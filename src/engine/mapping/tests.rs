@@ -35,6 +35,7 @@ fn engine_on(file: &File, mapping: &Arc<Mapping>) -> (Engine, DiskSlot) {
     let mut engine = Engine::new(64, 1).unwrap();
     let target = Target::File(FileTarget {
         file: file.try_clone().unwrap().into(),
+        file_system: FileSystem::Local("ext4"),
         size_bytes: file.metadata().unwrap().len(),
         direct: false,
         memory_align: 1,
@@ -343,15 +344,16 @@ fn a_mapping_for_reading_is_not_written_to() {
 
 #[test]
 fn the_medium_is_what_the_file_system_says() {
+    let medium = |file: &File, is_dax| medium_of(FileSystem::of(file).unwrap(), is_dax);
     let memory = sparse(P);
-    assert_eq!(medium_of(&memory, false), Ok(Some(Medium::Tmpfs)));
+    assert_eq!(medium(&memory, false), Some(Medium::Tmpfs));
     let disk = tempfile::tempfile_in(env!("CARGO_MANIFEST_DIR")).unwrap();
-    assert_eq!(medium_of(&disk, false), Ok(None));
-    assert_eq!(medium_of(&disk, true), Ok(Some(Medium::Dax)));
+    assert_eq!(medium(&disk, false), None);
+    assert_eq!(medium(&disk, true), Some(Medium::Dax));
     let flags = MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB;
     if let Ok(huge) = memfd_create("huge", flags) {
-        let medium = medium_of(&huge, false);
-        assert_eq!(medium, Ok(Some(Medium::Hugetlbfs(2 << 20))));
+        let huge = File::from(huge);
+        assert_eq!(medium(&huge, false), Some(Medium::Hugetlbfs(2 << 20)));
     }
 }
 

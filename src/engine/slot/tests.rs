@@ -6,6 +6,7 @@ use io_uring::opcode as op;
 
 use super::*;
 use crate::engine::ZERO_BYTES;
+use crate::engine::disk::filesystem::FileSystem;
 use crate::engine::target::{FileTarget, IoPoll};
 use crate::mq::limits::MAX_SEGMENTS;
 
@@ -28,6 +29,7 @@ impl Bench {
         let file = File::open("/dev/null").unwrap().into();
         let target = Target::File(FileTarget {
             file,
+            file_system: FileSystem::Local("ext4"),
             size_bytes: 1 << 40,
             direct,
             memory_align: 512,
@@ -272,6 +274,29 @@ fn a_durable_write_falls_back_when_another_one_learned_it_meanwhile() {
         Next::Done(Err(Errno(libc::EOPNOTSUPP))),
         "not for ever"
     );
+}
+
+/// FUSE accepts `RWF_DSYNC` and drops it.
+#[test]
+fn a_durable_write_is_followed_by_a_sync_where_the_flag_is_not_known_to_be_kept() {
+    for file_system in [
+        FileSystem::Fuse,
+        FileSystem::Network("NFS"),
+        FileSystem::Other(1),
+    ] {
+        let mut b = Bench::new(true, false);
+        let Target::File(mut file) = b.disk.target else {
+            unreachable!("made so")
+        };
+        file.file_system = file_system;
+        b.disk = Disk::new(0, Target::File(file)).unwrap();
+        let list = segments(&[(0x1000, 4096)]);
+        b.transfer(Op::Write, &list, true);
+        assert_eq!(b.code(), u32::from(op::Write::CODE));
+        assert_eq!(b.feed(4096), Next::Issue, "{file_system}");
+        assert_eq!(b.code(), u32::from(op::Fsync::CODE));
+        assert_eq!(b.feed(0), Next::Done(Ok(4096)));
+    }
 }
 
 #[test]

@@ -5,6 +5,7 @@ use libc::iovec;
 use proptest::prelude::*;
 
 use super::super::{Next, Slot, Stage};
+use crate::engine::disk::filesystem::FileSystem;
 use crate::engine::memory::PAGE_BYTES;
 use crate::engine::target::{Disk, FileTarget, IoPoll, Target};
 use crate::engine::{EngineCounters, Errno};
@@ -13,6 +14,7 @@ use crate::mq::request::Op;
 fn disk() -> Disk {
     let target = Target::File(FileTarget {
         file: File::open("/dev/null").unwrap().into(),
+        file_system: FileSystem::Local("ext4"),
         size_bytes: 1 << 30,
         direct: true,
         memory_align: 4,
