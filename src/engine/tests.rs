@@ -1137,7 +1137,8 @@ fn what_the_page_cache_has_is_read_by_the_call_that_submits() {
         }
         at_once
     };
-    assert_eq!(pass(), 0, "nothing was in the cache");
+    // The device begins with 2, 4 and 8 of them before the batch ends, and may have done those by then.
+    assert!(pass() <= 2 + 4 + 8, "nothing was in the cache");
     // Whoever is short of memory may take pages out of it.
     assert!((0..10).any(|_| pass() == 32), "all of it was");
     let content = image.content();
