@@ -141,6 +141,7 @@ impl Engine {
     pub fn add_disk(&mut self, target: Target) -> io::Result<DiskSlot> {
         let index = self.disks.vacant()?;
         let mut disk = Disk::new(index, target)?;
+        self.memory.add_disk(index)?;
         disk.registered = disk.fd >= 0 && self.ring.register_file(index, disk.fd);
         self.begin_polling(&mut disk);
         self.disks.put(index, disk);
@@ -160,6 +161,7 @@ impl Engine {
             disk.in_flight, 0,
             "a disk is removed while requests of it are in flight"
         );
+        self.memory.remove_disk(slot.0);
         if disk.registered {
             self.ring.unregister_file(slot.0);
             self.end_polling(slot.0);

@@ -1,12 +1,15 @@
 //! Memory of the engine's own that the kernel reads and writes: mapped once, touched when used.
 
+mod bounces;
+
 use std::io;
 use std::ptr::{self, NonNull};
 
 use libc::iovec;
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
 
-use super::{BOUNCE_BUFFERS, BOUNCE_BYTES, Extent, ZERO_BYTES};
+use self::bounces::Bounces;
+use super::{BOUNCE_OF_DISK, BOUNCE_SHARED, Extent, ZERO_BYTES};
 use crate::mq::limits::{MAX_RANGES, MAX_SEGMENTS};
 
 /// The alignment of everything here.
@@ -59,8 +62,9 @@ impl Drop for Mapping {
 /// A bounce buffer lent to a slot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Bounce {
-    index: u16,
-    /// [`BOUNCE_BYTES`] bytes, page-aligned, the holder's alone.
+    /// The disk it is charged to.
+    disk: u16,
+    /// [`super::BOUNCE_BYTES`] bytes, page-aligned, the holder's alone.
     pub(super) base: NonNull<u8>,
 }
 
@@ -68,9 +72,8 @@ pub(super) struct Bounce {
 #[derive(Debug)]
 pub(super) struct Memory {
     segments: Mapping,
-    bounce: Mapping,
+    bounces: Bounces,
     zeroes: Mapping,
-    free: Vec<u16>,
     extents: Box<[Extent]>,
     depth: u16,
 }
@@ -84,9 +87,8 @@ impl Memory {
         let slots = usize::from(depth);
         Ok(Memory {
             segments: Mapping::new(slots * SLOT_SEGMENTS * size_of::<iovec>())?,
-            bounce: Mapping::new(usize::from(BOUNCE_BUFFERS) * BOUNCE_BYTES as usize)?,
+            bounces: Bounces::new(BOUNCE_SHARED, BOUNCE_OF_DISK)?,
             zeroes: Mapping::new(ZERO_BYTES as usize)?,
-            free: (0..BOUNCE_BUFFERS).rev().collect(),
             extents: vec![Extent::default(); slots * SLOT_EXTENTS].into_boxed_slice(),
             depth,
         })
@@ -128,35 +130,37 @@ impl Memory {
         self.zeroes.base.as_ptr()
     }
 
-    /// Borrows a bounce buffer; none when all are lent.
-    pub(super) fn take_bounce(&mut self) -> Option<Bounce> {
-        let index = self.free.pop()?;
-        // SAFETY: inside the mapping, which has room for BOUNCE_BUFFERS of them. Unsafe because the
-        // buffers are handed to the kernel by address.
-        let base = unsafe {
-            self.bounce
-                .base
-                .add(usize::from(index) * BOUNCE_BYTES as usize)
-        };
-        Some(Bounce { index, base })
+    /// Makes room for a disk that is added under this number: its part of the bounce buffers.
+    pub(super) fn add_disk(&mut self, disk: u16) -> io::Result<()> {
+        self.bounces.add_disk(disk)
+    }
+
+    /// A disk that holds nothing is removed.
+    pub(super) fn remove_disk(&mut self, disk: u16) {
+        self.bounces.remove_disk(disk);
+    }
+
+    /// Lends a disk a bounce buffer; none when the disk has its part, and others have the rest.
+    pub(super) fn take_bounce(&mut self, disk: u16) -> Option<Bounce> {
+        self.bounces.take(disk)
     }
 
     /// Takes a bounce buffer back.
     pub(super) fn put_bounce(&mut self, bounce: Bounce) {
-        debug_assert!(!self.free.contains(&bounce.index));
-        self.free.push(bounce.index);
+        self.bounces.put(bounce);
     }
 
     /// Never gives the memory back: the kernel may still write to it.
     pub(super) fn leak(&mut self) {
-        for mapping in [&mut self.segments, &mut self.bounce, &mut self.zeroes] {
+        for mapping in [&mut self.segments, &mut self.zeroes] {
             mapping.leaked = true;
         }
+        self.bounces.leak();
     }
 
     /// How many bounce buffers are free.
     #[cfg(test)]
     pub(super) fn free_bounces(&self) -> usize {
-        self.free.len()
+        self.bounces.free()
     }
 }

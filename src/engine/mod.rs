@@ -50,8 +50,12 @@ pub use watch::{CallSlot, Waker};
 /// Disks one engine serves at most: the size of the ring's registered file table.
 pub const MAX_DISKS: u16 = 1024;
 
-/// Aligned buffers for requests whose guest buffers O_DIRECT cannot take.
-pub const BOUNCE_BUFFERS: u16 = 16;
+/// Aligned buffers for requests whose guest buffers O_DIRECT cannot take: those that each disk can always
+/// have, whatever other disks hold.
+pub const BOUNCE_OF_DISK: u16 = 2;
+
+/// Those that any disk can take beyond that.
+pub const BOUNCE_SHARED: u16 = 14;
 
 /// The size of each of them, in bytes. Larger requests go through one buffer piece by piece.
 pub const BOUNCE_BYTES: u32 = 256 * 1024;

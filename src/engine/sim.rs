@@ -125,6 +125,7 @@ impl SimEngine {
             mapping: None,
         });
         let index = u16::try_from(self.disks.len()).expect("few disks");
+        self.memory.add_disk(index).expect("anonymous memory");
         let bad = (0..sectors).map(|_| self.random.permille(bad)).collect();
         self.disks.push(SimDisk {
             disk: Disk::new(index, target).expect("an alignment that can be offered"),

@@ -105,7 +105,11 @@ unsafe fn start_transfer(
     );
 
     let bounce = if file.direct && sum.misaligned(disk.align) {
-        let bounce = memory.take_bounce().ok_or(Busy::WakesOnCompletion)?;
+        // A disk always has its part of them: without one, it holds some, and gets one back when those
+        // end.
+        let bounce = memory
+            .take_bounce(disk.index)
+            .ok_or(Busy::WakesOnCompletion)?;
         counters.bounced += 1;
         Some(bounce)
     } else {

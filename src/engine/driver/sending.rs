@@ -34,7 +34,7 @@ impl Engine {
     pub(super) fn send(&mut self, index: u16) -> bool {
         let slot = &mut self.slots[usize::from(index)];
         if slot.wants_bounce {
-            let Some(bounce) = self.memory.take_bounce() else {
+            let Some(bounce) = self.memory.take_bounce(slot.disk) else {
                 return false;
             };
             slot.wants_bounce = false;
@@ -76,7 +76,7 @@ impl Engine {
     /// Tries again what the ring had no room for.
     #[inline]
     pub(super) fn resend(&mut self) {
-        // All are tried: one may wait for a bounce buffer that another one holds.
+        // All are tried: one may wait for a bounce buffer that another of its disk holds.
         let mut at = 0;
         while at < self.unsent.len() {
             if self.send(self.unsent[at]) {
