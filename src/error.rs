@@ -241,6 +241,17 @@ pub enum StartError {
         /// What the user can do.
         advice: &'static str,
     },
+
+    /// The process was told to end, and the host does not finish what some disks have in flight.
+    #[error(
+        "ending without what is in flight of disk {}, which the host does not finish; a daemon that is started \
+         again goes on with it",
+        .disks.join(", ")
+    )]
+    Unfinished {
+        /// Their serials.
+        disks: Vec<String>,
+    },
 }
 
 impl StartError {

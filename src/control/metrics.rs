@@ -246,8 +246,8 @@ fn workers(page: &mut Page, reports: &[WorkerReport]) {
     for (name, help, value) in WORKER_COUNTERS {
         let name = format!("blkmq_worker_{name}_total");
         page.family(&name, "counter", help);
-        for (report, worker) in reports.iter().zip(0u16..) {
-            let worker = worker.to_string();
+        for report in reports {
+            let worker = report.worker.0.to_string();
             page.sample(&name, &[("worker", &worker)], value(&report.engine));
         }
     }

@@ -186,8 +186,8 @@ impl VhostUserBackend for DeviceBackend {
         let before = self.session.memory();
         let table = MemoryTable::from_guest_memory(memory.memory().into_inner(), before.as_deref())
             .map_err(io::Error::other)?;
-        self.session.set_memory(Arc::new(table));
-        Ok(())
+        let set = self.session.set_memory(Arc::new(table), false);
+        set.map_err(io::Error::other)
     }
 
     fn set_backend_req_fd(&self, channel: BackendChannel) {

@@ -73,6 +73,14 @@ impl SessionState {
         }
     }
 
+    /// Tells the workers what they were told before, for one that has come since.
+    pub(super) fn tell_log_again(&self) {
+        let logging = self.lock_logging();
+        if logging.all && logging.log.is_some() {
+            self.tell_log(&logging);
+        }
+    }
+
     fn tell_log(&self, logging: &Logging) {
         let log = logging.log.as_ref().filter(|_| logging.all).map(|log| {
             Arc::new(DiskLog {

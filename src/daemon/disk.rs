@@ -2,6 +2,7 @@
 
 mod cache;
 mod dealing;
+mod dedicated;
 mod describe;
 mod hold;
 mod resize;
@@ -28,12 +29,14 @@ use crate::virtio::shape::DiskShape;
 
 pub use self::cache::CacheError;
 use self::cache::CacheState;
+use self::dedicated::Dedicated;
 use self::describe::{shape, space, target};
 pub use self::hold::{Changes, Holding};
 pub use self::resize::ResizeError;
 use self::resize::Size;
 pub use self::tuning::Membership;
 use self::usage::Usage;
+use super::dedicated::DedicatedWorkers;
 use super::faults::Hold;
 use super::message::{Message, Reply, WorkerGone, WorkerHandle, ask_all};
 
@@ -55,8 +58,10 @@ pub struct Disk {
     sync_fault: Arc<SyncFault>,
     /// How often it was held after an error.
     hold: Arc<Hold>,
+    /// Those that serve all disks.
     workers: Vec<WorkerHandle>,
-    /// The worker of each queue, by its place in the list.
+    dedicated: Dedicated,
+    /// The worker of each queue, by its place in the list; the place behind the last is the dedicated one's.
     dealt: Mutex<Vec<usize>>,
     queues: Mutex<QueuesInUse>,
     scheduler: Mutex<Params>,
@@ -80,8 +85,8 @@ struct QueuesInUse {
 }
 
 impl Disk {
-    /// Makes the image known to all workers, with the scheduler and the limits of the configuration,
-    /// in `group` or in none.
+    /// Makes the image known to all shared workers, with the scheduler and the limits of the
+    /// configuration, in `group` or in none.
     ///
     /// # Errors
     ///
@@ -91,6 +96,7 @@ impl Disk {
         config: DiskConfig,
         image: Image,
         workers: Vec<WorkerHandle>,
+        dedicated: Arc<DedicatedWorkers>,
         group: Option<Membership>,
     ) -> io::Result<Arc<Disk>> {
         log::info!("disk {}: {}", config.serial, image.describe());
@@ -117,6 +123,7 @@ impl Disk {
             dealt,
             hold: Arc::new(Hold::new(workers.clone())),
             workers,
+            dedicated: Dedicated::from(dedicated),
             scheduler: Mutex::new(Params::None),
             switching: Mutex::new(()),
             queues: Mutex::new(QueuesInUse {
@@ -126,21 +133,7 @@ impl Disk {
             }),
         };
         for worker in &disk.workers {
-            let target = Box::new(target(&disk.config, &disk.image)?);
-            worker
-                .ask(|done| Message::AddDisk {
-                    disk: id,
-                    target,
-                    shape: Box::new(disk.shape.clone()),
-                    write_through: Arc::clone(&disk.write_through),
-                    sync_fault: Arc::clone(&disk.sync_fault),
-                    throttle: Arc::clone(&disk.throttle),
-                    on_error: disk.config.on_error,
-                    hold: Arc::clone(&disk.hold),
-                    coalesce: disk.config.coalesce,
-                    done,
-                })
-                .map_err(io::Error::other)??;
+            disk.introduce_to(worker)?;
         }
         let scheduler = disk.choose_scheduler(disk.config.scheduler);
         if scheduler != Params::None {
@@ -150,6 +143,24 @@ impl Disk {
             disk.set_group(group);
         }
         Ok(Arc::new(disk))
+    }
+
+    /// Has a worker serve the disk, as it was when it was opened.
+    fn introduce_to(&self, worker: &WorkerHandle) -> io::Result<()> {
+        let target = Box::new(target(&self.config, &self.image)?);
+        let asked = worker.ask(|done| Message::AddDisk {
+            disk: self.id,
+            target,
+            shape: Box::new(self.shape.clone()),
+            write_through: Arc::clone(&self.write_through),
+            sync_fault: Arc::clone(&self.sync_fault),
+            throttle: Arc::clone(&self.throttle),
+            on_error: self.config.on_error,
+            hold: Arc::clone(&self.hold),
+            coalesce: self.config.coalesce,
+            done,
+        });
+        asked.map_err(io::Error::other)?
     }
 
     /// The feature bits it offers.
@@ -169,7 +180,7 @@ impl Disk {
 
     /// Tells all workers something at once, and returns when the last one has adopted it.
     pub fn tell_workers(&self, message: impl Fn(Reply<()>) -> Message) {
-        ask_all(&self.workers, message);
+        ask_all(self.workers(), message);
     }
 
     /// What is behind it.
@@ -185,11 +196,6 @@ impl Disk {
     /// A front end came, or left.
     pub fn set_connected(&self, connected: bool) {
         self.connected.store(connected, Ordering::Relaxed);
-    }
-
-    /// All workers.
-    pub fn workers(&self) -> &[WorkerHandle] {
-        &self.workers
     }
 
     /// A queue starts: returns how many ctxs it gets. The other queues' ctxs follow the new map.

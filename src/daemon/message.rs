@@ -8,6 +8,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::{self, Receiver, Sender, SyncSender};
+use std::time::{Duration, Instant};
 
 use crate::config::{Coalesce, OnError};
 use crate::engine::{SyncFault, Target, Waker};
@@ -149,14 +150,36 @@ impl<T> Reply<T> {
 
 /// Asks all workers at once, then waits for each: the answers, in the workers' order. One that has
 /// ended has none.
-pub fn ask_all<T>(workers: &[WorkerHandle], message: impl Fn(Reply<T>) -> Message) -> Vec<T> {
+pub fn ask_all<'a, T>(
+    workers: impl IntoIterator<Item = &'a WorkerHandle>,
+    message: impl Fn(Reply<T>) -> Message,
+) -> Vec<T> {
     let answers: Vec<_> = workers
-        .iter()
+        .into_iter()
         .filter_map(|worker| worker.send(&message).ok())
         .collect();
     answers
         .into_iter()
         .filter_map(|answer| answer.recv().ok())
+        .collect()
+}
+
+/// The same, waiting no longer than `patience` altogether: `None` for a worker that did not answer in that
+/// time, or has ended. What it was asked it will do all the same, should it go on.
+pub fn ask_all_within<'a, T>(
+    workers: impl IntoIterator<Item = &'a WorkerHandle>,
+    patience: Duration,
+    message: impl Fn(Reply<T>) -> Message,
+) -> Vec<Option<T>> {
+    let deadline = Instant::now() + patience;
+    let answers: Vec<_> = workers
+        .into_iter()
+        .map(|worker| worker.send(&message).ok())
+        .collect();
+    let left = || deadline.saturating_duration_since(Instant::now());
+    answers
+        .into_iter()
+        .map(|answer| answer?.recv_timeout(left()).ok())
         .collect()
 }
 

@@ -2,6 +2,7 @@
 
 pub mod backend;
 pub mod clock;
+pub mod dedicated;
 pub mod device_state;
 pub mod dirty;
 pub mod disk;

@@ -27,6 +27,10 @@ pub struct RingStats {
 /// What one worker counted.
 #[derive(Clone, Debug)]
 pub struct WorkerReport {
+    /// Who it is.
+    pub worker: WorkerId,
+    /// It does not answer now, and these are the counts of its last answer.
+    pub stuck: bool,
     /// For each virtqueue it serves or served.
     pub queues: Vec<QueueReport>,
     /// For each disk.
@@ -211,6 +215,9 @@ pub struct WorkerSummary {
     pub cpus: Option<String>,
     /// The NUMA node they are on; `null` on a machine with one.
     pub node: Option<u16>,
+    /// It does not answer, because it waits inside the kernel: for a page of guest memory, for example. The
+    /// counts are older ones then.
+    pub stuck: bool,
     /// The queues it served, over all disks.
     pub queues: usize,
     /// System calls (`io_uring_enter`).

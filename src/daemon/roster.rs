@@ -3,19 +3,24 @@
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use crate::cli::cpus::CpuList;
 use crate::config::Group;
 use crate::mq::diskstats::DiskStats;
+use crate::mq::ids::WorkerId;
 use crate::mq::qos::{Limits, Throttle};
 use crate::mq::trace::Action;
 
 use super::clock::Clock;
 use super::disk::{Disk, Membership};
 use super::faults::DiskFaults;
-use super::message::{Message, Reply, WorkerHandle, ask_all};
+use super::message::{Message, Reply, WorkerHandle, ask_all_within};
 use super::report::{DiskSummary, QueueSummary, Summary, TraceReport, WorkerReport, WorkerSummary};
+
+/// How long a worker may take to answer somebody who looks at the process. None takes long, unless it waits
+/// inside the kernel for one disk.
+const PATIENCE: Duration = Duration::from_secs(3);
 
 /// The groups of disks that share limits, by name.
 #[derive(Debug, Default)]
@@ -59,7 +64,10 @@ impl Groups {
 #[derive(Debug)]
 pub struct Roster {
     disks: Vec<Arc<Disk>>,
+    /// The shared ones first, then the dedicated ones.
     workers: Vec<WorkerHandle>,
+    /// What each worker that serves a disk said last.
+    last: Mutex<BTreeMap<WorkerId, WorkerReport>>,
     groups: Groups,
     /// The workers' clock.
     clock: Clock,
@@ -77,6 +85,7 @@ impl Roster {
         Roster {
             disks,
             workers,
+            last: Mutex::default(),
             groups,
             clock,
             since: SystemTime::now() - clock.elapsed(),
@@ -93,18 +102,41 @@ impl Roster {
         self.since
     }
 
-    /// What each worker has counted so far, in the workers' order.
+    /// What each worker that serves a disk has counted so far, in the workers' order. One that does not
+    /// answer soon is counted as it was.
     pub fn reports(&self) -> Vec<WorkerReport> {
-        self.ask_all(Message::Report)
+        self.merge(ask_all_within(&self.workers, PATIENCE, Message::Report))
     }
 
-    /// Ends all workers when nothing is in flight any more; their last counts.
-    pub fn shut_down(&self) -> Vec<WorkerReport> {
-        self.ask_all(Message::Shutdown)
+    /// Ends all workers when nothing is in flight any more; their last counts. Whether all have ended: one
+    /// that does not answer for `patience` has not.
+    pub fn shut_down(&self, patience: Duration) -> (Vec<WorkerReport>, bool) {
+        let answers = ask_all_within(&self.workers, patience, Message::Shutdown);
+        let ended = answers.iter().all(Option::is_some);
+        (self.merge(answers), ended)
     }
 
+    fn merge(&self, answers: Vec<Option<WorkerReport>>) -> Vec<WorkerReport> {
+        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        for (worker, answer) in self.workers.iter().zip(answers) {
+            match answer {
+                // No disk has needed this one.
+                Some(report) if report.disks.is_empty() => {}
+                Some(report) => drop(last.insert(worker.id(), report)),
+                None => {
+                    if let Some(report) = last.get_mut(&worker.id()) {
+                        report.stuck = true;
+                    }
+                }
+            }
+        }
+        last.values().cloned().collect()
+    }
+
+    /// Answers of those that answer soon.
     fn ask_all<T>(&self, message: impl Fn(Reply<T>) -> Message) -> Vec<T> {
-        ask_all(&self.workers, message)
+        let answers = ask_all_within(&self.workers, PATIENCE, message);
+        answers.into_iter().flatten().collect()
     }
 
     /// Whether a disk is held after an error.
@@ -177,13 +209,17 @@ impl Roster {
 
 /// One summary of what all workers reported, in the workers' order.
 fn summarize(disks: &[Arc<Disk>], workers: &[WorkerHandle], reports: &[WorkerReport]) -> Summary {
+    let seat = |id| {
+        let worker = workers.iter().find(|worker| worker.id() == id);
+        worker.expect("reports are of workers").seat()
+    };
     let workers = reports
         .iter()
-        .zip(workers)
-        .map(|(report, worker)| WorkerSummary {
-            worker: worker.id().0,
-            cpus: worker.seat().cpus.as_ref().map(CpuList::to_string),
-            node: worker.seat().node,
+        .map(|report| WorkerSummary {
+            worker: report.worker.0,
+            cpus: seat(report.worker).cpus.as_ref().map(CpuList::to_string),
+            node: seat(report.worker).node,
+            stuck: report.stuck,
             queues: report.queues.len(),
             enters: report.engine.enters,
             sqes: report.engine.sqes,

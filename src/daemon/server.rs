@@ -7,8 +7,9 @@ mod opening;
 use std::io::{self, Write};
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
-use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
 
 use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
 use signal_hook::iterator::Signals;
@@ -23,10 +24,10 @@ use crate::sigbus;
 use self::crew::Crew;
 use self::opening::{Doors, Opening};
 use super::clock::Clock;
+use super::dedicated::DedicatedWorkers;
 use super::disk::Disk;
 use super::files;
 use super::growth::GrowthWatch;
-use super::message::WorkerHandle;
 use super::report::Summary;
 use super::roster::{Groups, Roster};
 use super::sandbox;
@@ -35,6 +36,10 @@ use super::session::open_fd_table;
 use super::socket::{Door, Junction, Stop};
 use super::takeover::rest::RestPlace;
 use super::takeover::{Beginning, ControlSocket, Giver, Predecessor};
+
+/// How long requests in flight may take to end when the process is to end. Front ends connect again for a
+/// minute, some of them no longer.
+const FINISH: Duration = Duration::from_secs(20);
 
 /// What the main thread waits for.
 enum Happened {
@@ -77,7 +82,7 @@ pub fn run(config: Config) -> Result<(), StartError> {
         .map_err(|source| system("install signal handlers", source))?;
     let clock = Clock::start();
     let crew = Crew::start(&config, seats, clock)?;
-    let roster = enlist(&config, images, crew.handles(), clock)?;
+    let roster = enlist(&config, images, &crew, clock)?;
 
     // Now there is no ring to be set up either. Nobody who is not trusted has been heard so far.
     sandbox::seal(config.sandbox)?;
@@ -95,25 +100,36 @@ pub fn run(config: Config) -> Result<(), StartError> {
         service.begin(&config, predecessor, &servers, disks, control, clock)?;
     let threads = service.start(&config, servers, beginnings, growth, control)?;
 
-    service.wait(&happened);
+    let serving = service.wait(&happened);
 
     // Sessions end first, and with them their rings; then the workers have nothing left.
     service.stop.signal();
-    threads.join();
-    let reports = service.roster.shut_down();
-    crew.join();
+    let finished = service.finish(&happened, serving);
+    let reports = match finished {
+        Ok(()) => {
+            threads.join();
+            let (reports, ended) = service.roster.shut_down(FINISH);
+            if ended {
+                crew.join();
+            }
+            reports
+        }
+        Err(_) => service.roster.reports(),
+    };
     signals.close();
     print(&config, &service.roster.summarize(&reports));
-    Ok(())
+    finished
 }
 
 /// The disks, added to their workers.
 fn enlist(
     config: &Config,
     images: Vec<Image>,
-    workers: &[WorkerHandle],
+    crew: &Crew,
     clock: Clock,
 ) -> Result<Arc<Roster>, StartError> {
+    let dedicated = DedicatedWorkers::new(crew.dedicated().to_vec(), config.disks.len());
+    let dedicated = Arc::new(dedicated);
     let groups = Groups::new(&config.groups);
     let mut disks = Vec::new();
     for (index, (disk_config, image)) in config.disks.iter().zip(images).enumerate() {
@@ -122,13 +138,14 @@ fn enlist(
             .group
             .as_ref()
             .and_then(|name| groups.find(name));
-        let disk = Disk::new(id, disk_config.clone(), image, workers.to_vec(), group)
+        let (shared, dedicated) = (crew.shared().to_vec(), Arc::clone(&dedicated));
+        let disk = Disk::new(id, disk_config.clone(), image, shared, dedicated, group)
             .map_err(|source| system("add the disk to a worker", source))?;
         disks.push(disk);
     }
     Ok(Arc::new(Roster::new(
         disks,
-        workers.to_vec(),
+        [crew.shared(), crew.dedicated()].concat(),
         groups,
         clock,
     )))
@@ -262,8 +279,8 @@ impl Service {
         )
     }
 
-    /// Waits for the end.
-    fn wait(&self, happened: &Receiver<Happened>) {
+    /// Waits for the end; how many disks are served then.
+    fn wait(&self, happened: &Receiver<Happened>) -> usize {
         let mut serving = self.roster.disks().len();
         while serving > 0 {
             match happened.recv() {
@@ -283,6 +300,33 @@ impl Service {
                 Err(mpsc::RecvError) => break,
             }
         }
+        serving
+    }
+
+    /// Waits until the sessions of so many disks have ended, each with what it had in flight.
+    ///
+    /// # Errors
+    ///
+    /// Some have not after [`FINISH`], or at a second signal. What they have in flight stays in the in-flight
+    /// record, as after a crash, and the process can end.
+    fn finish(&self, happened: &Receiver<Happened>, mut serving: usize) -> Result<(), StartError> {
+        let deadline = Instant::now() + FINISH;
+        while serving > 0 {
+            let left = deadline.saturating_duration_since(Instant::now());
+            match happened.recv_timeout(left) {
+                Ok(Happened::DiskDone) => serving -= 1,
+                Ok(Happened::TakenOver | Happened::Signal(SIGUSR1)) => {}
+                Ok(Happened::Signal(_)) | Err(RecvTimeoutError::Timeout) => {
+                    let disks = self.roster.disks().iter();
+                    let unfinished = disks.filter(|disk| disk.is_connected());
+                    return Err(StartError::Unfinished {
+                        disks: unfinished.map(|disk| disk.config.serial.clone()).collect(),
+                    });
+                }
+                Err(RecvTimeoutError::Disconnected) => break,
+            }
+        }
+        Ok(())
     }
 }
 

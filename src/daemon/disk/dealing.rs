@@ -3,6 +3,7 @@
 use std::sync::PoisonError;
 
 use super::Disk;
+use crate::daemon::dedicated::DedicateError;
 use crate::daemon::message::WorkerHandle;
 use crate::daemon::placement::deal;
 use crate::mq::ids::QueueId;
@@ -22,27 +23,59 @@ impl Disk {
     /// the first worker.
     pub fn worker_of(&self, queue: QueueId) -> &WorkerHandle {
         let dealt = self.dealt.lock().unwrap_or_else(PoisonError::into_inner);
-        &self.workers[dealt[queue.index()]]
+        let shared = self.workers.get(dealt[queue.index()]);
+        let worker = shared.or_else(|| self.dedicated.get());
+        worker.expect("queues are dealt to workers that the disk has")
     }
 
     /// A front end has shown its guest's memory. On a machine with several NUMA nodes the queues go to
-    /// workers near it, unless some are with their workers already.
-    pub fn memory_shown(&self, memory: &MemoryTable) {
-        let nodes: Vec<Option<u16>> = self.workers.iter().map(|w| w.seat().node).collect();
-        let several = nodes.iter().any(|node| *node != nodes[0]);
+    /// workers near it, unless some are with their workers already. Where touching the memory may wait for a
+    /// disk's file system (`may_wait`), they go to a worker that serves no other disk.
+    ///
+    /// # Errors
+    ///
+    /// There is no worker for memory that may wait.
+    pub fn memory_shown(&self, memory: &MemoryTable, may_wait: bool) -> Result<(), DedicateError> {
         // Rings start while this is held, or before.
         let queues = self.lock_queues();
-        if !several || !queues.started.is_empty() {
-            return;
+        let is_alone = self.is_alone();
+        if may_wait && self.shares_workers() {
+            if !is_alone {
+                if !queues.started.is_empty() {
+                    return Err(DedicateError::Running);
+                }
+                self.dedicate()?;
+                let dedicated = self.workers.len();
+                self.deal(vec![dedicated; usize::from(self.config.num_queues)]);
+            }
+            return Ok(());
+        }
+        let nodes: Vec<Option<u16>> = self.workers.iter().map(|w| w.seat().node).collect();
+        let several = nodes.iter().any(|node| *node != nodes[0]);
+        if !queues.started.is_empty() || !several && !is_alone {
+            return Ok(());
         }
         let shares = memory.nodes();
         let dealt = deal(self.config.num_queues, self.id.index(), &nodes, &shares);
-        log::info!(
-            "disk {}: its guest's memory is on {}; queues go to workers {}",
-            self.config.serial,
-            in_words(&shares),
-            first_workers(&dealt)
-        );
+        if several {
+            log::info!(
+                "disk {}: its guest's memory is on {}; queues go to workers {}",
+                self.config.serial,
+                in_words(&shares),
+                first_workers(&dealt)
+            );
+        }
+        self.deal(dealt);
+        Ok(())
+    }
+
+    /// Whether its dedicated worker serves its queues.
+    fn is_alone(&self) -> bool {
+        let dealt = self.dealt.lock().unwrap_or_else(PoisonError::into_inner);
+        dealt.contains(&self.workers.len())
+    }
+
+    fn deal(&self, dealt: Vec<usize>) {
         *self.dealt.lock().unwrap_or_else(PoisonError::into_inner) = dealt;
     }
 }

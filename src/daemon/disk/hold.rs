@@ -58,7 +58,7 @@ impl Disk {
     /// Stops taking requests, on all workers. [`Disk::release`] has to follow, or the end of the
     /// process.
     pub fn hold(&self) -> Holding {
-        let workers = self.workers.iter();
+        let workers = self.workers();
         Holding(
             workers
                 .filter_map(|worker| worker.send(|done| Message::Hold(self.id, done)).ok())

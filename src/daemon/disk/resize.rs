@@ -150,7 +150,7 @@ impl Disk {
         self.follow()
     }
 
-    fn lock_size(&self) -> MutexGuard<'_, ()> {
+    pub(super) fn lock_size(&self) -> MutexGuard<'_, ()> {
         self.size
             .changing
             .lock()
@@ -200,7 +200,7 @@ impl Disk {
         if size_bytes == before {
             return Ok(before);
         }
-        let outcomes = ask_all(&self.workers, |done| {
+        let outcomes = ask_all(self.workers(), |done| {
             Message::Resize(self.id, size_bytes, done)
         });
         for outcome in outcomes {

@@ -43,7 +43,7 @@ impl Disk {
         let _one_at_a_time = self.lock_switching();
         // Checked here once; what holds here holds on each worker.
         self.lock_scheduler().set(name, value)?;
-        for worker in &self.workers {
+        for worker in self.workers() {
             let name = name.to_owned();
             if let Ok(outcome) =
                 worker.ask(|done| Message::SetSchedulerParam(self.id, name, value, done))
@@ -54,7 +54,7 @@ impl Disk {
         Ok(())
     }
 
-    fn lock_switching(&self) -> MutexGuard<'_, ()> {
+    pub(super) fn lock_switching(&self) -> MutexGuard<'_, ()> {
         self.switching
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -115,7 +115,7 @@ impl Disk {
         *current = group;
     }
 
-    fn lock_group(&self) -> MutexGuard<'_, Option<Membership>> {
+    pub(super) fn lock_group(&self) -> MutexGuard<'_, Option<Membership>> {
         self.group.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

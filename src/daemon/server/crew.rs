@@ -5,6 +5,7 @@ use std::thread::JoinHandle;
 
 use crate::config::Config;
 use crate::daemon::clock::Clock;
+use crate::daemon::dedicated;
 use crate::daemon::disk::worker_id;
 use crate::daemon::message::WorkerHandle;
 use crate::daemon::placement::{self, Nodes, Seat};
@@ -16,7 +17,8 @@ use super::system;
 
 /// All workers.
 pub(super) struct Crew {
-    handles: Vec<WorkerHandle>,
+    shared: Vec<WorkerHandle>,
+    dedicated: Vec<WorkerHandle>,
     threads: Vec<JoinHandle<()>>,
 }
 
@@ -44,7 +46,8 @@ impl Crew {
             clock,
         };
         let mut crew = Crew {
-            handles: Vec::new(),
+            shared: Vec::new(),
+            dedicated: Vec::new(),
             threads: Vec::new(),
         };
         for (index, seat) in seats.into_iter().enumerate() {
@@ -59,14 +62,53 @@ impl Crew {
                 advice: "check that io_uring is allowed (sysctl kernel.io_uring_disabled) \
                          and that the limit of locked memory is not tiny (ulimit -l)",
             })?;
-            crew.handles.push(handle);
+            crew.shared.push(handle);
             crew.threads.push(thread);
         }
+        crew.start_dedicated(config, options);
         Ok(crew)
     }
 
-    pub(super) fn handles(&self) -> &[WorkerHandle] {
-        &self.handles
+    /// Starts the workers that disks may need for themselves. Most never do, so that too few are no reason
+    /// not to serve.
+    fn start_dedicated(&mut self, config: &Config, options: WorkerOptions) {
+        let rings = config.disks.iter().map(|disk| disk.num_queues).max();
+        let options = WorkerOptions {
+            rings: rings.unwrap_or(1),
+            ..options
+        };
+        let seat = Seat {
+            cpus: config.worker_cpus.clone(),
+            node: None,
+        };
+        let count = dedicated::count(config.disks.len());
+        for index in 0..count {
+            let id = worker_id(self.shared.len() + index);
+            match worker::spawn(id, options, seat.clone()) {
+                Ok((handle, thread)) => {
+                    self.dedicated.push(handle);
+                    self.threads.push(thread);
+                }
+                Err(error) => {
+                    log::warn!(
+                        "{index} of {count} dedicated workers could be started: {error}; a guest whose memory is \
+                         a file on a disk may be refused (threads and locked memory are limited by ulimit -u \
+                         and -l)"
+                    );
+                    return;
+                }
+            }
+        }
+    }
+
+    /// The workers that serve all disks.
+    pub(super) fn shared(&self) -> &[WorkerHandle] {
+        &self.shared
+    }
+
+    /// Those that a disk may take for itself.
+    pub(super) fn dedicated(&self) -> &[WorkerHandle] {
+        &self.dedicated
     }
 
     /// Waits until all have ended.

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use crate::virtio::memory::MemoryTable;
 
+use super::super::dedicated::DedicateError;
 use super::super::dirty::Logging;
 use super::super::disk::Disk;
 use super::super::message::Message;
@@ -61,12 +62,24 @@ impl SessionState {
         &self.disk
     }
 
-    /// Uses `memory` for rings that start from now on, and for those that run.
-    pub fn set_memory(&self, memory: Arc<MemoryTable>) {
-        self.disk.memory_shown(&memory);
+    /// Uses `memory` for rings that start from now on, and for those that run. `may_wait`: touching it may
+    /// wait for a disk's file system.
+    ///
+    /// # Errors
+    ///
+    /// It cannot be used, because no worker is left that may wait.
+    pub fn set_memory(
+        &self,
+        memory: Arc<MemoryTable>,
+        may_wait: bool,
+    ) -> Result<(), DedicateError> {
+        self.disk.memory_shown(&memory, may_wait)?;
+        // A worker that is new to the disk does not know the log yet.
+        self.tell_log_again();
         *self.memory.write().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&memory));
         let disk = &self.disk;
         disk.tell_workers(|done| Message::SetMemory(disk.id, Arc::clone(&memory), done));
+        Ok(())
     }
 
     /// The memory in use, if there is any yet.

@@ -22,6 +22,8 @@ impl Worker {
             .map(|disk| (disk, self.mq.disk_stats(disk)))
             .collect();
         WorkerReport {
+            worker: self.id,
+            stuck: false,
             queues: reports,
             disks,
             faults: self.faults(),
