@@ -8,8 +8,12 @@
     reason = "test code: sizes and offsets are small and known"
 )]
 
+#[path = "faults/durable.rs"]
+mod durable;
 #[path = "faults/enter.rs"]
 mod enter;
+#[path = "support/fuse.rs"]
+mod fuse;
 mod support;
 
 use std::fs::{self, File};
@@ -71,14 +75,31 @@ impl Mount {
 
     /// An ext4 of 32 MiB on a loop device.
     fn ext4(options: &str) -> Mount {
-        let device = Loop::new(32 << 20);
-        run("mkfs.ext4", &["-q", text(&device.path)]);
+        Mount::made("ext4", 32 << 20, options)
+    }
+
+    /// A file system of this kind on a loop device of so many bytes; `None` where there is no such thing.
+    fn of(kind: &str, bytes: u64) -> Option<Mount> {
+        let known = fs::read_to_string("/proc/filesystems").expect("a list");
+        let there = known.lines().any(|line| line.trim() == kind);
+        let program = format!("mkfs.{kind}");
+        let made = Command::new(&program).arg("-V").output().is_ok();
+        if !there || !made {
+            eprintln!("skipped for {kind}: no {program}, or the kernel has no such file system");
+            return None;
+        }
+        Some(Mount::made(kind, bytes, "defaults"))
+    }
+
+    fn made(kind: &str, bytes: u64, options: &str) -> Mount {
+        let device = Loop::new(bytes);
+        run(&format!("mkfs.{kind}"), &["-q", text(&device.path)]);
         let dir = tempfile::tempdir().expect("a directory");
         run(
             "mount",
             &[
                 "-t",
-                "ext4",
+                kind,
                 "-o",
                 options,
                 text(&device.path),
