@@ -1,18 +1,25 @@
-//! Memory that somebody else may take away.
+//! Memory that another process may take away.
 //!
-//! A front end shares its guest's memory as files, and whoever can write to a file can truncate it.
+//! A front end shares its guest's memory as files, and a process that can write to a file can truncate it.
 //! What lies behind the new end is still mapped here, and touching it is SIGBUS, which ends the
 //! process and with it every other disk. The same signal comes for a page whose hardware failed.
 //!
 //! So each such mapping is registered as a [`Guarded`] range. When a thread touches what is gone, the
-//! signal's handler puts zero pages in the place of the *whole* mapping, says that it is lost, and
-//! lets the instruction be repeated. Nothing in guest memory is believed anyway, so zeros are as good
-//! as whatever else a guest might write there; who uses the mapping finds out by [`losses`] and
-//! [`Guarded::is_lost`] and ends its session. The whole mapping, because a hugetlbfs mapping has no
-//! smaller pieces that could be replaced, and because a file that is truncated once is not to be
-//! touched again.
+//! signal's handler says which page is lost, puts a zero page in its place, and lets the instruction be
+//! repeated. Pages that are still there stay: other requests use them, and what they hold is right. Only a
+//! range that loses many pages is replaced as a whole, because each replaced page is a mapping more. On
+//! hugetlbfs a page is a huge page.
 //!
-//! A SIGBUS anywhere else is a bug, and ends the process as it always did.
+//! # What becomes of the zeros
+//!
+//! They are not what the guest wrote. Rings, headers and tables are not believed anyway, but data is written
+//! to the disk, and a write of zeros that is answered OK is data lost. So a loss is counted and recorded
+//! *before* the zeros are there, and each reader looks after it has read: a request that was parsed
+//! meanwhile is not carried out, a transfer that may have met the zeros fails ([`Losses`]), be it copied by
+//! us or read by the kernel. The session ends ([`losses`], [`Guarded::is_lost`]).
+//!
+//! A SIGBUS anywhere else is a bug, and ends the process as it always did, but for one: the early warning
+//! of a memory error (BUS_MCEERR_AO), which is about a page that may never be touched.
 //!
 //! # How the handler finds the range
 //!
@@ -22,6 +29,7 @@
 //! looks: such a slot cannot be the one it is looking for, because a thread that touches a range has
 //! been given it after it was registered, and gives it up before it is unregistered.
 
+mod losses;
 mod slot;
 
 use std::ffi::c_void;
@@ -32,16 +40,29 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use libc::{c_int, siginfo_t};
 
-use self::slot::Slot;
+pub use self::losses::Losses;
+use self::slot::{Recorded, Slot};
 use crate::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 
 /// How many ranges can be registered at once: as many regions as a session may have for each of 64
-/// disks, twice, because a change of the memory has both for a moment. Two MiB of addresses, of which
+/// disks, twice, because a change of the memory has both for a moment. Eight MiB of addresses, of which
 /// only what is used takes memory.
 pub const MAX_RANGES: usize = 65_536;
 
-/// What is replaced where the whole range cannot be.
+/// The machine's page, at the least.
 const PAGE_BYTES: usize = 4096;
+
+/// How many pages of a range are replaced one by one. The page after them takes the whole range with it, so
+/// that a range that loses many pages does not become as many mappings.
+const MOST_PAGES: usize = 8;
+
+/// How many pages of all ranges together are replaced one by one. After that ranges are replaced as a whole,
+/// so that a front end with many regions does not use up the mappings that a process may have
+/// (vm.max_map_count), nor make [`Losses`] long.
+const MOST_PAGES_IN_ALL: usize = 64;
+
+/// `BUS_MCEERR_AO` (uapi/asm-generic/siginfo.h): a page of this process failed, which no thread has touched.
+const BUS_MCEERR_AO: c_int = 5;
 
 /// What each place is made as.
 #[expect(
@@ -51,8 +72,13 @@ const PAGE_BYTES: usize = 4096;
 const FREE: Slot = Slot {
     turn: AtomicU32::new(0),
     lost: AtomicBool::new(false),
+    buffers: AtomicBool::new(false),
     base: AtomicUsize::new(0),
     len: AtomicUsize::new(0),
+    page: AtomicUsize::new(0),
+    whole: AtomicBool::new(false),
+    count: AtomicUsize::new(0),
+    pages: [const { AtomicUsize::new(0) }; MOST_PAGES],
 };
 
 static TABLE: [Slot; MAX_RANGES] = [const { FREE }; MAX_RANGES];
@@ -60,8 +86,11 @@ static TABLE: [Slot; MAX_RANGES] = [const { FREE }; MAX_RANGES];
 /// Slots from here on were never used, so the handler need not look at them.
 static USED_SLOTS: AtomicUsize = AtomicUsize::new(0);
 
-/// How often a thread found a range gone.
+/// How often a thread found a page gone, or a range with such a page was given up.
 static LOSSES: AtomicU64 = AtomicU64::new(0);
+
+/// Pages that are replaced one by one at present.
+static PAGES: AtomicUsize = AtomicUsize::new(0);
 
 /// Places below [`USED_SLOTS`] that are free again. Also the right to write to the table.
 static PLACES: Mutex<Vec<usize>> = Mutex::new(Vec::new());
@@ -94,12 +123,13 @@ pub fn install() -> io::Result<()> {
     Ok(())
 }
 
-/// How often memory was lost in this process so far. A thread that uses guarded memory compares it
-/// with what it saw last; only when it differs are there [`Guarded::is_lost`] to ask.
+/// A count that changes when memory is lost in this process, and when lost memory is given up. A thread that
+/// uses guarded memory compares it with what it saw last; only when it differs are there
+/// [`Guarded::is_lost`] and [`Losses`] to ask.
 #[inline]
 pub fn losses() -> u64 {
-    // Acquire pairs with the handler's release: who sees the count sees which range it was. That is
-    // a plain load on x86.
+    // Acquire pairs with the handler's release: a thread that sees the count sees which page it was. That
+    // is a plain load on x86.
     LOSSES.load(Ordering::Acquire)
 }
 
@@ -111,7 +141,7 @@ pub struct Guarded {
 
 impl Guarded {
     /// Guards the `len` bytes from `base`, which is the start of a page, and installs the handler if
-    /// nobody has yet.
+    /// that has not been done yet.
     ///
     /// # Errors
     ///
@@ -122,9 +152,37 @@ impl Guarded {
     ///
     /// The range is a whole mapping, readable and writable, or several: of a hugetlbfs file to the
     /// end of its last huge page. No other live `Guarded` has any of it, no Rust reference to it is
-    /// made, and it stays mapped until this one is dropped. At any time it may be replaced by zero
+    /// made, and it stays mapped until this one is dropped. At any time any of it may be replaced by zero
     /// pages.
     pub unsafe fn new(base: NonNull<u8>, len: usize) -> io::Result<Guarded> {
+        // SAFETY: passed on to our caller. Unsafe because the range may be replaced.
+        unsafe { Guarded::register(base, len, PAGE_BYTES, false) }
+    }
+
+    /// The same for memory that I/O goes from and to, of pages of `page` bytes: what is lost of it is known
+    /// to [`Losses`].
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    ///
+    /// # Safety
+    ///
+    /// As there.
+    pub unsafe fn buffers(base: NonNull<u8>, len: usize, page: usize) -> io::Result<Guarded> {
+        // SAFETY: passed on to our caller. Unsafe because the range may be replaced.
+        unsafe { Guarded::register(base, len, page.max(PAGE_BYTES), true) }
+    }
+
+    /// # Safety
+    ///
+    /// As for [`Guarded::new`].
+    unsafe fn register(
+        base: NonNull<u8>,
+        len: usize,
+        page: usize,
+        buffers: bool,
+    ) -> io::Result<Guarded> {
         let base = base.addr().get();
         if !base.is_multiple_of(PAGE_BYTES) || len == 0 || base.checked_add(len).is_none() {
             return Err(io::Error::new(
@@ -150,13 +208,12 @@ impl Guarded {
                 next
             }
         };
-        let slot = &TABLE[place];
-        slot.lost.store(false, Ordering::Relaxed);
-        slot.set(base, len);
+        TABLE[place].describe(page, buffers);
+        TABLE[place].set(base, len);
         Ok(Guarded { place })
     }
 
-    /// Whether what was there is gone, and zeros are in its place.
+    /// Whether some of what was there is gone, and zeros are in its place.
     #[inline]
     pub fn is_lost(&self) -> bool {
         TABLE[self.place].lost.load(Ordering::Relaxed)
@@ -166,7 +223,13 @@ impl Guarded {
 impl Drop for Guarded {
     fn drop(&mut self) {
         let mut free = places();
-        TABLE[self.place].set(0, 0);
+        let slot = &TABLE[self.place];
+        slot.set(0, 0);
+        PAGES.fetch_sub(slot.pages_lost(), Ordering::Relaxed);
+        if slot.forget() {
+            // Other memory may come to lie at these addresses. Pairs with the acquire load of `losses`.
+            LOSSES.fetch_add(1, Ordering::Release);
+        }
         free.push(self.place);
     }
 }
@@ -191,8 +254,8 @@ extern "C" fn on_sigbus(_signal: c_int, info: *mut siginfo_t, _context: *mut c_v
     // when the code says that the signal is a fault's. Unsafe because it is a union behind a raw
     // pointer.
     let (code, address) = unsafe { ((*info).si_code, (*info).si_addr().addr()) };
-    // Not more than 0: somebody sent it (SI_USER, SI_TKILL), and where it was has no meaning.
-    if code > 0 && replace_what_holds(address) {
+    // Not more than 0: a process sent it (SI_USER, SI_TKILL), and where it was has no meaning.
+    if code > 0 && (replace_what_holds(address) || code == BUS_MCEERR_AO) {
         return;
     }
     // Not ours: what happens to a process without us happens. A fault returns to its instruction and
@@ -204,8 +267,7 @@ extern "C" fn on_sigbus(_signal: c_int, info: *mut siginfo_t, _context: *mut c_v
     unsafe { libc::raise(libc::SIGBUS) };
 }
 
-/// Puts zeros where the range that holds `address` was. False: there is no such range, or it cannot
-/// be replaced.
+/// Puts zeros where the page at `address` was. False: it is in no range, or cannot be replaced.
 fn replace_what_holds(address: usize) -> bool {
     let used = USED_SLOTS.load(Ordering::Acquire);
     let found = TABLE[..used].iter().find_map(|slot| {
@@ -215,11 +277,21 @@ fn replace_what_holds(address: usize) -> bool {
     let Some((slot, base, len)) = found else {
         return false;
     };
-    slot.lose(&LOSSES);
-    // Where the system counts every page that could be written to (vm.overcommit_memory=2), the whole
-    // range may be too much, and the page has to do.
-    let page = address & !(PAGE_BYTES - 1);
-    put_zeros(base, len) || put_zeros(page, PAGE_BYTES)
+    let size = slot.page.load(Ordering::Relaxed);
+    let page = (address - address % size).max(base);
+    let recorded = match PAGES.load(Ordering::Relaxed) < MOST_PAGES_IN_ALL {
+        true => slot.lose(page, &LOSSES),
+        false => Recorded::NoPlace,
+    };
+    if recorded == Recorded::New {
+        PAGES.fetch_add(1, Ordering::Relaxed);
+    }
+    let alone = recorded != Recorded::NoPlace;
+    if alone && put_zeros(page, size.min(base + len - page)) {
+        return true;
+    }
+    slot.lose_all(&LOSSES);
+    put_zeros(base, len)
 }
 
 fn put_zeros(base: usize, len: usize) -> bool {

@@ -21,6 +21,8 @@ mod in_memory;
 mod io;
 #[path = "native/load.rs"]
 mod load;
+#[path = "native/lost_memory.rs"]
+mod lost_memory;
 #[path = "native/migration.rs"]
 mod migration;
 #[path = "native/other_drivers.rs"]

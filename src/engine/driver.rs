@@ -2,6 +2,7 @@
 
 mod copying;
 mod fds;
+mod lost;
 mod polled;
 mod sending;
 
@@ -14,6 +15,7 @@ use std::time::Duration;
 use io_uring::cqueue;
 
 use self::copying::Small;
+use self::lost::fields;
 use self::polled::Polled;
 use self::sending::Batch;
 use super::memory::Memory;
@@ -25,8 +27,7 @@ use super::watch::{Call, Table, Watch};
 use super::{Busy, Command, DiskSlot, EngineCounters, Errno, Event, MAX_DISKS, SyncFault};
 use crate::mq::ids::DriverTag;
 
-/// Whom a completion is for: the upper byte of the user data. Below it 32 bits of generation and 16
-/// of index.
+/// What a completion is for: the upper byte of user data. Below it 32 bits of generation and 16 of index.
 const KIND_SLOT: u64 = 1 << 56;
 const KIND_WATCH: u64 = 2 << 56;
 const KIND_CALL: u64 = 3 << 56;
@@ -249,8 +250,11 @@ impl Engine {
         loop {
             let entries = self.ring.take(&mut batch);
             reaped += entries.len();
+            // After the completions are here: what they read is counted by now.
+            let lost = self.ring.losses.are_any();
             for entry in entries {
-                self.apply(entry.user_data(), entry.result(), entry.flags(), on);
+                let result = self.result(entry, lost);
+                self.apply(entry.user_data(), result, entry.flags(), on);
             }
             if entries.len() < REAP_BATCH {
                 break;
@@ -305,11 +309,7 @@ impl Engine {
     #[inline]
     fn apply(&mut self, data: u64, res: i32, flags: u32, on: &mut impl FnMut(Event)) {
         self.counters.cqes += 1;
-        #[expect(
-            clippy::cast_possible_truncation,
-            reason = "the fields of the user data"
-        )]
-        let (generation, index) = ((data >> 16) as u32, data as u16);
+        let (generation, index) = fields(data);
         match data & KIND_MASK {
             KIND_SLOT => self.apply_to_slot(generation, index, res, on),
             KIND_WATCH => self.apply_to_watch(generation, index, (res, flags), on),

@@ -3,6 +3,7 @@
 //! It makes no system call and owns no fd, so that every fault can be fed to it by hand.
 
 mod copying;
+mod lost;
 mod segments;
 mod sqe;
 mod ways;
@@ -287,8 +288,8 @@ impl Slot {
         }
         self.progressed();
         self.learn(file, moved);
-        if self.bounce.is_some() && self.op == Op::Read {
-            self.scatter(moved);
+        if self.bounce.is_some() && self.op == Op::Read && !self.scatter(moved) {
+            return Next::Done(Err(Errno(libc::EFAULT)));
         }
         self.done += moved;
         if self.done == self.total {

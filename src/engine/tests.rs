@@ -1,6 +1,7 @@
 //! The engine on real files, eventfds and pipes.
 
 mod bounces;
+mod lost;
 mod refused;
 
 use std::fs::File;

@@ -1,6 +1,7 @@
 //! The ring itself: how it is set up, and the only place that enters the kernel.
 
 mod refusal;
+mod unsent;
 
 use std::io;
 use std::mem::MaybeUninit;
@@ -16,7 +17,10 @@ use io_uring::{
 };
 
 use self::refusal::Refusals;
+use self::unsent::Entries;
+pub(super) use self::unsent::NOWHERE;
 use super::EngineCounters;
+use crate::sigbus::Losses;
 
 /// How many completions are taken out of the ring at a time.
 pub(super) const REAP_BATCH: usize = 32;
@@ -54,6 +58,9 @@ pub(super) struct Ring {
     pub(super) restricted: bool,
     mode: &'static str,
     refusals: Refusals,
+    entries: Entries,
+    /// Memory that I/O may not use any more.
+    pub(super) losses: Losses,
 }
 
 impl std::fmt::Debug for Ring {
@@ -127,6 +134,7 @@ impl Ring {
         if ask.restricted {
             restrict(&ring).map_err(unrestricted)?;
         }
+        let entries = Entries::map(&ring)?;
         Ok(Ring {
             ring,
             files,
@@ -134,6 +142,8 @@ impl Ring {
             restricted: ask.restricted,
             mode,
             refusals: Refusals::default(),
+            entries,
+            losses: Losses::default(),
         })
     }
 
@@ -192,6 +202,7 @@ impl Ring {
             pushed = unsafe { self.ring.submission().push(entry) }.is_ok();
         }
         counters.sqes += u64::from(pushed);
+        self.entries.pushed(pushed);
         pushed
     }
 
@@ -209,6 +220,7 @@ impl Ring {
 
     /// Submits what is queued. Entries the kernel has no room for stay queued.
     pub(super) fn submit(&mut self, counters: &mut EngineCounters) -> io::Result<()> {
+        self.spoil_lost();
         while self.has_queued() {
             let entered = self.ring.submit();
             if self.entered(entered, counters)? == 0 {
@@ -231,6 +243,7 @@ impl Ring {
 
     /// Submits what is queued and lets completions that are due happen, without waiting.
     pub(super) fn enter_events(&mut self, counters: &mut EngineCounters) -> io::Result<()> {
+        self.spoil_lost();
         let queued = u32::try_from(self.ring.submission().len()).expect("at most the queue's size");
         // SAFETY: no argument is passed, so no memory is named. Unsafe because the crate offers no
         // other way to enter for events without waiting for one.
@@ -252,6 +265,7 @@ impl Ring {
         timeout: Option<Duration>,
         counters: &mut EngineCounters,
     ) -> io::Result<()> {
+        self.spoil_lost();
         let entered = match timeout {
             None => self.ring.submit_and_wait(1),
             Some(timeout) => {

@@ -19,10 +19,11 @@ struct Shared {
 impl Shared {
     fn new(len: usize) -> Shared {
         let file = memfd_create("sigbus", MemfdFlags::CLOEXEC).unwrap();
-        Shared::of(file, len).unwrap()
+        Shared::of(file, len, PAGE_BYTES).unwrap()
     }
 
-    fn of(file: OwnedFd, len: usize) -> io::Result<Shared> {
+    /// Of pages of `page` bytes.
+    fn of(file: OwnedFd, len: usize, page: usize) -> io::Result<Shared> {
         ftruncate(&file, len as u64)?;
         // SAFETY: a new mapping at an address of the kernel's choice. Unsafe because of the file,
         // which the test truncates.
@@ -39,7 +40,7 @@ impl Shared {
         let base = NonNull::new(base.cast()).unwrap();
         // SAFETY: the mapping just made, dropped before it is unmapped. Unsafe because it may be
         // replaced, which only raw reads below see.
-        let guarded = unsafe { Guarded::new(base, len)? };
+        let guarded = unsafe { Guarded::buffers(base, len, page)? };
         Ok(Shared {
             file,
             base,
@@ -98,8 +99,8 @@ fn truncated_memory_reads_as_zeros_and_is_lost() {
     assert!(shared.is_lost());
     // Other tests of this process lose memory too.
     assert!(losses() > before);
-    // All of it, and it is memory: of our own.
-    assert_eq!(shared.read(0), 0);
+    // The page is memory, of our own, and what is left is still left alone.
+    assert_eq!(shared.read(0), 1);
     shared.write(LEN - 1, 9);
     assert_eq!(shared.read(LEN - 1), 9);
 
@@ -179,6 +180,33 @@ fn many_threads_lose_memory_at_once() {
     }
 }
 
+#[test]
+fn a_range_that_loses_many_pages_is_replaced_as_a_whole() {
+    let shared = Shared::new(LEN);
+    let mut known = Losses::default();
+    assert!(!known.are_any());
+    shared.write(0, 1);
+    shared.truncate(PAGE_BYTES as u64);
+    for page in 1..=MOST_PAGES {
+        shared.read(page * PAGE_BYTES);
+    }
+    let base = shared.base.addr().get();
+    assert!(known.are_any() && !known.have(base, PAGE_BYTES));
+    assert!(known.have(base + PAGE_BYTES - 1, 2));
+    assert!(known.have(base + MOST_PAGES * PAGE_BYTES, 1));
+    assert!(!known.have(base + (MOST_PAGES + 1) * PAGE_BYTES, 1));
+    assert_eq!(shared.read(0), 1);
+    shared.read((MOST_PAGES + 1) * PAGE_BYTES);
+    assert!(known.are_any() && known.have(base, 1) && known.have(base + LEN - 1, 1));
+    assert_eq!(shared.read(0), 0);
+    drop(shared);
+    known.are_any();
+    assert!(
+        !known.have(base, LEN),
+        "what is given up is not lost any more"
+    );
+}
+
 /// Pages of two MiB, where the system has any to give (sysctl vm.nr_hugepages).
 #[test]
 fn a_truncated_hugetlbfs_file_is_contained() {
@@ -186,7 +214,7 @@ fn a_truncated_hugetlbfs_file_is_contained() {
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB;
     let shared = memfd_create("huge", flags)
         .map_err(io::Error::from)
-        .and_then(|file| Shared::of(file, 2 * HUGE));
+        .and_then(|file| Shared::of(file, 2 * HUGE, HUGE));
     let shared = match shared {
         Ok(shared) => shared,
         Err(error) => {
@@ -200,7 +228,7 @@ fn a_truncated_hugetlbfs_file_is_contained() {
     assert_eq!(shared.read(0), 1);
     assert_eq!(shared.read(2 * HUGE - 1), 0);
     assert!(shared.is_lost());
-    assert_eq!(shared.read(0), 0);
+    assert_eq!(shared.read(0), 1, "a huge page is replaced, and no more");
 }
 
 #[test]
@@ -244,6 +272,45 @@ fn sigbus_outside_all_ranges_ends_the_process() {
     }
     let status = in_a_child("sigbus::tests::sigbus_outside_all_ranges_ends_the_process");
     assert_eq!(status.signal(), Some(libc::SIGBUS), "{status}");
+}
+
+/// A page of ours that no thread has touched: there is nothing to repeat, and it may never be touched.
+#[test]
+fn an_early_warning_of_a_memory_error_ends_nothing() {
+    if is_child() {
+        install().unwrap();
+        let shared = Shared::new(LEN);
+        let mut own = vec![0_u8; PAGE_BYTES];
+        for address in [own.as_mut_ptr(), shared.base.as_ptr()] {
+            warn_of(address);
+        }
+        shared.truncate(0);
+        assert_eq!((shared.read(5), shared.is_lost()), (0, true));
+        return;
+    }
+    let status = in_a_child("sigbus::tests::an_early_warning_of_a_memory_error_ends_nothing");
+    assert!(status.success(), "{status}");
+}
+
+/// Sends this thread what the kernel sends about a page that failed.
+fn warn_of(address: *mut u8) {
+    // SAFETY: all zeroes is a valid `siginfo_t`. Unsafe because of the C type.
+    let mut info: siginfo_t = unsafe { MaybeUninit::zeroed().assume_init() };
+    (info.si_signo, info.si_code) = (libc::SIGBUS, BUS_MCEERR_AO);
+    // SAFETY: the address of a fault is the first of the fields behind the first three, aligned as a
+    // pointer is; a process may send itself any signal. Unsafe because it is a union in C.
+    let sent = unsafe {
+        (&raw mut info).cast::<*mut u8>().add(2).write(address);
+        let (pid, tid) = (libc::getpid(), libc::gettid());
+        libc::syscall(
+            libc::SYS_rt_tgsigqueueinfo,
+            pid,
+            tid,
+            libc::SIGBUS,
+            &raw const info,
+        )
+    };
+    assert_eq!(sent, 0, "{}", io::Error::last_os_error());
 }
 
 #[test]

@@ -7,9 +7,10 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 
 use crate::sigbus::Guarded;
-use rustix::mm::{Advice, madvise};
 use vm_memory::bitmap::Bitmap;
-use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, MemoryRegionAddress};
+use vm_memory::{
+    FileOffset, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, MemoryRegionAddress,
+};
 
 /// One range of guest-physical addresses and where it is mapped.
 #[derive(Clone, Copy, Debug)]
@@ -29,20 +30,6 @@ impl Region {
         len: 0,
         host: NonNull::dangling(),
     };
-
-    /// Guards a region that vm-memory has mapped.
-    fn guard(&self) -> Result<Guarded, MemoryError> {
-        let gpa = self.gpa;
-        let unguarded = |why| MemoryError::Unguarded { gpa, why };
-        let len = usize::try_from(self.len).expect("the table's constructor checked it");
-        // SAFETY: keeps the guest's memory out of a core dump; no content changes. It is a mapping of
-        // vm-memory's. Unsafe because other advice does change it.
-        let _ = unsafe { madvise(self.host.as_ptr().cast(), len, Advice::LinuxDontDump) };
-        // SAFETY: the region is a whole mapping of vm-memory's, which no other has a part of; it
-        // hands out no references, and the table drops its guards before what it keeps. The session
-        // guard lets only whole huge pages pass. Unsafe because the mapping may be replaced.
-        unsafe { Guarded::new(self.host, len) }.map_err(|error| unguarded(error.kind()))
-    }
 
     /// Where `gpa` is mapped, if the `len` bytes from there are all in this region.
     #[inline]
@@ -182,17 +169,23 @@ impl MemoryTable {
                     .ok_or(MemoryError::NotMapped { gpa })
             })
             .collect::<Result<Vec<_>, _>>()?;
+        let pages: Vec<usize> = memory
+            .iter()
+            .map(|region| guard::page_bytes(region.file_offset().map(FileOffset::file)))
+            .collect();
         // SAFETY: vm-memory maps each region readable and writable, for its own length, until
         // `memory` goes, and hands out volatile slices only. Unsafe because that is its promise,
         // not something the compiler sees.
         let mut table = unsafe { MemoryTable::new(regions, memory) }?;
+        // vm-memory has its regions in the order of their addresses, as the table does.
         table.guards = table
             .regions
             .iter()
+            .zip(pages)
             .map(
-                |region| match before.and_then(|table| table.guard_of(region)) {
+                |(region, page)| match before.and_then(|table| table.guard_of(region)) {
                     Some(guard) => Ok(Arc::clone(guard)),
-                    None => region.guard().map(Arc::new),
+                    None => region.guard(page).map(Arc::new),
                 },
             )
             .collect::<Result<_, _>>()?;
@@ -295,6 +288,7 @@ impl MemoryTable {
     }
 }
 
+mod guard;
 mod nodes;
 #[cfg(test)]
 mod tests;

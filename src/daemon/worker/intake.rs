@@ -5,6 +5,8 @@ use std::sync::atomic::Ordering;
 
 use crate::engine::Event;
 use crate::mq::ids::{HctxId, RequestTag};
+use crate::mq::request::Status;
+use crate::sigbus;
 use crate::virtio::parse::{Parsed, parse};
 use crate::virtio::ring::{AHEAD, RingError};
 
@@ -152,6 +154,14 @@ impl Worker {
                 Err(error) => break Err(error),
             };
             match parse(&mut port.ring, head, &disk.shape, write_through, pool) {
+                // What was parsed while memory was lost may be zeros, and no request of the guest's.
+                Ok(Parsed::Request(_, io))
+                    if sigbus::losses() != self.losses && port.ring.is_memory_lost() =>
+                {
+                    port.ring.finish(io, Status::IoErr, 0, pool);
+                    touch(&mut self.touched, port, hctx);
+                    break Err(RingError::MemoryLost);
+                }
                 Ok(Parsed::Request(request, io)) => {
                     let tag = RequestTag(io.head());
                     bytes_left = bytes_left.saturating_sub(request.bytes);

@@ -98,7 +98,13 @@ impl Engine {
             .get(slot.disk)
             .expect("a disk with requests in flight stays");
         let moved = slot.left().min(most);
-        let next = slot.copy(disk, self.memory.extents(index), most, &mut self.counters);
+        let next = slot.copy(
+            disk,
+            self.memory.extents(index),
+            most,
+            &mut self.ring.losses,
+            &mut self.counters,
+        );
         match next {
             Next::Copy => self.copying.push_back(index),
             Next::Done(result) => {

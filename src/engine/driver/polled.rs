@@ -102,8 +102,10 @@ impl Engine {
             // What goes on from here is pushed and counted anew.
             polled.in_flight -= u32::try_from(entries.len()).expect("REAP_BATCH at most");
             reaped += entries.len();
+            let lost = self.ring.losses.are_any();
             for entry in entries {
-                self.apply(entry.user_data(), entry.result(), entry.flags(), on);
+                let result = self.result(entry, lost);
+                self.apply(entry.user_data(), result, entry.flags(), on);
             }
             if entries.len() < REAP_BATCH {
                 break;

@@ -3,6 +3,7 @@
 use std::io;
 
 use super::{Engine, KIND_SLOT, user_data};
+use crate::engine::slot::Slot;
 
 /// With so many commands of a batch the device begins with them, for the first time.
 const EARLY: u32 = 2;
@@ -45,9 +46,12 @@ impl Engine {
             .disks
             .get(slot.disk)
             .expect("a disk with requests in flight stays");
-        let entry = slot
-            .sqe(disk, self.memory.extents(index), self.memory.zeroes())
-            .user_data(user_data(KIND_SLOT, u32::from(slot.generation), index));
+        let mut entry = slot.sqe(disk, self.memory.extents(index), self.memory.zeroes());
+        // What was copied into the buffer may be zeros.
+        if slot.bounce.is_some() && slot.meets(&mut self.ring.losses) {
+            entry = Slot::refused_sqe(disk);
+        }
+        let entry = entry.user_data(user_data(KIND_SLOT, u32::from(slot.generation), index));
         let polled = match &mut self.polled {
             Some(polled) if slot.goes_polled() => Some(polled),
             _ => None,

@@ -11,6 +11,7 @@ use crate::engine::mapping::{Mapping, PAGE_BYTES, Since, in_memory};
 use crate::engine::target::{Disk, FileTarget, Target};
 use crate::engine::{COPY_SMALL_BYTES, EngineCounters, Errno, Extent};
 use crate::mq::request::Op;
+use crate::sigbus::Losses;
 
 static ZEROES: [u8; in_memory(PAGE_BYTES)] = [0; in_memory(PAGE_BYTES)];
 
@@ -46,6 +47,7 @@ impl Slot {
         disk: &Disk,
         extents: &[Extent],
         most: u64,
+        losses: &mut Losses,
         counters: &mut EngineCounters,
     ) -> Next {
         let Target::File(
@@ -75,6 +77,16 @@ impl Slot {
                     false => self.leave_to_kernel(mapping),
                 };
             }
+            let bytes = in_memory(run);
+            if !zeroes {
+                // Found here, a page that is gone is not written to the image as zeros.
+                if self.op == Op::Write {
+                    self.touch(bytes);
+                }
+                if self.meets(losses) {
+                    return Next::Done(Err(Errno(libc::EFAULT)));
+                }
+            }
             let moved = if known {
                 let ours = mapping.at(offset, run);
                 // SAFETY: the mapping has so many bytes there, or `at` panics, and the segments hold
@@ -83,8 +95,8 @@ impl Slot {
                 // neither has a Rust owner.
                 unsafe {
                     match zeroes {
-                        true => ours.write_bytes(0, in_memory(run)),
-                        false => self.copy_segments(ours, in_memory(run), self.op == Op::Read),
+                        true => ours.write_bytes(0, bytes),
+                        false => self.copy_segments(ours, bytes, self.op == Op::Read),
                     }
                 }
                 // What was copied after the loss are zeros, or went nowhere.
@@ -103,6 +115,10 @@ impl Slot {
             };
             self.done += moved;
             if !zeroes {
+                // Another thread may have found it gone meanwhile.
+                if self.meets(losses) {
+                    return Next::Done(Err(Errno(libc::EFAULT)));
+                }
                 self.advance(moved);
             }
         }

@@ -4,6 +4,7 @@ use std::ptr;
 
 use super::Slot;
 use crate::engine::BOUNCE_BYTES;
+use crate::sigbus::losses;
 
 impl Slot {
     /// Drops `moved` transferred bytes from the front of the segments.
@@ -98,8 +99,11 @@ impl Slot {
         }
     }
 
-    pub(super) fn scatter(&self, bytes: u64) {
+    /// Copies what was read to where it belongs. False: some of that is gone.
+    pub(super) fn scatter(&self, bytes: u64) -> bool {
         let bytes = usize::try_from(bytes).expect("no more than a bounce buffer holds");
+        let before = losses();
         self.copy_bounced(bytes, true);
+        !self.was_lost_since(before)
     }
 }

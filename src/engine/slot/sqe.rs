@@ -5,6 +5,7 @@ use io_uring::{opcode, squeue};
 
 use super::{Method, Slot, Stage};
 use crate::engine::target::{Disk, FileTarget, Target};
+use crate::engine::uring::NOWHERE;
 use crate::engine::{Extent, RETRIES, ZERO_BYTES};
 use crate::mq::limits::IOV_MAX;
 use crate::mq::request::Op;
@@ -75,6 +76,13 @@ impl Slot {
         } else {
             entry
         }
+    }
+
+    /// A submission entry that does nothing and completes with `EFAULT`.
+    #[cold]
+    pub(in crate::engine) fn refused_sqe(disk: &Disk) -> squeue::Entry {
+        let nowhere = std::ptr::without_provenance_mut(NOWHERE);
+        on_file!(disk, |fd| opcode::Read::new(fd, nowhere, 1).build())
     }
 
     #[inline]

@@ -107,6 +107,9 @@ impl std::fmt::Display for Errno {
     }
 }
 
+/// `sigbus::MOST_PAGES`, of which one is enough to run out of them.
+const MOST_PAGES: usize = 1;
+
 /// `engine::mapping::PAGE_BYTES`
 const PAGE_BYTES: u64 = 4096;
 
@@ -123,7 +126,7 @@ fn zeroes(count: usize) -> Box<[atomic::AtomicU64]> {
 use atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
 use bucket::{Bucket, Speed, ticks};
 use known::Known;
-use slot::Slot;
+use slot::{Recorded, Slot};
 use sync_fault::SyncFault;
 use times::{Followed, Times};
 
@@ -214,26 +217,34 @@ fn a_range_is_seen_whole() {
     assert_eq!(slot.get(), Some((0x2000, 2)));
 }
 
-/// Two threads find a range gone at the same time. When either goes on, with zeros, it learns that memory was
-/// lost and which: the daemon looks when the count differs from what it was.
-fn who_goes_on_with_zeros_knows_it() {
-    let shared = Arc::new((Slot::default(), AtomicU64::new(0)));
-    let touch = |shared: &(Slot, AtomicU64)| {
-        let (slot, losses) = shared;
-        slot.lose(losses);
-        assert!(losses.load(Ordering::Acquire) != 0 && slot.lost.load(Ordering::Relaxed));
+/// Two threads find pages gone at the same time, of which the slot has a place for one. When either goes on, with
+/// zeros, it learns that memory was lost and that its page is among it: the daemon looks when the count differs from
+/// what it was.
+fn zeros_are_recorded_before_they_are_read() {
+    let slot = Slot::default();
+    slot.describe(0x1000, true);
+    slot.set(0x1000, 0x2000);
+    let shared = Arc::new((slot, AtomicU64::new(0)));
+    let has = |slot: &Slot, page: usize| {
+        let mut found = false;
+        slot.each_lost(|base, len| found |= (base..base + len).contains(&page));
+        found
     };
-    let others = [(); 2].map(|()| {
+    let touch = move |shared: &(Slot, AtomicU64), page| {
+        let (slot, losses) = shared;
+        if slot.lose(page, losses) == Recorded::NoPlace {
+            slot.lose_all(losses);
+        }
+        assert!(losses.load(Ordering::Acquire) != 0 && slot.lost.load(Ordering::Relaxed));
+        assert!(has(slot, page));
+    };
+    let other = {
         let shared = Arc::clone(&shared);
-        thread::spawn(move || touch(&shared))
-    });
-    // One that only looks.
-    if shared.1.load(Ordering::Acquire) != 0 {
-        assert!(shared.0.lost.load(Ordering::Relaxed));
-    }
-    for other in others {
-        other.join().unwrap();
-    }
+        thread::spawn(move || touch(&shared, 0x1000))
+    };
+    touch(&shared, 0x2000);
+    other.join().unwrap();
+    assert!(shared.0.pages_lost() == 1 && has(&shared.0, 0x1000) && has(&shared.0, 0x2000));
 }
 
 /// A thread looks at a page, finds it there and learns that, while another takes it away, and once more. In
@@ -333,8 +344,8 @@ fn main() {
         ("a failed sync is remembered", a_failed_sync_is_remembered),
         ("a range is seen whole", a_range_is_seen_whole),
         (
-            "who goes on with zeros knows it",
-            who_goes_on_with_zeros_knows_it,
+            "zeros are recorded before they are read",
+            zeros_are_recorded_before_they_are_read,
         ),
         (
             "a page that is gone is not known",
