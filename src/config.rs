@@ -48,6 +48,8 @@ pub struct Config {
     pub control_path: Option<PathBuf>,
     /// The control socket of the daemon to take the disks over from, if there is one.
     pub take_over: Option<PathBuf>,
+    /// Whether a take-over closes sessions that are not ready in time.
+    pub close_unready: bool,
     /// Most worker threads; at least one. There are never more than queues.
     pub workers: usize,
     /// The CPUs they run on, one each in turn.
@@ -221,6 +223,7 @@ impl Config {
             groups,
             control_path,
             take_over,
+            close_unready: safety.close_unready,
             workers,
             worker_cpus,
             poll_us,

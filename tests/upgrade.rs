@@ -7,9 +7,17 @@
 
 #[path = "upgrade/carried.rs"]
 mod carried;
+#[path = "upgrade/held.rs"]
+mod held;
+#[path = "upgrade/impostor.rs"]
+mod impostor;
+#[path = "upgrade/last_release.rs"]
+mod last_release;
 #[path = "upgrade/refused.rs"]
 mod refused;
 mod support;
+#[path = "upgrade/unready.rs"]
+mod unready;
 
 use std::fs::File;
 use std::path::{Path, PathBuf};

@@ -55,6 +55,11 @@ pub struct DiskSafety {
 /// The flags of the process.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Args)]
 pub struct ProcessSafety {
+    /// With --take-over, close the sessions of front ends that are not ready to be handed over
+    /// after five seconds, instead of giving up [default: give up]
+    #[arg(verbatim_doc_comment, long, requires = "take_over", help_heading = PROCESS)]
+    pub close_unready: bool,
+
     /// Become this user (and group) when images and sockets are open [default: stay who
     /// started it]
     #[arg(

@@ -5,7 +5,6 @@ mod dealing;
 mod dedicated;
 mod describe;
 mod hold;
-mod notes;
 mod resize;
 mod tuning;
 mod usage;
@@ -32,7 +31,7 @@ pub use self::cache::CacheError;
 use self::cache::CacheState;
 use self::dedicated::Dedicated;
 use self::describe::{shape, space, target};
-pub use self::hold::{Changes, Holding};
+pub use self::hold::{Changes, Holding, NotHeld};
 pub use self::resize::ResizeError;
 use self::resize::Size;
 pub use self::tuning::Membership;
@@ -107,7 +106,10 @@ impl Disk {
         let disk = Disk {
             id,
             write_through: Arc::new(AtomicBool::new(config.cache.is_write_through())),
-            cache: Mutex::new(CacheState::new(config.cache.is_write_through())),
+            cache: Mutex::new(CacheState {
+                chosen: config.cache.is_write_through(),
+                flushless: false,
+            }),
             sync_fault: Arc::default(),
             throttle: Arc::new(Throttle::new(config.limits)),
             group: Mutex::new(None),
@@ -244,15 +246,10 @@ impl Disk {
         let mut queues = self.lock_queues();
         queues.started.remove(&queue.0);
         queues.polled.remove(&queue.0);
-        if !queues.started.is_empty() {
-            return;
-        }
         // With its last queue ends what was held.
-        if self.config.on_error != OnError::Report {
+        if queues.started.is_empty() && self.config.on_error != OnError::Report {
             self.resume_workers();
         }
-        drop(queues);
-        self.rings_stopped();
     }
 
     /// The vCPUs the map sends to a queue, for the summary.

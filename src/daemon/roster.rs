@@ -147,6 +147,14 @@ impl Roster {
             .any(|(id, found)| *id == disk.id && found.held)
     }
 
+    /// The first disk that is held after an error.
+    pub fn first_held(&self) -> Option<&Disk> {
+        let reports = self.reports();
+        let mut faults = reports.iter().flat_map(|report| &report.faults);
+        let (id, _) = faults.find(|(_, found)| found.held)?;
+        self.disks.get(id.index()).map(Arc::as_ref)
+    }
+
     /// The summary of `reports`.
     pub fn summarize(&self, reports: &[WorkerReport]) -> Summary {
         summarize(&self.disks, &self.workers, reports)

@@ -20,7 +20,6 @@ use crate::mq::limits::MAX_RING_SIZE;
 use super::backend::DeviceBackend;
 use super::dirty::Unlogged;
 use super::disk::Disk;
-use super::files;
 use super::session::{
     CarriedSession, ConfigNotifier, Guard, LogKeeper, PrimeError, Served, SessionEnd, SessionLimits,
 };
@@ -40,8 +39,6 @@ pub struct DiskServer {
     pub stop: Arc<Stop>,
     /// Where it rests.
     pub rest: Arc<RestPlace>,
-    /// The listener's descriptor has this number or a higher one; see [`files::number_from`].
-    pub listeners_from: i32,
 }
 
 /// Where front ends connect.
@@ -71,11 +68,8 @@ impl DiskServer {
 
     fn run(&self, beginning: Beginning) {
         let Beginning { door, session } = beginning;
-        let (mut door, connected) = match door {
-            Some(Door::Listening(listener, file)) => {
-                let listener = files::number_from(listener.into(), self.listeners_from).into();
-                (Some(Listening { listener, file }), None)
-            }
+        let (door, connected) = match door {
+            Some(Door::Listening(listener, file)) => (Some(Listening { listener, file }), None),
             Some(Door::Connected(stream)) => (None, Some(stream)),
             None => (None, None),
         };
@@ -86,29 +80,32 @@ impl DiskServer {
         }
         let mut verdict = Verdict::GoOn;
         if let Some(session) = session {
-            verdict = self.carry_on(session, &mut door);
+            verdict = self.carry_on(session, door.as_ref());
         } else if let Some(stream) = connected {
-            verdict = self.serve(stream, &mut None);
+            verdict = self.serve(stream, None);
         }
+        let Some(door) = door else {
+            return;
+        };
         if verdict == Verdict::GoOn {
-            verdict = self.listen(&mut door);
+            verdict = self.listen(&door);
         }
-        if let (Verdict::Leave, Some(file)) = (verdict, door.and_then(|door| door.file)) {
+        if let (Verdict::Leave, Some(file)) = (verdict, door.file) {
             file.leave();
         }
     }
 
     /// One session at a time: a front end that connects meanwhile waits until it is its turn.
-    fn listen(&self, door: &mut Option<Listening>) -> Verdict {
-        while let Some(open) = door {
-            let verdict = match self.rest.wait(&self.stop, &open.listener) {
+    fn listen(&self, door: &Listening) -> Verdict {
+        loop {
+            let verdict = match self.rest.wait(&self.stop, &door.listener) {
                 Woken::Stopped => return Verdict::GoOn,
                 Woken::Wished => {
-                    let with = Self::at_rest(Some(open), None);
+                    let with = Self::at_rest(Some(door), None);
                     self.rest.rest(self.disk.id, with)
                 }
-                Woken::Readable => match open.listener.accept() {
-                    Ok((stream, _)) => self.serve(stream, door),
+                Woken::Readable => match door.listener.accept() {
+                    Ok((stream, _)) => self.serve(stream, Some(door)),
                     Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => Verdict::GoOn,
                     Err(error) => {
                         log::error!("disk {}: cannot accept: {error}", self.disk.config.serial);
@@ -122,10 +119,9 @@ impl DiskServer {
                 return verdict;
             }
         }
-        Verdict::GoOn
     }
 
-    fn serve(&self, stream: UnixStream, door: &mut Option<Listening>) -> Verdict {
+    fn serve(&self, stream: UnixStream, door: Option<&Listening>) -> Verdict {
         let serial = &self.disk.config.serial;
         log::info!("disk {serial}: a front end connected");
         match Session::open(self, stream) {
@@ -138,29 +134,26 @@ impl DiskServer {
     }
 
     /// Serves a session to its end, or until another process has it.
-    ///
-    /// When the process ends, `door` is closed and its file removed before the front end can notice: one that
-    /// connects again the moment it sees the hang-up finds nobody, and tries again. In the queue of a listener
-    /// that is about to close it would be reset, after which some front ends (Cloud Hypervisor up to v53.0)
-    /// give the disk up.
-    fn carry_on(&self, mut session: Session, door: &mut Option<Listening>) -> Verdict {
+    fn carry_on(&self, mut session: Session, door: Option<&Listening>) -> Verdict {
         let serial = &self.disk.config.serial;
         self.disk.set_connected(true);
         self.disk.set_notifier(Some(session.notifier()));
         let verdict = loop {
             match session.guard.serve() {
                 Served::AtRest => {
-                    let with = Self::at_rest(door.as_ref(), Some(&session));
-                    if self.rest.rest(self.disk.id, with) == Verdict::Leave {
-                        // The other process keeps the notes of the guest from now on.
-                        self.disk.session_ended();
-                        break Verdict::Leave;
+                    let with = Self::at_rest(door, Some(&session));
+                    match self.rest.rest(self.disk.id, with) {
+                        Verdict::GoOn => {}
+                        Verdict::Leave => break Verdict::Leave,
+                        Verdict::MakeWay => {
+                            session.guard.close();
+                            let end = SessionEnd::MadeWay;
+                            log::warn!("disk {serial}: the session was closed: {end}");
+                            break Verdict::GoOn;
+                        }
                     }
                 }
                 Served::Over(end) => {
-                    if self.stop.is_signalled() {
-                        *door = None;
-                    }
                     session.guard.close();
                     match end {
                         SessionEnd::FrontEndLeft | SessionEnd::Stopped => {
@@ -197,6 +190,7 @@ pub struct Session {
     disk: Arc<Disk>,
     state: Arc<SessionState>,
     memory: GuestMemory,
+    backend: Arc<DeviceBackend>,
     daemon: VhostUserDaemon<Arc<DeviceBackend>>,
     guard: Guard,
 }
@@ -235,7 +229,7 @@ impl Session {
         let memory = GuestMemoryAtomic::new(GuestMemoryMmap::<Unlogged>::new());
         let name = format!("session-{}", disk.id);
         let mut daemon = bind(state, || {
-            VhostUserDaemon::new(name, backend, memory.clone())
+            VhostUserDaemon::new(name, Arc::clone(&backend), memory.clone())
         })
         .map_err(|error| io::Error::other(error.to_string()))?;
         let device = server.junction.join(|listener| {
@@ -246,7 +240,7 @@ impl Session {
         state.can_give_up(&device)?;
         let limits = SessionLimits::new(disk.config.num_queues, MAX_RING_SIZE);
         let guard = Guard::new(stream, device, limits, server.stop.watch()?)?
-            .heed(server.rest.wish()?)
+            .heed(server.rest.wish()?, server.rest.make_way()?)
             .watch_memory(state.watch_memory()?)
             .with_inflight(Arc::clone(state.inflight()))
             .with_log(Arc::clone(state) as Arc<dyn LogKeeper>);
@@ -254,6 +248,7 @@ impl Session {
             disk,
             state: Arc::clone(state),
             memory,
+            backend,
             daemon,
             guard,
         })
@@ -283,6 +278,10 @@ impl Session {
         if self.state.is_logging() {
             // Its log would have to travel too, for a guest that is about to leave anyway.
             return Err(io::Error::other("its guest is being migrated"));
+        }
+        if self.backend.is_transferring() {
+            // So would what was promised about it, for a moment.
+            return Err(io::Error::other("its state is being saved or loaded"));
         }
         let (front_end, channel) = self.guard.connections()?;
         let memory = self.memory.memory();

@@ -38,21 +38,22 @@ mod refusal;
 mod rest;
 mod rules;
 mod shape;
+mod stall;
 mod streams;
+mod wait;
 mod wire;
 
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::time::Instant;
 
-use rustix::event::{PollFd, PollFlags, poll};
-use rustix::io::Errno;
+use rustix::event::PollFlags;
 
 pub use carry::{CarriedRegion, CarriedRing, CarriedSession, Negotiated, PrimeError};
-pub use contents::read_from as config_read_from;
 pub use fds::open_fd_table;
-pub use inflight::{CarriedInflight, InflightStore, NoteKeeper};
+pub use inflight::{CarriedInflight, InflightStore};
 pub use log::LogKeeper;
 pub use notifier::ConfigNotifier;
 pub use refusal::{Reason, Refusal, RequestName};
@@ -63,6 +64,8 @@ use notifier::Channel;
 use rest::Rest;
 pub use rest::Served;
 use rules::Rules;
+use stall::Stall;
+use wait::HUNG_UP;
 use wire::{Flushed, MAX_FDS, Message, Progress, Receiver, SendQueue};
 
 /// Memory regions a session may have: as many as the device answers to GET_MAX_MEM_SLOTS, which is
@@ -116,6 +119,17 @@ pub enum SessionEnd {
          failed"
     )]
     MemoryLost,
+    /// The front end neither goes on nor leaves.
+    #[error(
+        "the front end did not go on for {} seconds, with half a message sent or answers not read",
+        stall::PATIENCE.as_secs()
+    )]
+    Stalled,
+    /// A take-over was not to be refused because of it (`--close-unready`).
+    #[error(
+        "its front end was not ready to be handed over, and the new daemon has --close-unready"
+    )]
+    MadeWay,
     /// The stop event was signalled.
     #[error("the session was stopped")]
     Stopped,
@@ -142,6 +156,7 @@ pub struct Guard {
     inflight: Arc<InflightStore>,
     channel: Arc<Channel>,
     rest: Rest,
+    stall: Stall,
 }
 
 impl Guard {
@@ -177,6 +192,7 @@ impl Guard {
             inflight: Arc::default(),
             channel,
             rest: Rest::default(),
+            stall: Stall::new(stall::PATIENCE),
         })
     }
 
@@ -190,6 +206,15 @@ impl Guard {
     pub fn watch_memory(self, memory_lost: OwnedFd) -> Guard {
         Guard {
             memory_lost: Some(memory_lost),
+            ..self
+        }
+    }
+
+    /// Waits that long for a front end in the middle of something.
+    #[cfg(test)]
+    fn with_patience(self, patience: std::time::Duration) -> Guard {
+        Guard {
+            stall: Stall::new(patience),
             ..self
         }
     }
@@ -217,9 +242,17 @@ impl Guard {
 
     /// Waits until something can be done, and does it.
     fn turn(&mut self) -> Result<(), SessionEnd> {
+        let midway = self.from_front_end.is_midway() || !self.to_front_end.is_empty();
+        let moved = self.from_front_end.total() + self.to_front_end.total();
+        if self.stall.look(midway, moved, Instant::now()) {
+            return Err(SessionEnd::Stalled);
+        }
         let ready = self.wait()?;
         if ready.stop {
             return Err(SessionEnd::Stopped);
+        }
+        if ready.make_way {
+            return Err(SessionEnd::MadeWay);
         }
         if ready.memory_lost {
             return Err(SessionEnd::MemoryLost);
@@ -246,59 +279,6 @@ impl Guard {
             self.flush()?;
         }
         Ok(())
-    }
-
-    /// Polls for what can be used: a side is read only while the other side's queue has room.
-    fn wait(&self) -> Result<Ready, SessionEnd> {
-        let interest = |readable: bool, writable: bool| {
-            let mut flags = PollFlags::empty();
-            flags.set(PollFlags::IN, readable);
-            flags.set(PollFlags::OUT, writable);
-            flags
-        };
-        let from_device = self.to_front_end.has_room();
-        let mut fds = vec![
-            PollFd::new(&self.stop, PollFlags::IN),
-            PollFd::new(
-                &self.front_end,
-                interest(self.takes_requests(), !self.to_front_end.is_empty()),
-            ),
-        ];
-        // A hang-up is reported whether or not it is asked for. One that cannot be acted on yet,
-        // because the last answers have nowhere to go, is not polled for: it would not let us sleep.
-        let with_device = from_device || !self.device_hung_up;
-        if with_device {
-            fds.push(PollFd::new(
-                &self.device,
-                interest(from_device, !self.to_device.is_empty()),
-            ));
-        }
-        let extra = fds.len();
-        let wishes = [self.memory_lost.as_ref(), self.rest.wish()];
-        fds.extend(
-            wishes
-                .iter()
-                .flatten()
-                .map(|fd| PollFd::new(*fd, PollFlags::IN)),
-        );
-        loop {
-            match poll(&mut fds, None) {
-                Ok(_) => break,
-                Err(Errno::INTR) => {}
-                Err(errno) => return Err(SessionEnd::Io(errno.into())),
-            }
-        }
-        Ok(Ready {
-            stop: !fds[0].revents().is_empty(),
-            front_end: fds[1].revents(),
-            device: match with_device {
-                true => fds[2].revents(),
-                false => PollFlags::empty(),
-            },
-            memory_lost: wishes[0].is_some() && !fds[extra].revents().is_empty(),
-            // The last of them, if it is there at all.
-            wish: wishes[1].is_some() && fds.last().is_some_and(|fd| !fd.revents().is_empty()),
-        })
     }
 
     /// Sends what is queued, to both sides.
@@ -405,18 +385,6 @@ impl Guard {
         }
         Ok(())
     }
-}
-
-/// What `poll` reports unasked when the other end is closed.
-const HUNG_UP: PollFlags = PollFlags::HUP.union(PollFlags::ERR);
-
-/// What a turn found ready.
-struct Ready {
-    stop: bool,
-    wish: bool,
-    memory_lost: bool,
-    front_end: PollFlags,
-    device: PollFlags,
 }
 
 #[cfg(test)]

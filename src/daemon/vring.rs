@@ -7,7 +7,6 @@
 
 mod carry;
 mod end;
-mod snapshot;
 mod state;
 
 use std::cell::RefCell;
@@ -27,7 +26,6 @@ use crate::virtio::ring::RingSetup;
 use super::dirty::Unlogged;
 use super::message::{FdRole, Message, Reply, StartRing};
 
-use snapshot::Closing;
 pub use state::SessionState;
 
 /// Guest memory as the crate hands it out. The data path does not go through it.
@@ -76,9 +74,7 @@ struct Own {
     /// The worker has the ring.
     running: bool,
     /// GET_VRING_BASE is under way: the crate is about to drop kick and call.
-    closing: Closing,
-    /// Kick and call of a ring that GET_VRING_BASE has stopped; see [`Vring::resume_after_snapshot`].
-    parked: Option<[Option<OwnedFd>; 2]>,
+    closing: bool,
 }
 
 impl Link {
@@ -133,7 +129,6 @@ impl Vring {
             link.session.give_up();
             return;
         }
-        disk.ring_starts(setup.has_history(&memory));
         let start = Box::new(StartRing {
             ring: link.ring,
             setup,
@@ -249,9 +244,6 @@ impl VringT<GuestMemory> for Vring {
 
     fn set_enabled(&self, enabled: bool) {
         self.inner.set_enabled(enabled);
-        if enabled {
-            self.resume_after_snapshot();
-        }
         let own = self.link.own();
         if own.running {
             let ring = self.link.ring;
@@ -260,7 +252,6 @@ impl VringT<GuestMemory> for Vring {
     }
 
     fn set_queue_info(&self, desc: u64, avail: u64, used: u64) -> Result<(), QueueError> {
-        self.link.session.is_set_up();
         self.inner.set_queue_info(desc, avail, used)?;
         // A ring that got its kick before its addresses starts now.
         if self.inner.get_ref().get_queue().ready() {
@@ -274,18 +265,15 @@ impl VringT<GuestMemory> for Vring {
         if ready {
             self.start();
         } else {
+            self.link.own().closing = true;
             self.stop();
-            self.link.own().closing = Closing::Kick;
         }
     }
 
     fn set_kick(&self, file: Option<File>) {
-        let closing = self.link.own().close_kick();
+        let closing = std::mem::take(&mut self.link.own().closing);
         self.set_fd(FdRole::Kick, file.as_ref());
         let please_poll = file.is_none() && !closing;
-        if !closing {
-            self.link.session.is_set_up();
-        }
         self.inner.set_kick(file);
         // Without an fd the front end asks us to look by ourselves. The crate starts a ring only
         // when it has an fd, so that is done here.
@@ -295,7 +283,6 @@ impl VringT<GuestMemory> for Vring {
     }
 
     fn set_call(&self, file: Option<File>) {
-        self.link.own().close_call();
         self.set_fd(FdRole::Call, file.as_ref());
         let link = &self.link;
         if link.own().running {
@@ -311,7 +298,6 @@ impl VringT<GuestMemory> for Vring {
     }
 
     fn set_queue_size(&self, num: u16) {
-        self.link.session.is_set_up();
         self.inner.set_queue_size(num);
     }
 
@@ -324,7 +310,6 @@ impl VringT<GuestMemory> for Vring {
     }
 
     fn set_queue_next_avail(&self, base: u16) {
-        self.link.session.is_set_up();
         self.inner.set_queue_next_avail(base);
     }
 

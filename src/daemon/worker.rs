@@ -46,7 +46,7 @@ use self::coalesce::Patience;
 use self::control::Pending;
 use self::driver::EngineDriver;
 use self::faults::{Care, failed};
-pub use self::hold::HeldRings;
+pub use self::hold::{HeldRings, WaitsAfterError};
 use self::port::Port;
 use self::spin::Spin;
 use self::traced::Named;

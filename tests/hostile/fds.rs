@@ -12,7 +12,15 @@ use rustix::pipe::{PipeFlags, pipe_with};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 
+const SET_MEM_TABLE: u32 = 5;
+const SET_LOG_BASE: u32 = 6;
 const SET_BACKEND_REQ_FD: u32 = 21;
+const SET_INFLIGHT_FD: u32 = 32;
+const ADD_MEM_REG: u32 = 37;
+const SET_DEVICE_STATE_FD: u32 = 42;
+/// The directions of SET_DEVICE_STATE_FD.
+const SAVE: u32 = 0;
+const LOAD: u32 = 1;
 /// The largest count an eventfd can have.
 const FULL: u64 = u64::MAX - 1;
 
@@ -277,6 +285,44 @@ attacks! {
         }
         stage.told("the back-end channel's descriptor is a connection to this daemon");
         stage.told("the call descriptor is a connection to this daemon");
+    }
+
+    /// Each request that brings a descriptor, whatever it is for.
+    fn its_own_connection_with_any_request_that_brings_a_descriptor(stage) {
+        use vhost::vhost_user::message::VhostUserProtocolFeatures as P;
+        let setup = Setup {
+            protocol: protocol::KNOWN | P::BACKEND_REQ | P::LOG_SHMFD | P::INFLIGHT_SHMFD | P::DEVICE_STATE
+                | P::CONFIGURE_MEM_SLOTS,
+            ..Setup::default()
+        };
+        let u32s = |words: &[u32]| words.iter().flat_map(|word| word.to_ne_bytes()).collect::<Vec<u8>>();
+        let u64s = |words: &[u64]| words.iter().flat_map(|word| word.to_ne_bytes()).collect::<Vec<u8>>();
+        let far = 1 << 40;
+        for (request, payload) in [
+            (SET_MEM_TABLE, u64s(&[1, far, 4096, far, 0])),
+            (ADD_MEM_REG, u64s(&[0, far, 4096, far, 0])),
+            (SET_LOG_BASE, u64s(&[1 << 20, 0])),
+            (SET_INFLIGHT_FD, [u64s(&[1 << 20, 0]), vec![1, 0, 128, 0], u32s(&[0])].concat()),
+            (SET_BACKEND_REQ_FD, Vec::new()),
+            (SET_VRING_KICK, u64s(&[0])),
+            (SET_VRING_CALL, u64s(&[0])),
+            (SET_VRING_ERR, u64s(&[0])),
+            (SET_DEVICE_STATE_FD, u32s(&[SAVE, 0])),
+            (SET_DEVICE_STATE_FD, u32s(&[LOAD, 0])),
+        ] {
+            let front = Front::connect(stage.socket(), &setup).expect("a session");
+            front.send_raw(request, 1, &payload, &[front.socket().as_fd()]).expect("it is sent");
+            assert!(front.is_closed(), "request {request}");
+        }
+        stage.told("SET_DEVICE_STATE_FD: the device state's descriptor is a connection to this daemon");
+        stage.told("SET_DEVICE_STATE_FD: the channel of the device's state is a Unix stream socket");
+        // In a socket whose message waits there until the state is loaded.
+        let front = Front::connect(stage.socket(), &setup).expect("a session");
+        let (ours, theirs) = UnixStream::pair().expect("sockets");
+        hide(&ours, front.socket()).expect("there is room");
+        front.send_raw(SET_DEVICE_STATE_FD, 1, &u32s(&[LOAD, 0]), &[theirs.as_fd()]).expect("it is sent");
+        drop((front, ours, theirs));
+        stage.attach(1).read(0, 0, 4096);
     }
 
     /// The same, as a message that nobody reads in a socket that may be sent: put there before, or afterwards.

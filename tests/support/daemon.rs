@@ -27,6 +27,8 @@ pub struct Spec {
     read_only: bool,
     lifetime: Duration,
     args: Vec<String>,
+    /// Another build of our program.
+    program: Option<PathBuf>,
 }
 
 #[derive(Clone, Debug)]
@@ -66,7 +68,14 @@ impl Spec {
             read_only: false,
             lifetime: Duration::from_secs(120),
             args: Vec::new(),
+            program: None,
         }
+    }
+
+    /// Another build of our program, instead of the one that the tests are about.
+    pub fn program(mut self, program: Option<&Path>) -> Self {
+        self.program = program.map(Path::to_owned);
+        self
     }
 
     /// Queues to offer (default 4).
@@ -204,7 +213,8 @@ impl Daemon {
     }
 
     fn our_command(spec: &Spec, socket: &Path, image: Option<&Path>) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_vhost-user-blkmq"));
+        let ours = Path::new(env!("CARGO_BIN_EXE_vhost-user-blkmq"));
+        let mut command = Command::new(spec.program.as_deref().unwrap_or(ours));
         command
             .arg("--socket-path")
             .arg(socket)

@@ -41,6 +41,19 @@ fn a_disk_without_a_front_end_is_taken_over_with_its_socket() {
 }
 
 #[test]
+fn a_daemon_that_was_taken_over_from_says_so() {
+    let mut lineage = Lineage::start(Spec::null(MIB), &[]);
+    for _ in 0..5 {
+        let mut old = lineage.daemon;
+        lineage.daemon = old.beside(&lineage.spec);
+        assert!(old.wait_exit().success());
+        let (_, _, said) = old.terminate();
+        assert!(said.contains("another daemon has the disks"), "{said}");
+        assert!(lineage.daemon.wait_for_message("listening on"));
+    }
+}
+
+#[test]
 fn a_front_end_that_connects_meanwhile_is_served_by_the_new_daemon() {
     const ASK: [u8; 12] = [1, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0];
     let mut lineage = Lineage::start(Spec::image(8 * MIB), &[]);

@@ -126,9 +126,14 @@ impl Actor {
     }
 
     fn ask_once(lineage: &Lineage, formats: &str) -> (Actor, String) {
+        Self::ask_as(lineage, formats, "test")
+    }
+
+    fn ask_as(lineage: &Lineage, formats: &str, version: &str) -> (Actor, String) {
         let mut stream = UnixStream::connect(lineage.control()).expect("it listens");
         stream.set_read_timeout(Some(DEADLINE)).expect("a timeout");
-        let body = format!(r#"{{"formats": {formats}, "version": "test"}}"#);
+        let version = serde_json::json!(version);
+        let body = format!(r#"{{"formats": {formats}, "version": {version}}}"#);
         let ask = format!(
             "POST /v1/take-over HTTP/1.1\r\nContent-Length: {}\r\n\r\n{body}",
             body.len()
@@ -262,6 +267,30 @@ fn formats_that_are_not_read_and_second_takers_are_refused() {
     );
     let error = change.expect_err("not now").to_string();
     assert!(error.contains("another change is under way"), "{error}");
+}
+
+#[test]
+fn control_characters_of_the_new_daemon_are_not_logged() {
+    let lineage = Lineage::start(Spec::null(MIB), &[]);
+    let evil = "\u{1b}[2J\n[ERROR] all is lost";
+    let (mut actor, head) = Actor::ask_as(&lineage, "[1]", evil);
+    assert!(head.starts_with("HTTP/1.1 101 "), "{head}");
+    actor.say(7, &serde_json::json!({ "error": evil }).to_string());
+    let shown = "the new daemon gave up: \\u{1b}[2J\\n[ERROR] all is lost";
+    assert!(
+        lineage.daemon.wait_for_message(shown),
+        "{}",
+        lineage.daemon.stderr()
+    );
+    let said = lineage.daemon.stderr();
+    assert!(
+        said.contains("version \\u{1b}[2J\\n[ERROR] all is lost asks"),
+        "{said}"
+    );
+    assert!(
+        said.lines().all(|line| !line.chars().any(char::is_control)),
+        "{said:?}"
+    );
 }
 
 #[test]

@@ -13,7 +13,7 @@ use crate::mq::ids::QueueId;
 use crate::mq::qos::Limits;
 
 use super::super::message::Message;
-use super::super::worker::HeldRings;
+use super::super::worker::{HeldRings, WaitsAfterError};
 use super::{Disk, Membership};
 
 /// What was chosen while the disk was served, by its guest or with the control socket, and differs
@@ -28,10 +28,17 @@ pub struct Changes {
     pub group: Option<Option<String>>,
     /// The guest chose another cache mode: true for write-through.
     pub write_through: Option<bool>,
-    /// Whether the guest chose write-through is not known, and it has it for that.
-    pub cautious: bool,
     /// The image could not be synced, so that no flush can succeed any more: a host's `errno`.
     pub sync_fault: Option<i32>,
+}
+
+/// Why a disk could not be held.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NotHeld {
+    /// Requests were in flight until the deadline.
+    Late,
+    /// It waits for its user after an I/O error (`--on-error`).
+    AfterError,
 }
 
 /// A disk whose workers were told to hold it.
@@ -39,20 +46,23 @@ pub struct Changes {
 pub struct Holding(Vec<Receiver<HeldRings>>);
 
 impl Holding {
-    /// Waits until nothing is in flight, not longer than `deadline`. Where each started ring is then;
-    /// `None` if something is in flight still.
-    pub fn wait(self, deadline: Instant) -> Option<BTreeMap<QueueId, u16>> {
+    /// Waits until nothing is in flight, not longer than `deadline`. Where each started ring is then.
+    ///
+    /// # Errors
+    ///
+    /// Something is in flight still, or until the disk is resumed after an I/O error.
+    pub fn wait(self, deadline: Instant) -> Result<BTreeMap<QueueId, u16>, NotHeld> {
         let mut rings = BTreeMap::new();
         for answer in self.0 {
             let left = deadline.saturating_duration_since(Instant::now());
             match answer.recv_timeout(left) {
-                Ok(held) => rings.extend(held),
-                Err(RecvTimeoutError::Timeout) => return None,
+                Ok(held) => rings.extend(held.map_err(|WaitsAfterError| NotHeld::AfterError)?),
+                Err(RecvTimeoutError::Timeout) => return Err(NotHeld::Late),
                 // The worker has ended, and with it all requests.
                 Err(RecvTimeoutError::Disconnected) => {}
             }
         }
-        Some(rings)
+        Ok(rings)
     }
 }
 
@@ -77,9 +87,9 @@ impl Disk {
     }
 
     /// Whether the guest was promised that writes are durable when they complete, by its own choice or
-    /// by the configuration, or may have been.
-    pub fn is_write_through_promised(&self) -> bool {
-        self.lock_cache().is_promised()
+    /// by the configuration.
+    pub fn chose_write_through(&self) -> bool {
+        self.lock_cache().chosen
     }
 
     /// What differs from the configuration by now.
@@ -94,7 +104,6 @@ impl Disk {
             group: (group != config.group).then_some(group),
             sync_fault: self.sync_fault.errno().map(|errno| errno.0),
             write_through: (chosen != config.cache.is_write_through()).then_some(chosen),
-            cautious: self.lock_cache().cautious,
         }
     }
 
@@ -129,11 +138,8 @@ impl Disk {
         self.change_cache(|cache| {
             cache.chosen = match changes.write_through {
                 Some(chosen) => chosen,
-                // Nothing was chosen where all that is known is that it may have been.
-                None => cache.chosen || was_write_through && !changes.cautious,
+                None => cache.chosen || was_write_through,
             };
-            cache.cautious = changes.cautious;
-            cache.known = true;
         })
     }
 }

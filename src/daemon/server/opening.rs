@@ -8,7 +8,7 @@ use crate::config::{Config, DiskConfig, SocketSource};
 use crate::daemon::growth::GrowthWatch;
 use crate::daemon::sandbox::{Identity, find_group};
 use crate::daemon::socket::{Access, Door, SocketFile, listen_privately};
-use crate::daemon::takeover::Predecessor;
+use crate::daemon::takeover::{Predecessor, Trusted};
 use crate::engine::disk::Image;
 use crate::error::StartError;
 
@@ -46,7 +46,10 @@ impl Opening {
             .map(|disk| access(disk, identity.as_ref()))
             .collect::<Result<Vec<_>, _>>()?;
         let predecessor = match &config.take_over {
-            Some(path) => Predecessor::find(path, config)?,
+            Some(path) => {
+                let becomes = identity.as_ref().map(|user| user.ids().0);
+                Predecessor::find(path, config, Trusted::new(becomes))?
+            }
             None => None,
         };
         let inherits = |disk: &DiskConfig| predecessor.as_ref().is_some_and(|p| p.serves(disk));

@@ -23,9 +23,11 @@ pub enum Served {
 }
 
 impl Guard {
-    /// Comes to rest, and returns from [`Guard::serve`], whenever `wish` is readable.
-    pub fn heed(mut self, wish: OwnedFd) -> Guard {
-        self.rest.heed(wish);
+    /// Comes to rest, and returns from [`Guard::serve`], whenever `wish` is readable. Ends if it is not at rest when
+    /// `make_way` is readable.
+    pub fn heed(mut self, wish: OwnedFd, make_way: OwnedFd) -> Guard {
+        self.rest.wish = Some(wish);
+        self.rest.make_way = Some(make_way);
         self
     }
 
@@ -77,20 +79,21 @@ enum Phase {
 #[derive(Debug, Default)]
 pub(super) struct Rest {
     wish: Option<OwnedFd>,
+    make_way: Option<OwnedFd>,
     phase: Phase,
     /// The front end's own GET_FEATURES that are not answered yet.
     outstanding: usize,
 }
 
 impl Rest {
-    /// Comes to rest whenever `wish` is readable.
-    pub(super) fn heed(&mut self, wish: OwnedFd) {
-        self.wish = Some(wish);
-    }
-
     /// What to poll for, as long as it has not been seen.
     pub(super) fn wish(&self) -> Option<&OwnedFd> {
         self.wish.as_ref().filter(|_| self.phase == Phase::Serving)
+    }
+
+    /// What to poll for at any time.
+    pub(super) fn make_way(&self) -> Option<&OwnedFd> {
+        self.make_way.as_ref()
     }
 
     /// The wish was seen.

@@ -3,7 +3,7 @@
 //! The rules see a message after it is whole and before the device does. They keep no more of a
 //! session than they need to judge the next message: what was negotiated and which memory there is.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use vhost::vhost_user::message::{
@@ -19,7 +19,7 @@ use super::memory::{REGION_BYTES, Region, RegionTable};
 use super::notifier::Channel;
 use super::refusal::Reason;
 use super::shape::{SINGLE_HEADER_BYTES, Shape, TABLE_HEADER_BYTES, U64_BYTES};
-use super::streams::{self, Unfit};
+use super::streams;
 use super::wire::{
     FLAG_NEED_REPLY, FLAG_REPLY, Header, MAX_FDS, Message, VERSION, VERSION_MASK, u32_at, u64_at,
 };
@@ -154,7 +154,7 @@ impl Rules {
                     R::GET_VRING_BASE => self.queue_index(u32_at(payload, 0))?,
                     R::SET_VRING_ENABLE => self.vring_enable(payload)?,
                     R::SET_VRING_ADDR => self.vring_addr(payload)?,
-                    R::GET_CONFIG | R::SET_CONFIG => contents::config(request, payload)?,
+                    R::GET_CONFIG | R::SET_CONFIG => contents::config(payload)?,
                     // No payload and nothing to remember.
                     _ => {}
                 }
@@ -195,11 +195,7 @@ impl Rules {
     }
 
     fn set_protocol_features(&mut self, features: u64) -> Result<(), Reason> {
-        self.protocol_acked = features;
-        match features & !self.protocol_offered.unwrap_or(u64::MAX) {
-            0 => {}
-            extra => return Err(Reason::ProtocolNotOffered(extra)),
-        }
+        self.protocol_acked = offered(features, self.protocol_offered)?;
         let both =
             (VhostUserProtocolFeatures::BACKEND_REQ | VhostUserProtocolFeatures::CONFIG).bits();
         self.channel.set_negotiated(features & both == both);
@@ -213,7 +209,7 @@ impl Rules {
             FdKind::UnixStream => {}
             other => return Err(Reason::ChannelKind(other.describe())),
         }
-        take_stream(fd, "back-end channel's")?;
+        streams::written(fd, "back-end channel's")?;
         let duplicate = fd.as_fd().try_clone_to_owned().map_err(examine)?;
         self.channel.set_socket(duplicate);
         Ok(())
@@ -310,7 +306,7 @@ impl Rules {
         match kind {
             FdKind::Eventfd => Ok(()),
             FdKind::Pipe { writable: true } if !read => Ok(()),
-            FdKind::UnixStream if !read => take_stream(fd, role),
+            FdKind::UnixStream if !read => streams::written(fd, role),
             other => Err(Reason::FdKind {
                 queue,
                 role,
@@ -392,16 +388,6 @@ pub(super) fn check_answer_header(header: Header) -> bool {
             .is_ok_and(|size| size <= vhost::vhost_user::message::MAX_MSG_SIZE)
 }
 
-/// A stream socket that is only going to be written to.
-fn take_stream(fd: &OwnedFd, role: &'static str) -> Result<(), Reason> {
-    match streams::take(fd) {
-        Ok(Ok(())) => Ok(()),
-        Ok(Err(Unfit::LeadsToUs)) => Err(Reason::OwnConnection { role }),
-        Ok(Err(Unfit::Listens)) => Err(Reason::Listens { role }),
-        Err(error) => Err(Reason::Examine(error.to_string())),
-    }
-}
-
 fn expect_fds(message: &Message, want: usize) -> Result<(), Reason> {
     let got = message.fds.len();
     if got != want {
@@ -412,9 +398,8 @@ fn expect_fds(message: &Message, want: usize) -> Result<(), Reason> {
 
 /// `features`, if each was offered. A front end that never asked is held to nothing here.
 fn offered(features: u64, offered: Option<u64>) -> Result<u64, Reason> {
-    let offered = offered.unwrap_or(u64::MAX);
-    match features & !offered {
+    match features & !offered.unwrap_or(u64::MAX) {
         0 => Ok(features),
-        extra => Err(Reason::NotOffered { extra, offered }),
+        extra => Err(Reason::NotOffered(extra)),
     }
 }

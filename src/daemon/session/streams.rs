@@ -1,4 +1,6 @@
-//! Stream sockets that a front end sends to be written to: its calls, errors, and the back-end channel.
+//! The gate for stream sockets that a front end sends: its calls, errors, the back-end channel, the channel of a state
+//! that is saved. All of them are only written to. No other kind of descriptor that a session takes can hold a descriptor
+//! of its own: eventfds, pipes, memory and files.
 //!
 //! A session ends when its front end has left, which is when the last descriptor of the other end of its connection is
 //! closed. If we held one ourselves it would never end, and the disk would not be served again. So what is sent must
@@ -17,19 +19,31 @@ use rustix::net::{
 };
 use rustix::process::getpid;
 
+use super::refusal::Reason;
+
 /// What is wrong with a stream socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Unfit {
+enum Unfit {
     /// It is the other end of a connection to this process.
     LeadsToUs,
     /// It listens.
     Listens,
 }
 
+/// Takes a stream socket that is only going to be written to, as `role` says in a message; see [`take`].
+pub(super) fn written(socket: &OwnedFd, role: &'static str) -> Result<(), Reason> {
+    match take(socket) {
+        Ok(Ok(())) => Ok(()),
+        Ok(Err(Unfit::LeadsToUs)) => Err(Reason::OwnConnection { role }),
+        Ok(Err(Unfit::Listens)) => Err(Reason::Listens { role }),
+        Err(error) => Err(Reason::Examine(error.to_string())),
+    }
+}
+
 /// Takes a stream socket that is only going to be written to. From here on nothing can be put into it, whoever else
 /// has it: that belongs to the socket and not to a descriptor, and the sender is to read what we write and nothing
 /// else.
-pub(super) fn take(socket: &OwnedFd) -> io::Result<Result<(), Unfit>> {
+fn take(socket: &OwnedFd) -> io::Result<Result<(), Unfit>> {
     if leads_to_us(socket)? {
         return Ok(Err(Unfit::LeadsToUs));
     }

@@ -127,6 +127,8 @@ pub(super) struct Receiver {
     fds: Vec<OwnedFd>,
     /// The checked header of the message whose payload is being received.
     header: Option<Header>,
+    /// Bytes received so far, of all messages.
+    total: u64,
 }
 
 impl Receiver {
@@ -136,7 +138,13 @@ impl Receiver {
             filled: 0,
             fds: Vec::new(),
             header: None,
+            total: 0,
         }
+    }
+
+    /// Bytes received so far.
+    pub(super) fn total(&self) -> u64 {
+        self.total
     }
 
     /// The request being received, once its header is whole.
@@ -195,6 +203,7 @@ impl Receiver {
                 return Ok(Progress::Closed);
             }
             self.filled += received.bytes;
+            self.total += received.bytes as u64;
         }
     }
 
@@ -225,11 +234,18 @@ pub(super) struct SendQueue {
     messages: VecDeque<(Vec<u8>, Vec<OwnedFd>)>,
     /// Bytes of the first message that are sent.
     sent: usize,
+    /// Bytes sent so far, of all messages.
+    total: u64,
 }
 
 impl SendQueue {
     pub(super) fn is_empty(&self) -> bool {
         self.messages.is_empty()
+    }
+
+    /// Bytes sent so far.
+    pub(super) fn total(&self) -> u64 {
+        self.total
     }
 
     /// Whether another message may be pushed. Where not, its source is not read.
@@ -272,6 +288,7 @@ impl SendQueue {
             ) {
                 Ok(bytes_sent) => {
                     self.sent += bytes_sent;
+                    self.total += bytes_sent as u64;
                     if self.sent == bytes.len() {
                         self.messages.pop_front();
                         self.sent = 0;

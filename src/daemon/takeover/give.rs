@@ -13,7 +13,7 @@ use rustix::net::sockopt::socket_peercred;
 use crate::config::SocketSource;
 use crate::mq::ids::{DiskId, QueueId};
 
-use super::super::disk::{Disk, Holding};
+use super::super::disk::{Disk, Holding, NotHeld};
 use super::super::roster::Roster;
 use super::super::session::CarriedSession;
 use super::super::socket::SocketFile;
@@ -22,8 +22,9 @@ use super::state::{
     Ask, CarriedDisk, Common, DiskFacts, FORMAT, Facts, Plan, plain, read_plain, read_refusal,
     refusal,
 };
+use super::trust::printable;
 use super::wire::{Frame, Frames, Kind};
-use super::{PATIENCE, PREPARATION, file_of, socket_name};
+use super::{CLOSING, PATIENCE, PREPARATION, file_of, socket_name};
 
 /// The control socket, which the new process takes over as well if it has the same place for its own.
 #[derive(Debug)]
@@ -83,7 +84,7 @@ pub struct Giver {
     control: Arc<ControlSocket>,
     /// By disk: the name of its socket. Found out at the start, since it may need the working directory.
     names: Vec<String>,
-    /// Called once the disks are another's.
+    /// Called once the disks are another's, before their threads end.
     left: Box<dyn Fn() + Send + Sync>,
 }
 
@@ -130,18 +131,19 @@ impl Giver {
         }
         let ask: Ask = serde_json::from_slice(ask)
             .map_err(|error| format!("the body is not understood: {error}"))?;
+        if let Some(disk) = self.roster.first_held() {
+            return Err(waits_after_error(disk));
+        }
+        let version = printable(&ask.version);
         if !ask.formats.contains(&FORMAT) {
             return Err(format!(
-                "version {} reads the state formats {:?}, and this daemon, version {}, writes {FORMAT}; \
+                "version {version} reads the state formats {:?}, and this daemon, version {}, writes {FORMAT}; \
                  restart instead",
-                ask.version,
                 ask.formats,
                 env!("CARGO_PKG_VERSION"),
             ));
         }
-        Ok(Offer {
-            version: ask.version,
-        })
+        Ok(Offer { version })
     }
 
     /// Hands over to the process at the other end of `stream`, or tells it why not; whether the disks
@@ -150,10 +152,7 @@ impl Giver {
         let frames = Frames::new(stream);
         log::info!("version {} asks to take over", offer.version);
         match self.negotiate(&frames) {
-            Ok(()) => {
-                (self.left)();
-                true
-            }
+            Ok(()) => true,
             Err(why) => {
                 log::warn!("not taken over, this daemon serves on: {why}");
                 // It may have gone, and may not listen.
@@ -179,19 +178,20 @@ impl Giver {
 
         let begin = Instant::now();
         let holds = Holds(self);
-        match self.hand_over(frames, control, begin + PATIENCE) {
+        match self.hand_over(frames, control, plan.close_unready) {
             Ok(()) => {
                 // Leaving is all that is done with what is another's now.
                 std::mem::forget(holds);
                 if control {
                     self.control.leave();
                 }
-                // Now, because the process may end with the last disk's thread.
                 log::info!(
                     "handed over {} disks; the guests waited for {} ms",
                     self.roster.disks().len(),
                     begin.elapsed().as_millis()
                 );
+                // Before the disks' threads end, which it is the reason of.
+                (self.left)();
                 self.rest.leave();
                 Ok(())
             }
@@ -200,20 +200,27 @@ impl Giver {
     }
 
     /// From the moment the guests wait to the one that decides.
-    fn hand_over(&self, frames: &Frames, control: bool, deadline: Instant) -> Result<(), String> {
+    fn hand_over(&self, frames: &Frames, control: bool, close_unready: bool) -> Result<(), String> {
+        let mut deadline = Instant::now() + PATIENCE;
+        let close_until = close_unready.then(|| deadline + CLOSING);
         let resting = self
             .rest
-            .gather(deadline)
+            .gather(deadline, close_until)
             .map_err(|(disk, why)| format!("the session of disk {} {why}", self.serial(disk)))?;
+        if close_unready {
+            // Until here no guest has waited.
+            deadline = Instant::now() + PATIENCE;
+        }
         let holds: Vec<Holding> = self.roster.disks().iter().map(|disk| disk.hold()).collect();
         let mut carried = Vec::new();
         for ((disk, hold), with) in self.roster.disks().iter().zip(holds).zip(resting) {
-            let rings = hold.wait(deadline).ok_or_else(|| {
-                format!(
+            let rings = hold.wait(deadline).map_err(|why| match why {
+                NotHeld::Late => format!(
                     "disk {} has requests in flight after {} seconds",
                     disk.config.serial,
                     PATIENCE.as_secs()
-                )
+                ),
+                NotHeld::AfterError => waits_after_error(disk),
             })?;
             let base_of = |queue: QueueId| rings.get(&queue).copied();
             let name = self.names[disk.id.index()].clone();
@@ -268,6 +275,15 @@ impl Giver {
     }
 }
 
+/// Requests that failed wait for the disk's user. Another process could only have them answered with the errors that
+/// their guest is to be spared.
+fn waits_after_error(disk: &Disk) -> String {
+    let serial = &disk.config.serial;
+    format!(
+        "disk {serial} is held after an error; remove the cause, run blkmqctl resume, and take over then"
+    )
+}
+
 /// Lets everything go on when it goes out of scope.
 struct Holds<'a>(&'a Giver);
 
@@ -287,6 +303,10 @@ fn carry(
     with: AtRest,
     base_of: impl Fn(QueueId) -> Option<u16>,
 ) -> io::Result<CarriedDisk> {
+    if with.listener.is_none() && matches!(disk.config.socket, SocketSource::Path(_)) {
+        // Its thread has ended: the process was told to.
+        return Err(io::Error::other("this daemon is ending"));
+    }
     let session = with
         .session
         .map(|resting| carry_session(resting, base_of))
@@ -294,7 +314,7 @@ fn carry(
     Ok(CarriedDisk {
         socket: name,
         size_bytes: disk.size_bytes(),
-        was_write_through: disk.is_write_through_promised(),
+        was_write_through: disk.chose_write_through(),
         changes: disk.changes(),
         listener: with.listener,
         session,

@@ -6,7 +6,8 @@
 //!
 //! ```text
 //! new                                     old
-//!  POST /v1/take-over {formats} ─────────▶  same user? a format that both know?
+//!  who listens there? (trust.rs)
+//!  POST /v1/take-over {formats} ─────────▶  same user? no disk held after an error? a format both know?
 //!  ◀───────────────────────────── 101
 //!  Plan {disks, control socket} ─────────▶  are these all my disks?
 //!  ◀──────────────────────────── Facts      what each guest was promised
@@ -35,6 +36,7 @@ mod give;
 pub mod rest;
 mod state;
 mod take;
+mod trust;
 mod wire;
 
 use std::os::unix::fs::MetadataExt;
@@ -45,10 +47,14 @@ use crate::engine::disk::{Image, ImageKind};
 
 pub use give::{ControlSocket, Giver, Offer};
 pub use take::{Beginning, Inheritance, Predecessor, TakeOverError};
+pub use trust::Trusted;
 
 /// How long the guests may stand still until it is given up: sessions have to come to rest, what is in
 /// flight has to end, and the new process has to set itself up.
 const PATIENCE: Duration = Duration::from_secs(5);
+
+/// How long after that sessions that were not ready may take to be closed, if they are to be (`--close-unready`).
+const CLOSING: Duration = Duration::from_secs(2);
 
 /// How long the new process may take to open its images and start its workers; the guests run.
 const PREPARATION: Duration = Duration::from_secs(60);

@@ -57,6 +57,8 @@ pub enum Verdict {
     GoOn,
     /// Ends, and leaves sockets and connections as they are: another process has them.
     Leave,
+    /// Closes its session, which cannot be handed over, and comes to rest without it.
+    MakeWay,
 }
 
 /// What woke a thread that waited.
@@ -83,6 +85,8 @@ enum Phase {
 pub struct RestPlace {
     /// Readable while threads are to come to rest.
     wish: OwnedFd,
+    /// Readable while sessions that are not at rest are to end.
+    make_way: OwnedFd,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -93,6 +97,8 @@ struct State {
     /// How often threads were told what comes of it. A thread that slept through that may find them asked to
     /// rest once more.
     rounds: u64,
+    /// Sessions that are not at rest, or cannot be carried, are to end.
+    makes_way: bool,
     /// By disk.
     places: Vec<Place>,
 }
@@ -116,9 +122,11 @@ impl RestPlace {
     pub fn new(disks: usize) -> io::Result<RestPlace> {
         Ok(RestPlace {
             wish: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
+            make_way: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
             state: Mutex::new(State {
                 phase: Phase::Serving,
                 rounds: 0,
+                makes_way: false,
                 places: (0..disks).map(|_| Place::Busy).collect(),
             }),
             changed: Condvar::new(),
@@ -132,6 +140,15 @@ impl RestPlace {
     /// No descriptor to be had.
     pub fn wish(&self) -> io::Result<OwnedFd> {
         self.wish.try_clone()
+    }
+
+    /// A descriptor that is readable while sessions that are not at rest are to end.
+    ///
+    /// # Errors
+    ///
+    /// No descriptor to be had.
+    pub fn make_way(&self) -> io::Result<OwnedFd> {
+        self.make_way.try_clone()
     }
 
     /// Waits until `fd` is readable, `stop` is said, or the thread is to come to rest.
@@ -166,13 +183,20 @@ impl RestPlace {
             self.changed.notify_all();
         }
         let round = state.rounds;
-        let state = self
+        let makes_way = |state: &State| {
+            state.makes_way && matches!(state.places[disk.index()], Place::Unable(_))
+        };
+        let mut state = self
             .changed
             .wait_while(state, |state| {
-                state.phase == Phase::Resting && state.rounds == round
+                state.phase == Phase::Resting && state.rounds == round && !makes_way(state)
             })
             .unwrap_or_else(PoisonError::into_inner);
         match state.phase {
+            Phase::Resting if state.rounds == round => {
+                state.places[disk.index()] = Place::Busy;
+                Verdict::MakeWay
+            }
             Phase::Left => Verdict::Leave,
             Phase::Serving | Phase::Resting => Verdict::GoOn,
         }
@@ -184,13 +208,19 @@ impl RestPlace {
         self.changed.notify_all();
     }
 
-    /// Has all threads come to rest, not later than `deadline`; what each of them has, by disk.
+    /// Has all threads come to rest, not later than `deadline`; what each of them has, by disk. Sessions that have not
+    /// come to rest by then, or cannot be carried, are closed if there is a second deadline, until which their threads
+    /// have time for that.
     ///
     /// # Errors
     ///
     /// The first disk whose thread did not, and why. In either case [`RestPlace::go_on`] or
     /// [`RestPlace::leave`] has to follow.
-    pub fn gather(&self, deadline: Instant) -> Result<Vec<AtRest>, (DiskId, String)> {
+    pub fn gather(
+        &self,
+        mut deadline: Instant,
+        mut close_until: Option<Instant>,
+    ) -> Result<Vec<AtRest>, (DiskId, String)> {
         let mut state = self.lock();
         state.phase = Phase::Resting;
         // Fails only when the counter is full, which says the same.
@@ -200,17 +230,26 @@ impl RestPlace {
                 let at = state.places.iter().position(holds)?;
                 u16::try_from(at).ok().map(DiskId)
             };
-            if let Some(disk) = place(|place| matches!(place, Place::Unable(_)))
+            let unable = place(|place| matches!(place, Place::Unable(_)));
+            if let Some(disk) = unable.filter(|_| close_until.is_none() && !state.makes_way)
                 && let Place::Unable(why) = &state.places[disk.index()]
             {
                 return Err((disk, format!("cannot be carried: {why}")));
             }
-            let Some(busy) = place(|place| matches!(place, Place::Busy)) else {
+            let Some(busy) = unable.or_else(|| place(|place| matches!(place, Place::Busy))) else {
                 break;
             };
-            let left = deadline.saturating_duration_since(Instant::now());
+            let mut left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                return Err((busy, "does not come to rest".to_owned()));
+                let Some(until) = close_until.take() else {
+                    return Err((busy, "does not come to rest".to_owned()));
+                };
+                deadline = until;
+                left = deadline.saturating_duration_since(Instant::now());
+                state.makes_way = true;
+                // As above.
+                let _ = rustix::io::write(&self.make_way, &1u64.to_ne_bytes());
+                self.changed.notify_all();
             }
             state = self
                 .changed
@@ -246,7 +285,10 @@ impl RestPlace {
     fn end(&self, phase: Phase) {
         let mut state = self.lock();
         // Nobody polls for it in vain from here on.
-        let _ = rustix::io::read(&self.wish, &mut [0; 8]);
+        for event in [&self.wish, &self.make_way] {
+            let _ = rustix::io::read(event, &mut [0; 8]);
+        }
+        state.makes_way = false;
         state.phase = phase;
         state.rounds += 1;
         for place in &mut state.places {
@@ -288,14 +330,14 @@ mod tests {
                 }
             });
             for _ in 0..10_000 {
-                heard = place.gather(soon()).map(drop);
+                heard = place.gather(soon(), None).map(drop);
                 if heard.is_err() {
                     break;
                 }
                 place.go_on();
             }
             // So that it ends, whatever was heard.
-            let _ = place.gather(soon());
+            let _ = place.gather(soon(), None);
             place.leave();
         });
         assert_eq!(heard, Ok(()));
@@ -316,7 +358,7 @@ mod tests {
                         place.rest(DiskId(disk), Ok(AtRest::default()))
                     })
                 });
-                assert_eq!(place.gather(soon()).unwrap().len(), 3);
+                assert_eq!(place.gather(soon(), None).unwrap().len(), 3);
                 match leaves {
                     true => place.leave(),
                     false => place.go_on(),
@@ -336,7 +378,7 @@ mod tests {
     #[test]
     fn who_is_late_or_unable_is_named_and_all_go_on() {
         let place = RestPlace::new(2).unwrap();
-        let (disk, why) = place.gather(Instant::now()).unwrap_err();
+        let (disk, why) = place.gather(Instant::now(), None).unwrap_err();
         assert_eq!((disk, &*why), (DiskId(0), "does not come to rest"));
         place.go_on();
         // Too late: nobody is asked any more.
@@ -349,7 +391,7 @@ mod tests {
                 let unable = Err(io::Error::other("no descriptors"));
                 assert_eq!(place.rest(DiskId(1), unable), Verdict::GoOn);
             });
-            let (disk, why) = place.gather(soon()).unwrap_err();
+            let (disk, why) = place.gather(soon(), None).unwrap_err();
             assert_eq!(
                 (disk, &*why),
                 (DiskId(1), "cannot be carried: no descriptors")

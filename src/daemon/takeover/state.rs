@@ -21,6 +21,7 @@ use crate::mq::qos::{Limits, Rate};
 use super::super::disk::Changes;
 use super::super::session::CarriedSession;
 use super::rest::CarriedListener;
+use super::trust::printable;
 use super::wire::{Frame, Kind};
 use session::{SessionState, read_session, write_session};
 
@@ -44,6 +45,9 @@ pub struct Ask {
 pub struct Plan {
     pub disks: Vec<String>,
     pub control: Option<String>,
+    /// Sessions that are not ready in time are closed (`--close-unready`). A process that does not know of it refuses.
+    #[serde(default)]
+    pub close_unready: bool,
 }
 
 /// What each guest was promised.
@@ -99,8 +103,6 @@ struct DiskState {
     /// `"group": null` in here is no group.
     group: Option<GroupState>,
     write_through: Option<bool>,
-    #[serde(default)]
-    cautious: bool,
     #[serde(default)]
     sync_fault: Option<i32>,
     listener: Option<ListenerState>,
@@ -171,13 +173,16 @@ pub fn refusal(error: &str) -> Frame {
     plain(Kind::Refused, &Refusal { error })
 }
 
-/// What it says.
+/// What it says, as it may be shown.
 pub fn read_refusal(frame: &Frame) -> String {
-    read_plain::<Refusal>(frame).map_or_else(|error| error.to_string(), |refusal| refusal.error)
+    read_plain::<Refusal>(frame).map_or_else(
+        |error| error.to_string(),
+        |refusal| printable(&refusal.error),
+    )
 }
 
 fn bad(what: &str) -> io::Error {
-    let text = format!("the state is not understood: {what}");
+    let text = format!("the state is not understood: {}", printable(what));
     io::Error::new(io::ErrorKind::InvalidData, text)
 }
 
@@ -292,7 +297,6 @@ impl CarriedDisk {
             limits,
             group,
             write_through,
-            cautious,
             sync_fault,
         } = self.changes;
         let state = DiskState {
@@ -310,7 +314,6 @@ impl CarriedDisk {
             limits: limits.as_ref().map(write_limits),
             group: group.map(|group| GroupState { group }),
             write_through,
-            cautious,
             sync_fault,
             listener: self.listener.map(|listener| out.listener(listener)),
             session: self.session.map(|session| write_session(session, &mut out)),
@@ -338,7 +341,6 @@ impl CarriedDisk {
                 limits: state.limits.map(read_limits).transpose()?,
                 group: state.group.map(|state| state.group),
                 write_through: state.write_through,
-                cautious: state.cautious,
                 sync_fault: state.sync_fault,
             },
             listener: state

@@ -1,6 +1,8 @@
 //! The new process's side: asks, prepares, sets up what it gets, and takes it.
 
 mod ask;
+mod begin;
+mod received;
 
 use std::io;
 use std::os::unix::net::UnixStream;
@@ -9,22 +11,24 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use crate::config::{Config, DiskConfig, SocketSource};
-use crate::engine::disk::{Image, ImageKind};
+use crate::engine::disk::Image;
 use crate::error::StartError;
 
 use super::super::clock::Clock;
 use super::super::disk::Disk;
 use super::super::roster::Roster;
 use super::super::serve::{DiskServer, Session};
-use super::super::session::CarriedSession;
 use super::super::socket::{Door, SocketFile, listen_ourselves};
 use super::rest::CarriedListener;
 use super::state::{
     CarriedDisk, Common, DiskFacts, Facts, Plan, plain, read_plain, read_refusal, refusal,
 };
+use super::trust::{Trusted, check_listener, printable};
 use super::wire::{Frame, Frames, Kind};
-use super::{PATIENCE, socket_name};
-use ask::{ask, compatible};
+use super::{CLOSING, PATIENCE, socket_name};
+use ask::{answers, ask, compatible};
+use begin::begin;
+use received::check_listening;
 
 /// Why the disks stay where they are. One line; the other daemon serves on.
 #[derive(Debug)]
@@ -72,13 +76,17 @@ pub struct Inheritance {
 }
 
 impl Predecessor {
-    /// Asks the daemon whose control socket is at `path` for the disks of `config`. `None`: nobody is
-    /// there.
+    /// Asks the daemon whose control socket is at `path` for the disks of `config`, if it is one of `trusted`. `None`:
+    /// nobody is there.
     ///
     /// # Errors
     ///
-    /// It refuses, or is no such daemon.
-    pub fn find(path: &Path, config: &Config) -> Result<Option<Predecessor>, TakeOverError> {
+    /// It refuses, is not trusted, or is no such daemon.
+    pub fn find(
+        path: &Path,
+        config: &Config,
+        trusted: Trusted,
+    ) -> Result<Option<Predecessor>, TakeOverError> {
         let fail = |why: String| TakeOverError {
             path: path.to_owned(),
             why,
@@ -96,8 +104,9 @@ impl Predecessor {
             }
             Err(error) => return Err(fail(format!("it cannot be reached: {error}"))),
         };
+        check_listener(&stream, &trusted).map_err(fail)?;
         ask(&stream).map_err(fail)?;
-        let frames = Frames::new(stream);
+        let frames = Frames::of(stream, trusted);
         let plan = Plan {
             disks: config
                 .disks
@@ -108,15 +117,17 @@ impl Predecessor {
                 .control_path
                 .as_ref()
                 .map(|path| socket_name(&SocketSource::Path(path.clone()))),
+            close_unready: config.close_unready,
         };
         let deadline = Instant::now() + PATIENCE;
         send(&frames, &plain(Kind::Plan, &plan), deadline).map_err(fail)?;
         let frame = expect(&frames, Kind::Facts, deadline).map_err(fail)?;
         let facts: Facts = read_plain(&frame).map_err(|error| fail(error.to_string()))?;
+        answers(&facts, &plan).map_err(fail)?;
         log::info!(
             "taking over {} disks from version {}",
             facts.disks.len(),
-            facts.version
+            printable(&facts.version)
         );
         Ok(Some(Predecessor {
             path: path.to_owned(),
@@ -200,10 +211,24 @@ impl Predecessor {
         };
         send(&self.frames, &ready, Instant::now() + PATIENCE)?;
         // As long as the other waits for requests in flight, and then as long as it waits for us.
-        let deadline = Instant::now() + 2 * PATIENCE;
+        let deadline = Instant::now() + 2 * PATIENCE + CLOSING;
         let text = |error: io::Error| error.to_string();
         let frame = expect(&self.frames, Kind::State, deadline)?;
         let common = Common::read(frame).map_err(text)?;
+        // The facts were checked against the images, so all is as they say, and each disk comes once.
+        if common.disks != self.facts.disks.len() {
+            return Err(format!(
+                "it announced {} disks and has {}",
+                self.facts.disks.len(),
+                common.disks
+            ));
+        }
+        if common.control.is_some() != self.facts.control {
+            return Err("it has another control socket than it announced".to_owned());
+        }
+        if let Some(control) = &common.control {
+            check_listening(control).map_err(|why| format!("the control socket {why}"))?;
+        }
         for (name, limits) in &common.groups {
             roster.set_group_limits(name, *limits);
         }
@@ -212,10 +237,7 @@ impl Predecessor {
         for _ in 0..common.disks {
             let frame = expect(&self.frames, Kind::Disk, deadline)?;
             let carried = CarriedDisk::read(frame).map_err(text)?;
-            let place = servers
-                .iter()
-                .position(|server| socket_name(&server.disk.config.socket) == carried.socket)
-                .ok_or_else(|| format!("a disk on {} that was not asked for", carried.socket))?;
+            let place = self.place_of(&carried, servers, &beginnings)?;
             let server = &servers[place];
             let serial = &server.disk.config.serial;
             let promised = carried.size_bytes;
@@ -225,6 +247,26 @@ impl Predecessor {
             beginnings[place] = Some(beginning);
         }
         Ok((beginnings, grown, common.control))
+    }
+
+    /// Which of our disks it is. Only one that was announced may come, because the others are served as their image's
+    /// only user, and only once.
+    fn place_of(
+        &self,
+        carried: &CarriedDisk,
+        servers: &[DiskServer],
+        beginnings: &[Option<Beginning>],
+    ) -> Result<usize, String> {
+        let name = &carried.socket;
+        let announced = self.facts.disks.iter().any(|facts| facts.socket == *name);
+        servers
+            .iter()
+            .position(|server| socket_name(&server.disk.config.socket) == *name)
+            .filter(|place| announced && beginnings[*place].is_none())
+            .ok_or_else(|| {
+                let name = printable(name);
+                format!("it hands over a disk on {name}, which it did not announce, or twice")
+            })
     }
 
     fn fail(&self, why: String) -> TakeOverError {
@@ -280,7 +322,6 @@ impl Inheritance {
         for (disk, beginning) in disks.iter().zip(&self.beginnings) {
             let session = beginning.as_ref().and_then(|b| b.session.as_ref());
             if let Some(session) = session {
-                disk.set_connected(true);
                 disk.set_notifier(Some(session.notifier()));
             }
         }
@@ -291,78 +332,6 @@ impl Inheritance {
         }
         log::info!("took over; the guests go on");
         Ok(self.beginnings)
-    }
-}
-
-/// Sets up what a disk's thread begins with. The disk is held from here on.
-fn begin(
-    server: &DiskServer,
-    carried: CarriedDisk,
-    roster: &Roster,
-    clock: Clock,
-    deadline: Instant,
-) -> Result<Beginning, String> {
-    let disk = &server.disk;
-    disk.set_beside(true);
-    disk.hold()
-        .wait(deadline)
-        .ok_or("the workers do not answer")?;
-    if disk.size_bytes() < carried.size_bytes {
-        let size = match disk.image().kind {
-            ImageKind::Null => disk.grow_to(carried.size_bytes),
-            ImageKind::File | ImageKind::BlockDevice => disk.follow_image(),
-        };
-        let size = size.map_err(|error| error.to_string())?;
-        if size < carried.size_bytes {
-            return Err(format!(
-                "the image has {size} bytes, less than the {} that the guest was promised",
-                carried.size_bytes
-            ));
-        }
-    }
-    disk.adopt_changes(
-        carried.changes,
-        carried.was_write_through,
-        clock.now_ns(),
-        |name| roster.group(name),
-    )
-    .map_err(|error| format!("the image cannot be synced: {error}"))?;
-    let door = carried.listener.map(|listener| {
-        let file = match (&disk.config.socket, listener.file) {
-            (SocketSource::Path(path), Some(identity)) => {
-                Some(SocketFile::inherited(path, identity))
-            }
-            _ => None,
-        };
-        Door::Listening(listener.socket.into(), file)
-    });
-    let session = carried
-        .session
-        .map(|session| resume(server, session, deadline))
-        .transpose()?;
-    Ok(Beginning { door, session })
-}
-
-fn resume(
-    server: &DiskServer,
-    carried: CarriedSession,
-    deadline: Instant,
-) -> Result<Session, String> {
-    let text = |error: io::Error| error.to_string();
-    let front_end = carried.front_end.try_clone().map_err(text)?;
-    let running: Vec<u16> = carried
-        .rings
-        .iter()
-        .filter(|ring| ring.running)
-        .map(|ring| ring.index)
-        .collect();
-    let mut session = Session::open(server, front_end.into()).map_err(text)?;
-    session
-        .prime(carried, deadline)
-        .map_err(|error| error.to_string())?;
-    match running.iter().find(|index| !session.is_running(**index)) {
-        Some(index) => Err(format!("queue {index} cannot be started; see above")),
-        None => Ok(session),
     }
 }
 

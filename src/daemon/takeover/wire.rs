@@ -5,7 +5,7 @@
 //! descriptors, which are attached to it. The kernel carries 253 descriptors with one message
 //! (SCM_MAX_FD, include/net/scm.h), and a disk has many more.
 
-use std::io::{self, IoSlice, IoSliceMut, Read, Write};
+use std::io::{self, IoSlice, IoSliceMut, Write};
 use std::mem::MaybeUninit;
 use std::net::Shutdown;
 use std::os::fd::{AsFd, OwnedFd};
@@ -18,10 +18,16 @@ use rustix::net::{
     SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
 };
 
+use super::trust::Trusted;
+
 /// Descriptors with one byte.
 const BATCH: usize = 128;
 
 const HEADER_BYTES: usize = 12;
+
+/// Most bytes of one system call. Within one the kernel waits for the time limit again and again, as long as the other
+/// side takes anything (`unix_stream_sendmsg`, net/unix/af_unix.c).
+const PIECE: usize = 32 << 10;
 
 /// More than any frame has: each fd of 256 queues and of 509 regions in JSON is far less.
 const MAX_JSON_BYTES: usize = 16 << 20;
@@ -78,12 +84,28 @@ pub struct Frame {
 
 /// One end of the connection.
 #[derive(Debug)]
-pub struct Frames(UnixStream);
+pub struct Frames {
+    stream: UnixStream,
+    /// The users whose frames are read; `None` reads those of any.
+    trusted: Option<Trusted>,
+}
 
 impl Frames {
     /// Over `stream`, whose time limits are changed.
     pub fn new(stream: UnixStream) -> Frames {
-        Frames(stream)
+        Frames {
+            stream,
+            trusted: None,
+        }
+    }
+
+    /// The same, reading only what these users have sent. The stream passes credentials (`SO_PASSCRED`) since before
+    /// the other side had a reason to send.
+    pub fn of(stream: UnixStream, trusted: Trusted) -> Frames {
+        Frames {
+            stream,
+            trusted: Some(trusted),
+        }
     }
 
     /// Sends a frame before `deadline`.
@@ -100,13 +122,24 @@ impl Frames {
         ];
         let mut bytes: Vec<u8> = header.into_iter().flat_map(u32::to_ne_bytes).collect();
         bytes.extend_from_slice(&frame.json);
-        self.0.set_write_timeout(Some(left(deadline)))?;
-        // A signal for a closed pipe is ignored in every Rust program.
-        (&self.0).write_all(&bytes)?;
-        for batch in frame.fds.chunks(BATCH) {
+        let mut rest = &bytes[..];
+        while !rest.is_empty() {
+            self.stream.set_write_timeout(Some(left(deadline)))?;
+            // A signal for a closed pipe is ignored in every Rust program.
+            match (&self.stream).write(&rest[..rest.len().min(PIECE)]) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(sent) => rest = &rest[sent..],
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+            in_time(rest.is_empty(), deadline)?;
+        }
+        let mut batches = frame.fds.chunks(BATCH).peekable();
+        while let Some(batch) = batches.next() {
             let batch: Vec<_> = batch.iter().map(AsFd::as_fd).collect();
-            self.0.set_write_timeout(Some(left(deadline)))?;
+            self.stream.set_write_timeout(Some(left(deadline)))?;
             self.send_batch(&batch)?;
+            in_time(batches.peek().is_none(), deadline)?;
         }
         Ok(())
     }
@@ -118,7 +151,7 @@ impl Frames {
             let pushed = control.push(SendAncillaryMessage::ScmRights(batch));
             assert!(pushed, "there is space for a batch");
             match sendmsg(
-                &self.0,
+                &self.stream,
                 &[IoSlice::new(&[0])],
                 &mut control,
                 SendFlags::NOSIGNAL,
@@ -134,7 +167,8 @@ impl Frames {
     ///
     /// # Errors
     ///
-    /// It does not come in time, or is no frame; the process is out of descriptors.
+    /// It does not come in time, is no frame, or comes from a user that is not trusted; the process is out of
+    /// descriptors.
     pub fn receive(&self, deadline: Instant) -> io::Result<Option<Frame>> {
         let mut header = [0; HEADER_BYTES];
         if !self.fill(&mut header, deadline)? {
@@ -156,12 +190,14 @@ impl Frames {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
         while received.len() < fds {
-            self.0.set_read_timeout(Some(left(deadline)))?;
             let before = received.len();
-            self.receive_batch(&mut received)?;
-            if received.len() == before || received.len() > fds {
-                return Err(bad("descriptors that were not announced"));
+            if self.read(&mut [0], &mut received, deadline)? == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
             }
+            if received.len() == before || received.len() > fds {
+                return Err(bad(UNANNOUNCED));
+            }
+            in_time(received.len() == fds, deadline)?;
         }
         Ok(Some(Frame {
             kind,
@@ -173,30 +209,38 @@ impl Frames {
     /// Reads exactly as much; false if there is nothing at all any more.
     fn fill(&self, bytes: &mut [u8], deadline: Instant) -> io::Result<bool> {
         let mut filled = 0;
+        let mut fds = Vec::new();
         while filled < bytes.len() {
-            self.0.set_read_timeout(Some(left(deadline)))?;
-            match (&self.0).read(&mut bytes[filled..]) {
+            match self.read(&mut bytes[filled..], &mut fds, deadline) {
                 Ok(0) if filled == 0 => return Ok(false),
                 Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
                 Ok(read) => filled += read,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    return Err(io::ErrorKind::TimedOut.into());
-                }
                 Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Ok(false),
                 Err(error) => return Err(error),
             }
+            if !fds.is_empty() {
+                return Err(io::Error::new(io::ErrorKind::InvalidData, UNANNOUNCED));
+            }
+            in_time(filled == bytes.len(), deadline)?;
         }
         Ok(true)
     }
 
-    fn receive_batch(&self, fds: &mut Vec<OwnedFd>) -> io::Result<()> {
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(BATCH))];
+    /// Reads some bytes and the descriptors that came with them; 0 at the end.
+    fn read(
+        &self,
+        bytes: &mut [u8],
+        fds: &mut Vec<OwnedFd>,
+        deadline: Instant,
+    ) -> io::Result<usize> {
+        let mut space =
+            [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(BATCH), ScmCredentials(1))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
         let received = loop {
+            self.stream.set_read_timeout(Some(left(deadline)))?;
             match recvmsg(
-                &self.0,
-                &mut [IoSliceMut::new(&mut [0])],
+                &self.stream,
+                &mut [IoSliceMut::new(bytes)],
                 &mut control,
                 RecvFlags::CMSG_CLOEXEC,
             ) {
@@ -206,9 +250,12 @@ impl Frames {
                 Err(errno) => return Err(errno.into()),
             }
         };
+        let mut sender = None;
         for message in control.drain() {
-            if let RecvAncillaryMessage::ScmRights(batch) = message {
-                fds.extend(batch);
+            match message {
+                RecvAncillaryMessage::ScmRights(batch) => fds.extend(batch),
+                RecvAncillaryMessage::ScmCredentials(credentials) => sender = Some(credentials.uid),
+                _ => {}
             }
         }
         if received.flags.contains(ReturnFlags::CTRUNC) {
@@ -216,18 +263,30 @@ impl Frames {
                 "file descriptors were lost: raise the limit of open files (ulimit -n)",
             ));
         }
-        if received.bytes == 0 {
-            return Err(io::ErrorKind::UnexpectedEof.into());
+        if let Some(trusted) = self.trusted.as_ref().filter(|_| received.bytes > 0) {
+            let sender = sender.ok_or_else(|| io::Error::other("its sender is not known"))?;
+            trusted.check(sender).map_err(io::Error::other)?;
         }
-        Ok(())
+        Ok(received.bytes)
     }
 
     /// Takes no more from the other side, whose writes fail from now on. What it wrote before can still
     /// be received, and nothing is waited for.
     pub fn close_ear(&self) {
         // Gone already is gone.
-        let _ = self.0.shutdown(Shutdown::Read);
+        let _ = self.stream.shutdown(Shutdown::Read);
     }
+}
+
+const UNANNOUNCED: &str = "descriptors that were not announced";
+
+/// An error if the deadline has passed and not all is `done`: a peer that sends or takes one byte after another does
+/// not make the time longer.
+fn in_time(done: bool, deadline: Instant) -> io::Result<()> {
+    if !done && Instant::now() >= deadline {
+        return Err(io::ErrorKind::TimedOut.into());
+    }
+    Ok(())
 }
 
 /// Never zero, which would mean "no limit".
@@ -298,8 +357,51 @@ mod tests {
         assert_eq!(late.kind(), io::ErrorKind::TimedOut);
         for header in [[99, 0, 0], [1, u32::MAX, 0], [1, 0, u32::MAX]] {
             let bytes: Vec<u8> = header.into_iter().flat_map(u32::to_ne_bytes).collect();
-            (&one.0).write_all(&bytes).unwrap();
+            (&one.stream).write_all(&bytes).unwrap();
             assert!(other.receive(soon()).is_err(), "{header:?}");
         }
+    }
+
+    /// Each byte comes in time, and the whole never would.
+    #[test]
+    fn a_peer_that_sends_or_takes_bytes_slowly_is_not_waited_for_longer() {
+        let pace = Duration::from_millis(10);
+        let deadline = || Instant::now() + Duration::from_millis(100);
+        let (one, other) = pair();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let header = [Kind::Plan as u32, 1 << 20, 0]
+                    .map(u32::to_ne_bytes)
+                    .concat();
+                (&one.stream).write_all(&header).unwrap();
+                // Ends when the other side is gone.
+                while (&one.stream).write_all(b" ").is_ok() {
+                    std::thread::sleep(pace);
+                }
+            });
+            let late = other.receive(deadline());
+            other.close_ear();
+            assert_eq!(late.unwrap_err().kind(), io::ErrorKind::TimedOut);
+        });
+
+        let (one, other) = pair();
+        let long = frame(Kind::Plan, &" ".repeat(MAX_JSON_BYTES), 0);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let mut some = vec![0; 100_000];
+                while io::Read::read(&mut &other.stream, &mut some).is_ok_and(|read| read > 0) {
+                    std::thread::sleep(pace);
+                }
+            });
+            let late = one.send(&long, deadline()).unwrap_err();
+            assert!(
+                matches!(
+                    late.kind(),
+                    io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock
+                ),
+                "{late}"
+            );
+            one.stream.shutdown(Shutdown::Both).unwrap();
+        });
     }
 }

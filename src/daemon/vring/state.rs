@@ -2,7 +2,6 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use crate::virtio::memory::MemoryTable;
@@ -11,7 +10,7 @@ use super::super::dedicated::DedicateError;
 use super::super::dirty::Logging;
 use super::super::disk::Disk;
 use super::super::message::Message;
-use super::super::session::{InflightStore, NoteKeeper};
+use super::super::session::InflightStore;
 use super::super::socket::Stop;
 use super::Vring;
 use super::end::EndFromWithin;
@@ -27,8 +26,6 @@ pub struct SessionState {
     pub(super) inflight: Arc<InflightStore>,
     pub(super) rings: Mutex<Vec<Vring>>,
     pub(super) end: EndFromWithin,
-    /// The device's state was saved, and nothing was set up since.
-    saved: AtomicBool,
     /// What is logged while the guest migrates.
     pub(in crate::daemon) logging: Mutex<Logging>,
 }
@@ -40,15 +37,13 @@ impl SessionState {
     ///
     /// No descriptor to be had.
     pub fn new(disk: Arc<Disk>) -> io::Result<Arc<SessionState>> {
-        let keeper = Arc::clone(&disk) as Arc<dyn NoteKeeper>;
         Ok(Arc::new(SessionState {
             disk,
             memory: RwLock::new(None),
             memory_lost: Arc::new(Stop::new()?),
-            inflight: Arc::new(InflightStore::new(keeper)),
+            inflight: Arc::default(),
             rings: Mutex::new(Vec::new()),
             end: EndFromWithin::default(),
-            saved: AtomicBool::new(false),
             logging: Mutex::new(Logging::default()),
         }))
     }
@@ -60,21 +55,6 @@ impl SessionState {
     /// No descriptor to be had.
     pub fn watch_memory(&self) -> io::Result<OwnedFd> {
         self.memory_lost.watch()
-    }
-
-    /// The device's state was saved, for a snapshot.
-    pub fn is_saved(&self) {
-        self.saved.store(true, Ordering::Relaxed);
-    }
-
-    /// The front end sets something up: features, memory or rings.
-    pub fn is_set_up(&self) {
-        self.saved.store(false, Ordering::Relaxed);
-    }
-
-    /// Whether the device's state was saved, and nothing was set up since.
-    pub(super) fn is_only_saved(&self) -> bool {
-        self.saved.load(Ordering::Relaxed)
     }
 
     /// The disk.
@@ -119,7 +99,6 @@ impl SessionState {
     pub fn reset(&self) {
         self.stop_all();
         self.inflight.clear();
-        self.disk.device_reset();
     }
 
     /// Stops all rings; each finishes what it has in flight first.
@@ -142,6 +121,5 @@ impl SessionState {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .clear();
-        self.disk.session_ended();
     }
 }

@@ -191,8 +191,16 @@ impl Worker {
         self.pending.push(until);
     }
 
-    /// Goes on, unless something else waits for the disk to be frozen.
+    /// Goes on after the disk was drained, unless something else waits for it to be frozen.
     pub(super) fn thaw(&mut self, disk: DiskId) {
+        if !self.is_freezing(disk) {
+            self.unfreeze(disk);
+            self.end_hold(disk);
+        }
+    }
+
+    /// Its rings may be drained again, unless something else waits for the disk to be frozen.
+    pub(super) fn unfreeze(&mut self, disk: DiskId) {
         if self.is_freezing(disk) {
             return;
         }
@@ -202,7 +210,6 @@ impl Worker {
                 heat(&mut self.hot, port, HctxId(index));
             }
         }
-        self.end_hold(disk);
     }
 
     pub(super) fn is_freezing(&self, disk: DiskId) -> bool {
@@ -261,10 +268,8 @@ impl Worker {
                 Pending::Stop(hctx, _) | Pending::Disable(hctx, _) => self.is_drained(*hctx),
                 Pending::Memory(disk, ..)
                 | Pending::Scheduler(disk, ..)
-                | Pending::Drain(disk, _)
-                | Pending::Hold(disk, _) => self
-                    .ports()
-                    .all(|(hctx, port)| port.id.disk != *disk || self.mq.in_flight(hctx) == 0),
+                | Pending::Drain(disk, _) => self.has_drained(*disk),
+                Pending::Hold(disk, _) => self.has_drained(*disk) || self.waits_after_error(*disk),
                 Pending::Shutdown(_) => self.ports().all(|(hctx, _)| self.is_drained(hctx)),
             };
             if ready {
@@ -274,6 +279,12 @@ impl Worker {
                 at += 1;
             }
         }
+    }
+
+    /// Whether nothing of a disk is in flight.
+    fn has_drained(&self, disk: DiskId) -> bool {
+        self.ports()
+            .all(|(hctx, port)| port.id.disk != disk || self.mq.in_flight(hctx) == 0)
     }
 
     /// Whether nothing is in flight, what the daemon before has left included.

@@ -17,7 +17,7 @@ use crate::virtio::receipt::GuestIo;
 use crate::virtio::shape::DiskShape;
 
 use super::super::faults::{DiskFaults, Followed, Hold};
-use super::port::Port;
+use super::port::{Gates, Port};
 use super::{Worker, WorkerDisk, heat, open_port};
 
 /// At most one line about the failed I/O of a disk in this time.
@@ -30,6 +30,9 @@ pub(super) struct Care {
     hold: Arc<Hold>,
     followed: Followed,
     pub faults: DiskFaults,
+    /// Another process is to have the disk, or to leave it here: an error stops it as at any other time, and the guest
+    /// is not told.
+    pub hands_over: bool,
     logged_ns: Option<u64>,
     /// Failures since then that were not logged.
     unlogged: u64,
@@ -42,6 +45,7 @@ impl Care {
             followed: Followed::new(hold.times()),
             hold,
             faults: DiskFaults::default(),
+            hands_over: false,
             logged_ns: None,
             unlogged: 0,
         }
@@ -56,6 +60,15 @@ impl Care {
             (OnError::Enospc, errno) => matches!(errno, libc::ENOSPC | libc::EDQUOT),
             (OnError::Stop, _) => true,
         }
+    }
+
+    /// Whether what a ring has in flight is to end, as it ends: it is waited for, and not by a take-over.
+    fn must_end(&self, gates: Gates) -> bool {
+        let for_others = Gates {
+            frozen: gates.frozen && !self.hands_over,
+            ..gates
+        };
+        for_others.is_draining()
     }
 
     fn may_log(&mut self, now_ns: u64) -> bool {
@@ -88,11 +101,12 @@ pub(super) fn failed(
     };
     let port = open_port(ports, hctx);
     let id = port.id;
-    let ends = port.gates.is_draining();
+    let gates = port.gates;
     let disk = disks[id.disk.index()]
         .as_mut()
         .expect("rings belong to disks that were added");
     disk.care.faults.errors.count(errno);
+    let ends = disk.care.must_end(gates);
     // What a failed sync has lost is lost: a second one that went well would be a lie.
     let stops = !ends && request.op != Op::Flush && disk.care.holds(errno);
     let first = stops && !disk.care.faults.held;
@@ -132,7 +146,7 @@ fn hold(mq: &mut Mq<GuestIo>, ports: &mut [Option<Port>], disk: &mut WorkerDisk,
         if let Some(port) = port.as_mut().filter(|port| port.id.disk == id) {
             port.gates.held = true;
             // What is being drained has to end.
-            if !port.gates.is_draining() {
+            if !disk.care.must_end(port.gates) {
                 mq.quiesce(HctxId(index));
             }
         }
@@ -178,6 +192,17 @@ impl Worker {
                 heat(&mut self.hot, port, HctxId(index));
             }
         }
+    }
+
+    pub(super) fn care_of(&mut self, id: DiskId) -> Option<&mut Care> {
+        let disk = self.disks.get_mut(id.index())?.as_mut();
+        disk.map(|disk| &mut disk.care)
+    }
+
+    /// Whether a disk is held after an error, so that what failed is in flight until it is resumed.
+    pub(super) fn waits_after_error(&self, id: DiskId) -> bool {
+        let disk = self.disks.get(id.index()).and_then(Option::as_ref);
+        disk.is_some_and(|disk| disk.care.faults.held)
     }
 
     /// All hctxs there are.

@@ -13,24 +13,38 @@ use super::super::message::Reply;
 use super::Worker;
 use super::control::Pending;
 
-/// The rings of a held disk: the next avail index of each.
-pub type HeldRings = Vec<(QueueId, u16)>;
+/// The rings of a held disk: the next avail index of each. An error if the disk waits for its user after an I/O error
+/// (`--on-error`): what failed is to be tried again and was not answered, so it is in flight until then.
+pub type HeldRings = Result<Vec<(QueueId, u16)>, WaitsAfterError>;
+
+/// See [`HeldRings`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WaitsAfterError;
 
 impl Worker {
     /// Begins to hold a disk: no more is taken, and what was taken goes out without regard to limits,
     /// so that it does not take longer than the disk does.
     pub(super) fn hold(&mut self, disk: DiskId, done: Reply<HeldRings>) {
+        if let Some(care) = self.care_of(disk) {
+            care.hands_over = true;
+            if care.faults.held {
+                return done.send(Err(WaitsAfterError));
+            }
+        }
         self.mq.set_throttle(disk, None);
         self.mq.set_group(disk, None);
         self.freeze(Pending::Hold(disk, done));
     }
 
-    /// Nothing of the disk is in flight any more.
+    /// Nothing of the disk is in flight any more, or it waits after an error.
     pub(super) fn is_held(&mut self, disk: DiskId, done: Reply<HeldRings>) {
+        if self.waits_after_error(disk) {
+            return done.send(Err(WaitsAfterError));
+        }
         self.held.push(disk);
         let rings = self.ports().filter(|(_, port)| port.id.disk == disk);
         let rings = rings.map(|(_, port)| (port.id.queue, port.ring.next_avail()));
-        done.send(rings.collect());
+        done.send(Ok(rings.collect()));
     }
 
     /// Goes on where it was held, or gives up waiting for it to be. Its limits are these again.
@@ -45,6 +59,10 @@ impl Worker {
             .retain(|pending| !matches!(pending, Pending::Hold(held, _) if *held == disk));
         self.mq.set_throttle(disk, Some(throttle));
         self.mq.set_group(disk, group);
-        self.thaw(disk);
+        if let Some(care) = self.care_of(disk) {
+            care.hands_over = false;
+        }
+        // A disk that waits after an error waits on.
+        self.unfreeze(disk);
     }
 }

@@ -424,3 +424,42 @@ fn a_message_that_leaves_in_parts_hands_its_descriptors_over_once() {
     assert!(flushes > 1);
     assert_eq!(fds, 1);
 }
+
+/// Without an end to it each of these would keep the session's own connection open for ever: what holds it is what is
+/// never read.
+#[test]
+fn a_front_end_that_leaves_its_own_connection_behind_in_something_unfinished_is_not_waited_for() {
+    let own = |front_end: &UnixStream| front_end.try_clone().unwrap();
+    // With half a message.
+    let bench = bench();
+    let message = mem_table(&[[0, 0x1000, 0, 0]]).with(own(&bench.front_end));
+    let fds: Vec<_> = message.fds.iter().map(AsFd::as_fd).collect();
+    send_segment(&bench.front_end, &message.bytes[..20], &fds).unwrap();
+    drop((bench.front_end, message));
+    let end = Ending::of(bench.guard.with_patience(Duration::from_millis(100))).join();
+    assert!(matches!(end, SessionEnd::Stalled), "{end}");
+
+    // Behind answers that are not taken, where no more is read.
+    let bench = super::bench();
+    let end = Ending::of(bench.guard.with_patience(Duration::from_secs(1)));
+    let device = bench.device.try_clone().unwrap();
+    let answering = std::thread::spawn(move || {
+        let answer = raw(1, 5, &[0; 8]).bytes;
+        device.set_read_timeout(None).unwrap();
+        device.set_write_timeout(None).unwrap();
+        while find(&device).is_some() && send_segment(&device, &answer, &[]).is_ok() {}
+    });
+    let ask = plain(R::GET_FEATURES);
+    let soon = Some(Duration::from_millis(300));
+    bench.front_end.set_write_timeout(soon).unwrap();
+    while send_segment(&bench.front_end, &ask.bytes, &[]).is_ok() {}
+    rustix::net::sockopt::set_socket_send_buffer_size(&bench.front_end, 400_000).unwrap();
+    send(
+        &bench.front_end,
+        &plain(R::GET_FEATURES).with(own(&bench.front_end)),
+    );
+    drop(bench.front_end);
+    let end = end.join();
+    assert!(matches!(end, SessionEnd::Stalled), "{end}");
+    answering.join().unwrap();
+}

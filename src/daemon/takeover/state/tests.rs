@@ -43,7 +43,6 @@ fn sample() -> (CarriedDisk, Vec<u64>) {
             limits: Some(limits),
             group: Some(None),
             write_through: Some(false),
-            cautious: true,
             sync_fault: Some(5),
         },
         listener: Some(CarriedListener {
@@ -158,5 +157,5 @@ fn a_descriptor_that_is_missing_or_named_twice_is_refused() {
         assert!(error.contains("a file descriptor is missing"), "{error}");
     }
     let refused = refusal("two\nlines");
-    assert_eq!(read_refusal(&refused), "two\nlines");
+    assert_eq!(read_refusal(&refused), "two\\nlines");
 }

@@ -3,11 +3,13 @@
 use std::fmt::Display;
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
+use std::time::Instant;
 
 use crate::config::DiskConfig;
 use crate::engine::disk::{Image, ImageKind};
 
-use super::super::state::{Ask, DiskFacts, READS};
+use super::super::state::{Ask, DiskFacts, Facts, Plan, READS};
+use super::super::trust::printable;
 use super::super::{PATIENCE, file_of};
 
 /// Most bytes of the answer's head, and of a refusal with it.
@@ -32,7 +34,11 @@ pub(super) fn ask(stream: &UnixStream) -> Result<(), String> {
     stream.write_all(request.as_bytes()).map_err(text)?;
     // Byte by byte: what follows the head is not ours to read.
     let mut head = Vec::new();
+    let deadline = Instant::now() + PATIENCE;
     while !head.ends_with(b"\r\n\r\n") {
+        if Instant::now() > deadline {
+            return Err("it does not answer".to_owned());
+        }
         let mut byte = [0];
         stream.read_exact(&mut byte).map_err(text)?;
         head.push(byte[0]);
@@ -48,10 +54,34 @@ pub(super) fn ask(stream: &UnixStream) -> Result<(), String> {
     let _ = stream.take(MAX_ANSWER_BYTES).read_to_string(&mut body);
     let why = serde_json::from_str::<serde_json::Value>(&body)
         .ok()
-        .and_then(|value| Some(value.get("error")?.as_str()?.to_owned()));
+        .and_then(|value| Some(printable(value.get("error")?.as_str()?)));
     let head = String::from_utf8_lossy(&head);
-    let first = head.lines().next().unwrap_or_default().escape_debug();
+    let first = printable(head.lines().next().unwrap_or_default());
     Err(why.unwrap_or_else(|| format!("it answers {first}; is this its control socket?")))
+}
+
+/// Whether the facts are an answer to the plan: nothing is handed over that was not asked for, and nothing twice.
+pub(super) fn answers(facts: &Facts, plan: &Plan) -> Result<(), String> {
+    let mut names: Vec<&str> = facts.disks.iter().map(|disk| &*disk.socket).collect();
+    if let Some(name) = names
+        .iter()
+        .find(|name| !plan.disks.iter().any(|own| own == *name))
+    {
+        return Err(format!(
+            "it announces a disk on {}, which was not asked for",
+            printable(name)
+        ));
+    }
+    let announced = names.len();
+    names.sort_unstable();
+    names.dedup();
+    if names.len() < announced {
+        return Err("it announces a disk twice".to_owned());
+    }
+    if facts.control && plan.control.is_none() {
+        return Err("it announces a control socket, which was not asked for".to_owned());
+    }
+    Ok(())
 }
 
 /// Whether a guest that was promised `facts` can go on with `disk` and `image`.
