@@ -1,6 +1,10 @@
 //! Real Linux guests under QEMU's emulated processor, on disks that the daemon serves.
 
+#[path = "guest_tcg/cache_mode.rs"]
+mod cache_mode;
 mod guest_support;
+#[path = "guest_tcg/pseries.rs"]
+mod pseries;
 #[path = "guest_tcg/resize.rs"]
 mod resize;
 #[path = "guest_tcg/upgrade.rs"]
