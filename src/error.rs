@@ -113,20 +113,6 @@ pub enum StartError {
         block_bytes: u32,
     },
 
-    /// The guest may address smaller blocks than the image can be read and written in.
-    #[error(
-        "the image {path:?} takes direct I/O in units of {needed_bytes} bytes only, but the logical block \
-         size is {block_bytes}; use --logical-block-size {needed_bytes}, or --cache writeback"
-    )]
-    BlockSize {
-        /// The image as the user named it.
-        path: PathBuf,
-        /// The smallest unit of I/O that the image takes, in bytes.
-        needed_bytes: u32,
-        /// The disk's logical block size in bytes.
-        block_bytes: u32,
-    },
-
     /// The image cannot be mapped, though that was asked for, or though there is no other way.
     #[error("the image {path:?} cannot be served by a mapping: {why}; {advice}")]
     NotMapped {

@@ -14,6 +14,8 @@ mod durable;
 mod enter;
 #[path = "support/fuse.rs"]
 mod fuse;
+#[path = "faults/images.rs"]
+mod images;
 mod support;
 
 use std::fs::{self, File};
@@ -92,8 +94,13 @@ impl Mount {
     }
 
     fn made(kind: &str, bytes: u64, options: &str) -> Mount {
-        let device = Loop::new(bytes);
-        run(&format!("mkfs.{kind}"), &["-q", text(&device.path)]);
+        Mount::on(kind, Loop::new(bytes), &[], options)
+    }
+
+    /// On this device, with more to say to mkfs.
+    fn on(kind: &str, device: Loop, mkfs: &[&str], options: &str) -> Mount {
+        let args = [&["-q"], mkfs, &[text(&device.path)]].concat();
+        run(&format!("mkfs.{kind}"), &args);
         let dir = tempfile::tempdir().expect("a directory");
         run(
             "mount",
@@ -137,19 +144,40 @@ impl Drop for Mount {
 struct Loop {
     path: PathBuf,
     file: PathBuf,
-    _dir: TempDir,
+    _dir: Option<TempDir>,
 }
 
 impl Loop {
     fn new(bytes: u64) -> Loop {
         let dir = tempfile::tempdir().expect("a directory");
         let file = dir.path().join("medium");
+        let mut device = Loop::on(file, bytes);
+        device._dir = Some(dir);
+        device
+    }
+
+    /// On a sparse file of so many bytes.
+    fn on(file: PathBuf, bytes: u64) -> Loop {
+        Loop::set_up(file, bytes, &[])
+    }
+
+    /// One that refuses to be written to, and can be opened for writing all the same. (What `blockdev --setro` says would
+    /// stay with the device.)
+    fn read_only(bytes: u64) -> Loop {
+        let dir = tempfile::tempdir().expect("a directory");
+        let mut device = Loop::set_up(dir.path().join("medium"), bytes, &["--read-only"]);
+        device._dir = Some(dir);
+        device
+    }
+
+    fn set_up(file: PathBuf, bytes: u64, more: &[&str]) -> Loop {
         sparse(&file, bytes);
-        let path = run("losetup", &["--find", "--show", text(&file)]);
+        let args = [more, &["--find", "--show", text(&file)]].concat();
+        let path = run("losetup", &args);
         Loop {
             path: path.into(),
             file,
-            _dir: dir,
+            _dir: None,
         }
     }
 }

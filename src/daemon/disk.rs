@@ -94,7 +94,7 @@ impl Disk {
     pub fn new(
         id: DiskId,
         config: DiskConfig,
-        image: Image,
+        mut image: Image,
         workers: Vec<WorkerHandle>,
         dedicated: Arc<DedicatedWorkers>,
         group: Option<Membership>,
@@ -110,7 +110,7 @@ impl Disk {
                 chosen: config.cache.is_write_through(),
                 flushless: false,
             }),
-            sync_fault: Arc::default(),
+            sync_fault: Arc::new(SyncFault::with_witness(image.witness.take())),
             throttle: Arc::new(Throttle::new(config.limits)),
             group: Mutex::new(None),
             usage: Usage::default(),

@@ -6,24 +6,25 @@
 //! | alignment of direct I/O | statx (STATX_DIOALIGN), or reads that are tried | the same |
 //! | physical block | statx's block size, 4096 at most | sysfs `queue/physical_block_size` |
 //! | minimum and optimal I/O | the physical block; none | sysfs `queue/{minimum,optimal}_io_size` |
-//! | discard | a hole: the block size, any length | sysfs `queue/discard_*` |
+//! | discard | a hole: the block size, any length; the first one shows whether there are holes | sysfs `queue/discard_*` |
 //! | zeroes | fallocate: any length | sysfs `queue/write_zeroes_max_bytes` |
 //! | rotational | sysfs, of the device below the file system | sysfs `queue/rotational` |
 
 use std::fs::{self, File, Metadata, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::Arc;
 
-use log::warn;
-use rustix::fs::{AtFlags, FallocateFlags, OFlags, StatxFlags, fallocate, fcntl_setfl, statx};
+use rustix::fs::{AtFlags, OFlags, StatxFlags, fcntl_setfl, statx};
 use rustix::io::Errno;
 
-use self::align::open_direct;
+use self::align::{Alignment, open_direct, warn_of_page_cache};
 use self::backing::{io_poll, map, medium, not_in_memory};
 use self::filesystem::FileSystem;
-use self::limits::QueueLimits;
+use self::limits::{QueueLimits, is_set_read_only};
+use self::witness::open_witness;
 use super::IoPoll;
 use super::mapping::{Mapping, Medium};
 use crate::config::{DiskConfig, EngineKind, ImageSource, LockWhen};
@@ -35,6 +36,7 @@ pub mod filesystem;
 mod limits;
 pub mod lock;
 mod size;
+mod witness;
 
 /// Longest range, in bytes, that one discard or write-zeroes of a regular file may have: as much as
 /// virtio's 32-bit number of sectors can say, in whole mebibytes.
@@ -110,6 +112,9 @@ pub struct Image {
     pub io_poll: IoPoll,
     /// The image, mapped, if it lies in memory and was not to be used otherwise.
     pub mapping: Option<Arc<Mapping>>,
+    /// The file, opened a second time, to ask whether pages of its page cache were lost
+    /// ([`super::SyncFault`]); taken by whoever serves the image.
+    pub witness: Option<OwnedFd>,
 }
 
 /// How an image is locked.
@@ -119,13 +124,12 @@ impl Image {
     /// Opens the image of `config` the way `config` says.
     ///
     /// A cache mode with O_DIRECT falls back to the page cache, with a warning in the log, where the
-    /// image's file system has no direct I/O.
+    /// image has no direct I/O, or none for the guest's blocks.
     ///
     /// # Errors
     ///
     /// Anything but a regular file or a block device; no such file, no permission, a file system that
-    /// is read-only; a size of 0 or within a logical block; a logical block that is smaller than what
-    /// direct I/O can address.
+    /// or device that is read-only; a size of 0 or within a logical block.
     pub fn open(config: &DiskConfig) -> Result<Image, StartError> {
         Image::open_with(config, lock::lock_image)
     }
@@ -162,6 +166,9 @@ impl Image {
         let kind = kind_of(path, &file.metadata().map_err(fail)?)?;
         fcntl_setfl(&file, OFlags::empty()).map_err(|errno| fail(errno.into()))?;
         let file_system = FileSystem::of(&file).map_err(fail)?;
+        if kind == ImageKind::BlockDevice && !config.read_only && is_set_read_only(&file) {
+            return Err(fail(Errno::ROFS.into()));
+        }
         if config.lock == LockWhen::Always {
             lock(&file, path, config)?;
         }
@@ -192,37 +199,35 @@ impl Image {
             _ if config.engine == EngineKind::Mmap => return Err(not_in_memory(path)),
             _ => None,
         };
-        let direct = config.cache.is_direct() && mapping.is_none();
+        let mut direct = config.cache.is_direct() && mapping.is_none();
         let alignment = if direct {
-            open_direct(&file, &facts, &queue)
+            open_direct(&file, &facts, &queue, block_bytes)
         } else {
             None
         };
         match alignment {
-            Some(alignment) => (dio_mem_align, dio_offset_align) = alignment,
-            None if direct => {
+            Some(Alignment { memory, offset }) if offset <= block_bytes => {
+                (dio_mem_align, dio_offset_align) = (memory, offset);
+            }
+            _ if direct => {
                 // What was tried may have left the flag on.
                 fcntl_setfl(&file, OFlags::empty()).map_err(|errno| fail(errno.into()))?;
-                warn!(
-                    "{path:?} has no direct I/O (O_DIRECT): it is served through the host's page cache"
-                );
+                direct = false;
+                warn_of_page_cache(path, alignment, block_bytes);
             }
-            None => {}
+            _ => {}
         }
-        if dio_offset_align > block_bytes {
-            let needed_bytes = dio_offset_align;
-            return Err(StartError::BlockSize {
-                path: path.to_owned(),
-                needed_bytes,
-                block_bytes,
-            });
-        }
+        let witness = match file_system {
+            FileSystem::BlockDevice | FileSystem::Tmpfs | FileSystem::Hugetlbfs { .. } => None,
+            _ if config.read_only => None,
+            _ => open_witness(&file),
+        };
 
         let mut image = Image {
             kind,
             file_system,
             size_bytes,
-            direct: alignment.is_some(),
+            direct,
             dio_mem_align,
             dio_offset_align,
             physical_block_bytes: block_bytes,
@@ -232,8 +237,9 @@ impl Image {
             write_zeroes: WriteZeroesLimits::default(),
             rotational: queue.rotational,
             read_only: config.read_only,
-            io_poll: io_poll(path, (kind, alignment.is_some()), &queue, config)?,
+            io_poll: io_poll(path, (kind, direct), &queue, config)?,
             mapping,
+            witness,
             file,
         };
         match kind {
@@ -285,7 +291,10 @@ impl Image {
             let huge = |mapping: &Arc<Mapping>| matches!(mapping.medium(), Medium::Hugetlbfs(_));
             // Huge pages are set aside for the image; those given back may not be had again.
             let keeps_space = self.mapping.as_ref().is_some_and(huge);
-            if config.discard && !keeps_space && makes_holes(&self.file, self.size_bytes) {
+            // Whether the file system can free a part of a file shows when it is told to: a discard is a hint,
+            // and done where it cannot. To ask it before would mean to free something, in a file that
+            // another process may be writing to.
+            if config.discard && !keeps_space {
                 let granularity_bytes = self.physical_block_bytes;
                 self.discard = DiscardLimits {
                     max_bytes: FILE_RANGE_MAX_BYTES,
@@ -372,14 +381,6 @@ fn kind_of(path: &Path, metadata: &Metadata) -> Result<ImageKind, StartError> {
         path: path.to_owned(),
         kind,
     })
-}
-
-/// Whether the file system can free a part of a file. Asked with a hole behind its end, where there is
-/// nothing to lose.
-fn makes_holes(file: &File, size_bytes: u64) -> bool {
-    let behind = size_bytes.next_multiple_of(1 << 20);
-    let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-    fallocate(file, flags, behind, 1 << 12).is_ok()
 }
 
 fn power_of_two_at_least(value: u32, least: u32) -> u32 {

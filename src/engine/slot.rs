@@ -1,7 +1,9 @@
 //! One command on its way: a state machine fed with results, which says what to do next.
 //!
-//! It makes no system call and owns no fd, so that every fault can be fed to it by hand.
+//! It makes no system call and owns no fd, so that every fault can be fed to it by hand. (Two rare questions
+//! about the image are its disk's to answer.)
 
+mod belief;
 mod copying;
 mod lost;
 mod segments;
@@ -34,6 +36,8 @@ pub(super) enum Stage {
     Range(Method),
     /// `fdatasync`: the last step of a flush or of a durable write.
     Sync,
+    /// `fdatasync` of the image's second open file, which tells whether pages were lost.
+    Witness,
 }
 
 /// The ways to discard or zero a range.
@@ -91,6 +95,8 @@ pub(super) struct Slot {
     /// Let a kernel thread do it, because trying without blocking did not work.
     punt: bool,
     attempts: u8,
+    /// The error whose meaning the witness is asked for; 0: a success is in doubt.
+    error: i32,
     /// Ranges finished, and how many there are.
     range: u16,
     ranges: u16,
@@ -126,6 +132,7 @@ impl Slot {
             too_fine: None,
             punt: false,
             attempts: 0,
+            error: 0,
             range: 0,
             ranges: 0,
             segment_count: 0,
@@ -195,7 +202,6 @@ impl Slot {
         self.range = 0;
         self.fua = fua;
         self.unmap = unmap;
-        self.unsynced = fua;
         self.next_range(None, extents, can, counters)
     }
 
@@ -257,8 +263,8 @@ impl Slot {
                 self.range += 1;
                 self.next_range(None, extents, disk.can, counters)
             }
-            // A sync of another worker may have got the error that was meant for this one too.
-            Stage::Sync => Next::Done(disk.sync_fault.errno().map_or(Ok(self.total), Err)),
+            Stage::Sync => self.durable(disk),
+            Stage::Witness => self.witnessed(disk),
         }
     }
 
@@ -293,23 +299,13 @@ impl Slot {
         }
         self.done += moved;
         if self.done == self.total {
-            return self.finish();
+            return self.finish(disk);
         }
         if self.bounce.is_none() || moved < u64::from(BOUNCE_BYTES) {
             counters.continued += 1;
         }
         self.advance(moved);
         Next::Issue
-    }
-
-    /// Everything but the syncing is done.
-    fn finish(&mut self) -> Next {
-        if self.fua && self.unsynced {
-            self.stage = Stage::Sync;
-            Next::Issue
-        } else {
-            Next::Done(Ok(self.total))
-        }
     }
 
     fn failed(
@@ -324,7 +320,10 @@ impl Slot {
         }
         if errno == libc::EAGAIN || errno == libc::EINTR {
             if self.attempts == RETRIES {
-                return Next::Done(Err(Errno(errno)));
+                return match self.stage {
+                    Stage::Witness => self.ends(errno, disk, extents),
+                    _ => Next::Done(Err(Errno(errno))),
+                };
             }
             counters.retried += 1;
             // EAGAIN: first let a kernel thread have a go, then give the host time.
@@ -346,28 +345,8 @@ impl Slot {
                 }
                 self.next_range(Some(method), extents, disk.can, counters)
             }
-            _ => {
-                if self.loses_pages(errno, disk) {
-                    disk.sync_fault.set(Errno(errno));
-                }
-                Next::Done(Err(Errno(errno)))
-            }
+            _ => self.ends(errno, disk, extents),
         }
-    }
-
-    /// Whether the page cache may have given up pages that were written before, and will not say so
-    /// again: it says so to whoever syncs next, be it by `fdatasync` or by `RWF_DSYNC`. `O_DIRECT` has
-    /// no such pages.
-    fn loses_pages(&self, errno: i32, disk: &Disk) -> bool {
-        let buffered = matches!(&disk.target, Target::File(file) if !file.direct);
-        let synced = match self.stage {
-            // Given up by the watchdog, not by the disk.
-            Stage::Sync => errno != libc::ECANCELED,
-            // Other errors are the write's own.
-            Stage::Transfer => self.fua && !self.unsynced && errno == libc::EIO,
-            _ => false,
-        };
-        buffered && synced
     }
 
     /// Goes on with the range `self.range`, in the first way that comes after `tried`; finishes when
@@ -414,7 +393,11 @@ impl Slot {
             self.range += 1;
             first = 0;
         }
-        self.finish()
+        if self.fua {
+            self.stage = Stage::Sync;
+            return Next::Issue;
+        }
+        Next::Done(Ok(self.total))
     }
 }
 

@@ -30,8 +30,9 @@ pub(super) unsafe fn start(
     };
     let fua = command.fua && !file.ignore_flush;
     let promises = fua || (command.op == Op::Flush && !file.ignore_flush);
-    if promises && let Some(errno) = disk.sync_fault.errno() {
-        return Ok(Next::Done(Err(errno)));
+    if promises && disk.sync_fault.errno().is_some() {
+        // An I/O error, whatever the sync failed with: a lack of space, for one, could end.
+        return Ok(Next::Done(Err(Errno(libc::EIO))));
     }
     match command.op {
         // SAFETY: passed on to our caller. Unsafe because the buffers are the caller's.

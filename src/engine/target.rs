@@ -4,6 +4,8 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 
+use rustix::fs::{OFlags, SeekFrom, fcntl_setfl, seek};
+
 use super::disk::filesystem::FileSystem;
 use super::mapping::{Mapping, Medium};
 use super::{BOUNCE_BYTES, SyncFault, memory};
@@ -105,6 +107,8 @@ pub(super) struct Abilities {
     pub(super) zero: bool,
     /// Polling the device.
     pub(super) poll: bool,
+    /// `O_DIRECT`, if the image was opened with it.
+    pub(super) direct: bool,
 }
 
 impl Disk {
@@ -143,11 +147,46 @@ impl Disk {
                 discard: block_device,
                 zero: is_mapped,
                 poll: true,
+                direct: true,
             },
             align,
             registered: false,
             sync_fault: Arc::default(),
         })
+    }
+}
+
+impl Disk {
+    /// Has the image go through the page cache from now on: its file system demands more of offsets with
+    /// `O_DIRECT` than the guest's blocks have, which it did not when it was opened. False if that has been
+    /// done before.
+    #[cold]
+    pub(super) fn leave_direct(&mut self) -> bool {
+        let Target::File(file) = &self.target else {
+            return false;
+        };
+        if !std::mem::take(&mut self.can.direct) {
+            return false;
+        }
+        // The open file is all workers', and so is the flag.
+        let left = fcntl_setfl(&file.file, OFlags::empty());
+        log::warn!(
+            "O_DIRECT wants more of offsets than it did: the image is served through the host's page cache \
+             from now on"
+        );
+        left.is_ok()
+    }
+
+    /// Whether the disk is a device that ends before `end` by now, whatever it was when it was opened.
+    #[cold]
+    pub(super) fn is_shorter_than(&self, end: u64) -> bool {
+        match &self.target {
+            // The position is nobody's: all I/O says where it goes.
+            Target::File(file) if file.block_device => {
+                seek(&file.file, SeekFrom::End(0)).is_ok_and(|size| size < end)
+            }
+            _ => false,
+        }
     }
 }
 

@@ -132,12 +132,18 @@ impl Disk {
         }
         let synced = self.image.file.sync_data();
         if let Err(error) = &synced
-            && !self.image.direct
+            && (!self.image.direct || self.witness_fails())
         {
             let errno = error.raw_os_error().unwrap_or(libc::EIO);
             self.sync_fault.set(Errno(errno));
         }
         synced
+    }
+
+    /// Whether the image's second open file says that pages were lost.
+    fn witness_fails(&self) -> bool {
+        let witness = self.sync_fault.witness();
+        witness.is_some_and(|witness| rustix::fs::fdatasync(witness).is_err())
     }
 
     /// The error of the sync after which none is believed, if there was one.

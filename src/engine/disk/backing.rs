@@ -88,6 +88,7 @@ impl Image {
             read_only: config.read_only,
             io_poll: IoPoll::Never,
             mapping: None,
+            witness: None,
         })
     }
 }

@@ -2,7 +2,8 @@
 //!
 //! The files are described in the kernel's Documentation/ABI/stable/sysfs-block.
 
-use std::fs;
+use std::fs::{self, File};
+use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::str::FromStr;
 
@@ -58,6 +59,18 @@ impl QueueLimits {
             io_poll: value::<u8>(queue, "io_poll").is_some_and(|polls| polls != 0),
         }
     }
+}
+
+/// Whether a block device refuses to be written to (`blockdev --setro`, a read-only disk below a
+/// partition). It can be opened for writing all the same.
+pub(super) fn is_set_read_only(device: &File) -> bool {
+    /// `BLKROGET` of uapi/linux/fs.h.
+    const BLKROGET: libc::Ioctl = 0x125e;
+    let mut read_only: libc::c_int = 0;
+    // SAFETY: the request writes one `int`, which lives until the call returns. Unsafe because ioctl takes
+    // an address, and what is written there depends on the request.
+    let result = unsafe { libc::ioctl(device.as_raw_fd(), BLKROGET, &raw mut read_only) };
+    result == 0 && read_only != 0
 }
 
 fn value<T: FromStr>(queue: &Path, name: &str) -> Option<T> {

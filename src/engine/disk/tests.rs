@@ -170,7 +170,7 @@ fn a_file_system_without_direct_io_is_served_through_the_page_cache() {
     let file = File::open(path).expect("opens");
     let facts = statx(&file, "", AtFlags::EMPTY_PATH, StatxFlags::BASIC_STATS).expect("statx");
     assert_eq!(
-        open_direct(&file, &facts, &QueueLimits::of_device(0, u32::MAX)),
+        open_direct(&file, &facts, &QueueLimits::of_device(0, u32::MAX), 512),
         None
     );
 }

@@ -128,7 +128,7 @@ impl Slot {
             self.range += 1;
             self.next_range(None, extents, disk.can, counters)
         } else {
-            self.finish()
+            self.finish(disk)
         }
     }
 

@@ -1,5 +1,7 @@
 //! The submission entries of a slot's steps.
 
+use std::os::fd::AsRawFd;
+
 use io_uring::types::{self, FsyncFlags, Timespec};
 use io_uring::{opcode, squeue};
 
@@ -70,6 +72,15 @@ impl Slot {
             Stage::Sync => on_file!(disk, |fd| opcode::Fsync::new(fd)
                 .flags(FsyncFlags::DATASYNC)
                 .build()),
+            Stage::Witness => {
+                let witness = disk
+                    .sync_fault
+                    .witness()
+                    .expect("asked only if there is one");
+                opcode::Fsync::new(types::Fd(witness.as_raw_fd()))
+                    .flags(FsyncFlags::DATASYNC)
+                    .build()
+            }
         };
         if self.punt {
             entry.flags(squeue::Flags::ASYNC)

@@ -1,13 +1,15 @@
 //! Faults fed to a slot by hand: what no disk at hand would do to us.
 
 use std::fs::File;
+use std::sync::Arc;
 
 use io_uring::opcode as op;
 
 use super::*;
-use crate::engine::ZERO_BYTES;
 use crate::engine::disk::filesystem::FileSystem;
+use crate::engine::memory::Memory;
 use crate::engine::target::{FileTarget, IoPoll};
+use crate::engine::{SyncFault, ZERO_BYTES};
 use crate::mq::limits::MAX_SEGMENTS;
 
 const EAGAIN: i32 = -libc::EAGAIN;
@@ -434,7 +436,7 @@ fn errors_of_one_request_do_not_end_belief() {
     for (op, fua, errno) in [
         (Op::Read, false, libc::EIO),
         (Op::Write, false, libc::EIO),
-        (Op::Write, true, libc::ENOSPC),
+        (Op::Write, true, libc::EFAULT),
     ] {
         let mut b = Bench::new(false, false);
         b.transfer(op, &list, fua);
@@ -459,4 +461,121 @@ fn without_a_page_cache_a_failed_sync_is_the_devices_to_repeat() {
     b.slot.release();
     b.flush();
     assert_eq!(b.feed(0), Next::Done(Ok(0)));
+}
+
+impl Bench {
+    /// The image is open a second time.
+    fn with_witness(direct: bool) -> Self {
+        let mut b = Bench::new(direct, false);
+        let witness = File::open("/dev/null").unwrap().into();
+        b.disk.sync_fault = Arc::new(SyncFault::with_witness(Some(witness)));
+        b
+    }
+
+    /// A durable write that ends in `errno`.
+    fn durable_write(&mut self, list: &[iovec], errno: i32) -> Next {
+        self.transfer(Op::Write, list, true);
+        self.code();
+        self.feed(-errno)
+    }
+
+    fn asks_the_witness(&mut self) -> bool {
+        self.slot.stage == Stage::Witness && self.code() == u32::from(op::Fsync::CODE)
+    }
+}
+
+/// A durable write lacks space of its own, or hears of pages that lacked it: the kernel has one word for both, and says
+/// it once.
+#[test]
+fn what_a_failed_durable_write_means_is_asked_of_the_witness() {
+    let list = segments(&[(0x1000, 4096)]);
+    for direct in [false, true] {
+        for errno in [libc::ENOSPC, libc::EDQUOT, libc::ETIMEDOUT] {
+            let failed = Next::Done(Err(Errno(errno)));
+            let mut b = Bench::with_witness(direct);
+            assert_eq!(b.durable_write(&list, errno), Next::Issue);
+            assert!(b.disk.sync_fault.is_doubted());
+            assert_eq!(b.feed(0), failed, "the write failed all the same");
+            assert_eq!(b.disk.sync_fault.errno(), None, "nothing else is lost");
+            assert!(!b.disk.sync_fault.is_doubted());
+            b.slot.release();
+            assert_eq!(b.durable_write(&list, errno), Next::Issue);
+            assert_eq!(b.feed(-libc::EIO), failed);
+            assert_eq!(b.disk.sync_fault.errno(), Some(Errno(libc::EIO)));
+            assert!(!b.disk.sync_fault.is_doubted());
+        }
+    }
+    // Without one nothing is believed that may be lost.
+    let mut b = Bench::new(false, false);
+    let failed = Next::Done(Err(Errno(libc::ENOSPC)));
+    assert_eq!(b.durable_write(&list, libc::ENOSPC), failed);
+    assert_eq!(b.disk.sync_fault.errno(), Some(Errno(libc::ENOSPC)));
+}
+
+/// XFS writes a part of a shared block through the page cache, whatever the file is open with.
+#[test]
+fn a_failed_sync_past_the_page_cache_is_asked_of_the_witness() {
+    let mut b = Bench::with_witness(true);
+    b.flush();
+    assert_eq!(b.feed(-libc::EIO), Next::Issue);
+    assert!(b.asks_the_witness());
+    assert_eq!(b.feed(0), EIO);
+    assert_eq!(b.disk.sync_fault.errno(), None, "the device's to repeat");
+    b.slot.release();
+    b.flush();
+    b.feed(-libc::EIO);
+    assert_eq!(b.feed(-libc::ENOSPC), EIO);
+    b.slot.release();
+    b.flush();
+    assert_eq!(b.feed(0), EIO);
+}
+
+#[test]
+fn nothing_is_durable_while_the_witness_is_asked() {
+    let list = segments(&[(0x1000, 4096)]);
+    let mut b = Bench::with_witness(true);
+    b.disk.sync_fault.doubt();
+    b.transfer(Op::Write, &list, true);
+    b.code();
+    assert_eq!(b.feed(4096), Next::Issue);
+    assert!(b.asks_the_witness());
+    assert_eq!(b.feed(0), Next::Issue, "asked again until it is known");
+    b.disk.sync_fault.end_doubt();
+    assert_eq!(b.feed(0), Next::Done(Ok(4096)));
+    b.slot.release();
+    b.disk.sync_fault.doubt();
+    b.flush();
+    assert_eq!(b.feed(0), Next::Issue);
+    b.disk.sync_fault.set(Errno(libc::EIO));
+    assert_eq!(b.feed(0), EIO);
+    assert!(b.disk.sync_fault.is_doubted(), "that of another");
+}
+
+#[test]
+fn a_durable_write_fails_after_a_sync_has_failed_meanwhile() {
+    let mut b = Bench::new(false, false);
+    let list = segments(&[(0x1000, 4096)]);
+    b.transfer(Op::Write, &list, true);
+    b.code();
+    b.disk.sync_fault.set(Errno(libc::EIO));
+    assert_eq!(b.feed(4096), EIO);
+}
+
+/// A file system that demands more of offsets than when the image was opened.
+#[test]
+fn direct_io_that_refuses_the_guests_blocks_is_left() {
+    let mut b = Bench::new(true, false);
+    let list = segments(&[(0x1000, 512)]);
+    b.transfer(Op::Write, &list, false);
+    b.slot.offset = 512;
+    assert_eq!(b.feed(-libc::EINVAL), Next::Issue);
+    assert!(b.slot.wants_bounce, "it may be the buffer");
+    b.slot.wants_bounce = false;
+    let mut memory = Memory::new(1).unwrap();
+    memory.add_disk(0).unwrap();
+    b.slot.bounce = memory.take_bounce(0);
+    b.slot.op = Op::Read;
+    assert_eq!(b.feed(-libc::EINVAL), Next::Issue, "it is the offset");
+    assert!(!b.disk.can.direct);
+    assert_eq!(b.feed(-libc::EINVAL), Next::Done(Err(Errno(libc::EINVAL))));
 }

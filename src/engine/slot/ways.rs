@@ -52,6 +52,15 @@ impl Slot {
             disk.can.poll &= errno != libc::EOPNOTSUPP;
             return true;
         }
+        // Nor is it the buffers: the file system has come to demand more of offsets than the guest's blocks
+        // have.
+        if errno == libc::EINVAL
+            && file.direct
+            && self.bounce.is_some()
+            && !(self.offset + self.done).is_multiple_of(PAGE_BYTES as u64)
+        {
+            return disk.leave_direct();
+        }
         // What the image wants of buffers was found out from a file system that may answer for one part
         // of the file only, or from a device that has been exchanged since.
         if errno == libc::EINVAL && file.direct && self.bounce.is_none() {
