@@ -35,5 +35,7 @@ mod ranges;
 mod rings;
 #[path = "native/sessions.rs"]
 mod sessions;
+#[path = "native/snapshot.rs"]
+mod snapshot;
 #[path = "native/syscalls.rs"]
 mod syscalls;

@@ -10,9 +10,17 @@
 
 mod support;
 
+#[path = "recovery/cache_mode.rs"]
+mod cache_mode;
 #[path = "recovery/campaign.rs"]
 mod campaign;
 #[path = "recovery/moments.rs"]
 mod moments;
+#[path = "recovery/options.rs"]
+mod options;
+#[path = "recovery/regions.rs"]
+mod regions;
+#[path = "recovery/returns.rs"]
+mod returns;
 #[path = "recovery/world.rs"]
 mod world;

@@ -47,7 +47,7 @@ fuzz_target!(|input: Input<'_>| {
     let mut setup = setup(input.exponent, true, 0);
     let entries = input.entries.map_or(setup.size, u16::from).max(1);
 
-    let file = inflight::create(2, entries).expect("a region");
+    let file = inflight::create(2).expect("a region");
     let mut record = Vec::new();
     record.extend(u64::from(input.features / 128).to_ne_bytes());
     record.extend(u16::from(input.version % 3).to_ne_bytes());
@@ -67,10 +67,11 @@ fuzz_target!(|input: Input<'_>| {
         record.truncate(at);
         record.extend(bytes);
     }
-    record.truncate(inflight::region_bytes(1, entries));
+    record.truncate(inflight::records_bytes(1, entries));
     let handle = File::from(file.try_clone().expect("a duplicate"));
     handle.write_all_at(&record, 0).expect("it fits");
-    let region = InflightRegion::map(&file, 0, 2, entries).expect("a mapping");
+    let size = inflight::records_bytes(2, entries) as u64;
+    let region = InflightRegion::map(&file, 0, size, 2, entries).expect("a mapping");
 
     // Every chain is a flush: the ring is what is looked at.
     guest.write(DATA, &4u32.to_le_bytes());

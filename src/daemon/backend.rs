@@ -21,6 +21,7 @@ use crate::virtio::memory::MemoryTable;
 use super::device_state::DeviceState;
 use super::dirty::Unlogged;
 use super::disk::CacheError;
+use super::session::config_read_from;
 use super::vring::{GuestMemory, SessionState, Vring};
 
 /// One session's device.
@@ -90,6 +91,7 @@ impl VhostUserBackend for DeviceBackend {
     }
 
     fn acked_features(&self, acked: u64) {
+        self.session.is_set_up();
         // A front end that only negotiates for itself acknowledges no device features yet.
         if acked & features::VERSION_1 != 0 {
             self.session.disk().driver_acknowledged(acked);
@@ -111,6 +113,7 @@ impl VhostUserBackend for DeviceBackend {
     }
 
     fn reset_device(&self) {
+        self.session.is_set_up();
         self.session.reset();
         self.session.set_logging(false);
     }
@@ -120,7 +123,9 @@ impl VhostUserBackend for DeviceBackend {
     }
 
     fn get_config(&self, offset: u32, size: u32) -> Vec<u8> {
-        self.session.disk().read_config(offset, size)
+        self.session
+            .disk()
+            .read_config(config_read_from(offset, size), size)
     }
 
     fn set_config(&self, offset: u32, bytes: &[u8]) -> io::Result<()> {
@@ -160,6 +165,7 @@ impl VhostUserBackend for DeviceBackend {
                         disk.config.serial
                     );
                 })?;
+                self.session.is_saved();
                 Transfer::Saved
             }
             Direction::LOAD => Transfer::Loading(file),
@@ -188,6 +194,7 @@ impl VhostUserBackend for DeviceBackend {
     }
 
     fn update_memory(&self, memory: GuestMemory) -> io::Result<()> {
+        self.session.is_set_up();
         let before = self.session.memory();
         let table = MemoryTable::from_guest_memory(memory.memory().into_inner(), before.as_deref())
             .map_err(io::Error::other)?;

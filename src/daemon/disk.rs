@@ -5,6 +5,7 @@ mod dealing;
 mod dedicated;
 mod describe;
 mod hold;
+mod notes;
 mod resize;
 mod tuning;
 mod usage;
@@ -106,10 +107,7 @@ impl Disk {
         let disk = Disk {
             id,
             write_through: Arc::new(AtomicBool::new(config.cache.is_write_through())),
-            cache: Mutex::new(CacheState {
-                chosen: config.cache.is_write_through(),
-                flushless: false,
-            }),
+            cache: Mutex::new(CacheState::new(config.cache.is_write_through())),
             sync_fault: Arc::new(SyncFault::with_witness(image.witness.take())),
             throttle: Arc::new(Throttle::new(config.limits)),
             group: Mutex::new(None),
@@ -246,10 +244,15 @@ impl Disk {
         let mut queues = self.lock_queues();
         queues.started.remove(&queue.0);
         queues.polled.remove(&queue.0);
+        if !queues.started.is_empty() {
+            return;
+        }
         // With its last queue ends what was held.
-        if queues.started.is_empty() && self.config.on_error != OnError::Report {
+        if self.config.on_error != OnError::Report {
             self.resume_workers();
         }
+        drop(queues);
+        self.rings_stopped();
     }
 
     /// The vCPUs the map sends to a queue, for the summary.

@@ -1,5 +1,8 @@
 //! How many file descriptors the process may need, and how many it may have.
 
+use std::os::fd::OwnedFd;
+
+use rustix::io::fcntl_dupfd_cloexec;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use super::session::MAX_REGIONS;
@@ -26,8 +29,12 @@ pub fn most(disks: &[DiskConfig]) -> u64 {
     FDS_OF_THE_PROCESS + sessions.sum::<u64>()
 }
 
-/// Allows as many descriptors as the system lets us have, and says so if that may not be enough.
-pub fn allow(disks: &[DiskConfig]) {
+/// The highest number that is asked for: the kernel's table of descriptors is as long as its highest number.
+const HIGHEST_NUMBER: u64 = 1 << 16;
+
+/// Allows as many descriptors as the system lets us have, and says so if that may not be enough. Returns the
+/// number from which on listeners are to be; see [`number_from`].
+pub fn allow(disks: &[DiskConfig]) -> i32 {
     let limit = getrlimit(Resource::Nofile);
     let raised = Rlimit {
         current: limit.maximum,
@@ -47,5 +54,26 @@ pub fn allow(disks: &[DiskConfig]) {
             "{now} open files may not be enough: front ends that use all their queues and memory regions \
              need {most}; raise the hard limit (ulimit -Hn, LimitNOFILE=) or lower --num-queues"
         );
+    }
+    let listeners = disks.len() as u64;
+    let last = now.unwrap_or(u64::MAX).saturating_sub(listeners);
+    i32::try_from(most.min(HIGHEST_NUMBER).min(last)).expect("HIGHEST_NUMBER has 17 bits")
+}
+
+/// The same open file under a descriptor of the lowest free number that is not below `least`.
+///
+/// A process that is killed lets go of high numbers first (the kernel's task work is a stack: close_files in
+/// fs/file.c, task_work_run in kernel/task_work.c). So a listener above all connections is closed before them,
+/// and a front end that connects the moment it sees the hang-up is refused, and not reset.
+pub fn number_from(fd: OwnedFd, least: i32) -> OwnedFd {
+    match fcntl_dupfd_cloexec(&fd, least) {
+        Ok(high) => high,
+        Err(errno) => {
+            log::warn!(
+                "a listening socket stays below its connections, because no descriptor from {least} on is to be \
+                 had: {errno}; raise the limit of open files (ulimit -n)"
+            );
+            fd
+        }
     }
 }

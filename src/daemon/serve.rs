@@ -20,6 +20,7 @@ use crate::mq::limits::MAX_RING_SIZE;
 use super::backend::DeviceBackend;
 use super::dirty::Unlogged;
 use super::disk::Disk;
+use super::files;
 use super::session::{
     CarriedSession, ConfigNotifier, Guard, LogKeeper, PrimeError, Served, SessionEnd, SessionLimits,
 };
@@ -39,6 +40,8 @@ pub struct DiskServer {
     pub stop: Arc<Stop>,
     /// Where it rests.
     pub rest: Arc<RestPlace>,
+    /// The listener's descriptor has this number or a higher one; see [`files::number_from`].
+    pub listeners_from: i32,
 }
 
 /// Where front ends connect.
@@ -68,8 +71,11 @@ impl DiskServer {
 
     fn run(&self, beginning: Beginning) {
         let Beginning { door, session } = beginning;
-        let (door, connected) = match door {
-            Some(Door::Listening(listener, file)) => (Some(Listening { listener, file }), None),
+        let (mut door, connected) = match door {
+            Some(Door::Listening(listener, file)) => {
+                let listener = files::number_from(listener.into(), self.listeners_from).into();
+                (Some(Listening { listener, file }), None)
+            }
             Some(Door::Connected(stream)) => (None, Some(stream)),
             None => (None, None),
         };
@@ -80,32 +86,29 @@ impl DiskServer {
         }
         let mut verdict = Verdict::GoOn;
         if let Some(session) = session {
-            verdict = self.carry_on(session, door.as_ref());
+            verdict = self.carry_on(session, &mut door);
         } else if let Some(stream) = connected {
-            verdict = self.serve(stream, None);
+            verdict = self.serve(stream, &mut None);
         }
-        let Some(door) = door else {
-            return;
-        };
         if verdict == Verdict::GoOn {
-            verdict = self.listen(&door);
+            verdict = self.listen(&mut door);
         }
-        if let (Verdict::Leave, Some(file)) = (verdict, door.file) {
+        if let (Verdict::Leave, Some(file)) = (verdict, door.and_then(|door| door.file)) {
             file.leave();
         }
     }
 
     /// One session at a time: a front end that connects meanwhile waits until it is its turn.
-    fn listen(&self, door: &Listening) -> Verdict {
-        loop {
-            let verdict = match self.rest.wait(&self.stop, &door.listener) {
+    fn listen(&self, door: &mut Option<Listening>) -> Verdict {
+        while let Some(open) = door {
+            let verdict = match self.rest.wait(&self.stop, &open.listener) {
                 Woken::Stopped => return Verdict::GoOn,
                 Woken::Wished => {
-                    let with = Self::at_rest(Some(door), None);
+                    let with = Self::at_rest(Some(open), None);
                     self.rest.rest(self.disk.id, with)
                 }
-                Woken::Readable => match door.listener.accept() {
-                    Ok((stream, _)) => self.serve(stream, Some(door)),
+                Woken::Readable => match open.listener.accept() {
+                    Ok((stream, _)) => self.serve(stream, door),
                     Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => Verdict::GoOn,
                     Err(error) => {
                         log::error!("disk {}: cannot accept: {error}", self.disk.config.serial);
@@ -119,9 +122,10 @@ impl DiskServer {
                 return verdict;
             }
         }
+        Verdict::GoOn
     }
 
-    fn serve(&self, stream: UnixStream, door: Option<&Listening>) -> Verdict {
+    fn serve(&self, stream: UnixStream, door: &mut Option<Listening>) -> Verdict {
         let serial = &self.disk.config.serial;
         log::info!("disk {serial}: a front end connected");
         match Session::open(self, stream) {
@@ -134,17 +138,26 @@ impl DiskServer {
     }
 
     /// Serves a session to its end, or until another process has it.
-    fn carry_on(&self, mut session: Session, door: Option<&Listening>) -> Verdict {
+    ///
+    /// When the process ends, `door` is closed and its file removed before the front end can notice: one that
+    /// connects again the moment it sees the hang-up finds nobody, and tries again. In the queue of a listener
+    /// that is about to close it would be reset, after which some front ends (Cloud Hypervisor up to v53.0)
+    /// give the disk up.
+    fn carry_on(&self, mut session: Session, door: &mut Option<Listening>) -> Verdict {
         let serial = &self.disk.config.serial;
         self.disk.set_connected(true);
         self.disk.set_notifier(Some(session.notifier()));
         let verdict = loop {
             match session.guard.serve() {
                 Served::AtRest => {
-                    let with = Self::at_rest(door, Some(&session));
+                    let with = Self::at_rest(door.as_ref(), Some(&session));
                     match self.rest.rest(self.disk.id, with) {
                         Verdict::GoOn => {}
-                        Verdict::Leave => break Verdict::Leave,
+                        Verdict::Leave => {
+                            // The other process keeps the notes of the guest from now on.
+                            self.disk.session_ended();
+                            break Verdict::Leave;
+                        }
                         Verdict::MakeWay => {
                             session.guard.close();
                             let end = SessionEnd::MadeWay;
@@ -154,6 +167,9 @@ impl DiskServer {
                     }
                 }
                 Served::Over(end) => {
+                    if self.stop.is_signalled() {
+                        *door = None;
+                    }
                     session.guard.close();
                     match end {
                         SessionEnd::FrontEndLeft | SessionEnd::Stopped => {

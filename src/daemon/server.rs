@@ -58,7 +58,7 @@ enum Happened {
 /// Something is missing or wrong before the first front end could be served. Nothing is left
 /// behind.
 pub fn run(config: Config) -> Result<(), StartError> {
-    files::allow(&config.disks);
+    let listeners_from = files::allow(&config.disks);
     // What needs names and rights, in the order in which a user gets it wrong.
     let Opening {
         identity,
@@ -94,7 +94,7 @@ pub fn run(config: Config) -> Result<(), StartError> {
         rest: Arc::new(rest),
         events,
     };
-    let servers = service.servers(&Arc::new(junction));
+    let servers = service.servers(&Arc::new(junction), listeners_from);
     let Doors { disks, control } = doors;
     let (beginnings, control) =
         service.begin(&config, predecessor, &servers, disks, control, clock)?;
@@ -178,7 +178,7 @@ impl Threads {
 }
 
 impl Service {
-    fn servers(&self, junction: &Arc<Junction>) -> Vec<DiskServer> {
+    fn servers(&self, junction: &Arc<Junction>, listeners_from: i32) -> Vec<DiskServer> {
         let disks = self.roster.disks().iter();
         disks
             .map(|disk| DiskServer {
@@ -186,6 +186,7 @@ impl Service {
                 junction: Arc::clone(junction),
                 stop: Arc::clone(&self.stop),
                 rest: Arc::clone(&self.rest),
+                listeners_from,
             })
             .collect()
     }

@@ -52,8 +52,9 @@ use std::time::Instant;
 use rustix::event::PollFlags;
 
 pub use carry::{CarriedRegion, CarriedRing, CarriedSession, Negotiated, PrimeError};
+pub use contents::read_from as config_read_from;
 pub use fds::open_fd_table;
-pub use inflight::{CarriedInflight, InflightStore};
+pub use inflight::{CarriedInflight, InflightStore, NoteKeeper};
 pub use log::LogKeeper;
 pub use notifier::ConfigNotifier;
 pub use refusal::{Reason, Refusal, RequestName};

@@ -7,6 +7,7 @@
 
 mod carry;
 mod end;
+mod snapshot;
 mod state;
 
 use std::cell::RefCell;
@@ -26,6 +27,7 @@ use crate::virtio::ring::RingSetup;
 use super::dirty::Unlogged;
 use super::message::{FdRole, Message, Reply, StartRing};
 
+use snapshot::Closing;
 pub use state::SessionState;
 
 /// Guest memory as the crate hands it out. The data path does not go through it.
@@ -74,7 +76,9 @@ struct Own {
     /// The worker has the ring.
     running: bool,
     /// GET_VRING_BASE is under way: the crate is about to drop kick and call.
-    closing: bool,
+    closing: Closing,
+    /// Kick and call of a ring that GET_VRING_BASE has stopped; see [`Vring::resume_after_snapshot`].
+    parked: Option<[Option<OwnedFd>; 2]>,
 }
 
 impl Link {
@@ -129,6 +133,7 @@ impl Vring {
             link.session.give_up();
             return;
         }
+        disk.ring_starts(setup.has_history(&memory));
         let start = Box::new(StartRing {
             ring: link.ring,
             setup,
@@ -244,6 +249,9 @@ impl VringT<GuestMemory> for Vring {
 
     fn set_enabled(&self, enabled: bool) {
         self.inner.set_enabled(enabled);
+        if enabled {
+            self.resume_after_snapshot();
+        }
         let own = self.link.own();
         if own.running {
             let ring = self.link.ring;
@@ -252,6 +260,7 @@ impl VringT<GuestMemory> for Vring {
     }
 
     fn set_queue_info(&self, desc: u64, avail: u64, used: u64) -> Result<(), QueueError> {
+        self.link.session.is_set_up();
         self.inner.set_queue_info(desc, avail, used)?;
         // A ring that got its kick before its addresses starts now.
         if self.inner.get_ref().get_queue().ready() {
@@ -265,15 +274,18 @@ impl VringT<GuestMemory> for Vring {
         if ready {
             self.start();
         } else {
-            self.link.own().closing = true;
             self.stop();
+            self.link.own().closing = Closing::Kick;
         }
     }
 
     fn set_kick(&self, file: Option<File>) {
-        let closing = std::mem::take(&mut self.link.own().closing);
+        let closing = self.link.own().close_kick();
         self.set_fd(FdRole::Kick, file.as_ref());
         let please_poll = file.is_none() && !closing;
+        if !closing {
+            self.link.session.is_set_up();
+        }
         self.inner.set_kick(file);
         // Without an fd the front end asks us to look by ourselves. The crate starts a ring only
         // when it has an fd, so that is done here.
@@ -283,6 +295,7 @@ impl VringT<GuestMemory> for Vring {
     }
 
     fn set_call(&self, file: Option<File>) {
+        self.link.own().close_call();
         self.set_fd(FdRole::Call, file.as_ref());
         let link = &self.link;
         if link.own().running {
@@ -298,6 +311,7 @@ impl VringT<GuestMemory> for Vring {
     }
 
     fn set_queue_size(&self, num: u16) {
+        self.link.session.is_set_up();
         self.inner.set_queue_size(num);
     }
 
@@ -310,6 +324,7 @@ impl VringT<GuestMemory> for Vring {
     }
 
     fn set_queue_next_avail(&self, base: u16) {
+        self.link.session.is_set_up();
         self.inner.set_queue_next_avail(base);
     }
 

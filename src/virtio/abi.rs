@@ -41,6 +41,9 @@ pub mod request_type {
     pub const DISCARD: u32 = v::VIRTIO_BLK_T_DISCARD;
     /// Zero ranges.
     pub const WRITE_ZEROES: u32 = v::VIRTIO_BLK_T_WRITE_ZEROES;
+    /// A bit beside the type, which legacy devices could offer (VIRTIO_BLK_T_BARRIER in Linux). It is not offered
+    /// and means nothing. SLOF, the firmware of pseries, sets it in each request all the same.
+    pub const BARRIER: u32 = v::VIRTIO_BLK_T_BARRIER;
 }
 
 /// A write-zeroes range may be deallocated (section 5.2.6).

@@ -69,11 +69,55 @@ pub fn offered(shape: &DiskShape, config: &ConfigSpace) -> u64 {
     features
 }
 
-/// Whether a disk may be in write-back mode for a guest that accepted `features`. One that can
-/// neither flush nor change the mode relies on write-through (virtio 1.3, section 5.2.6.2).
-pub fn allows_write_back(features: u64) -> bool {
-    features & (FLUSH | CONFIG_WCE) != 0
+/// What a driver that accepted certain features can do about a volatile cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CacheControl {
+    /// It flushes, so that the disk may be in write-back mode.
+    Flushes,
+    /// It cannot flush, and can choose the mode: `writeback` begins as 0 (virtio 1.3, section 5.2.5.2).
+    OnlyChooses,
+    /// It can do neither, and may rely on write-through (section 5.2.5.1).
+    Nothing,
 }
+
+impl CacheControl {
+    /// Of a driver that accepted `features`.
+    pub fn of(features: u64) -> CacheControl {
+        match (features & FLUSH != 0, features & CONFIG_WCE != 0) {
+            (true, _) => CacheControl::Flushes,
+            (false, true) => CacheControl::OnlyChooses,
+            (false, false) => CacheControl::Nothing,
+        }
+    }
+}
+
+/// The names of feature bits, for a message; those without a name by their number.
+pub fn names(features: u64) -> String {
+    let name = |bit: u32| {
+        let known = NAMES.iter().find(|(feature, _)| *feature == 1 << bit);
+        known.map_or_else(|| format!("bit {bit}"), |(_, name)| (*name).to_owned())
+    };
+    let bits = (0..u64::BITS).filter(|bit| features & 1 << bit != 0);
+    bits.map(name).collect::<Vec<_>>().join(", ")
+}
+
+const NAMES: [(u64, &str); 15] = [
+    (SIZE_MAX, "SIZE_MAX"),
+    (SEG_MAX, "SEG_MAX"),
+    (RO, "RO"),
+    (BLK_SIZE, "BLK_SIZE"),
+    (FLUSH, "FLUSH"),
+    (TOPOLOGY, "TOPOLOGY"),
+    (CONFIG_WCE, "CONFIG_WCE"),
+    (MQ, "MQ"),
+    (DISCARD, "DISCARD"),
+    (WRITE_ZEROES, "WRITE_ZEROES"),
+    (LOG_ALL, "LOG_ALL"),
+    (INDIRECT_DESC, "INDIRECT_DESC"),
+    (EVENT_IDX, "EVENT_IDX"),
+    (VHOST_USER_PROTOCOL_FEATURES, "PROTOCOL_FEATURES"),
+    (VERSION_1, "VERSION_1"),
+];
 
 #[cfg(test)]
 mod tests {
@@ -125,9 +169,18 @@ mod tests {
     }
 
     #[test]
-    fn a_guest_that_cannot_flush_gets_write_through() {
-        assert!(!allows_write_back(VERSION_1 | MQ));
-        assert!(allows_write_back(VERSION_1 | FLUSH));
-        assert!(allows_write_back(VERSION_1 | CONFIG_WCE));
+    fn a_driver_begins_with_write_back_only_if_it_can_flush() {
+        use CacheControl::{Flushes, Nothing, OnlyChooses};
+        assert_eq!(CacheControl::of(VERSION_1 | MQ), Nothing);
+        assert_eq!(CacheControl::of(VERSION_1 | FLUSH), Flushes);
+        assert_eq!(CacheControl::of(VERSION_1 | FLUSH | CONFIG_WCE), Flushes);
+        assert_eq!(CacheControl::of(VERSION_1 | CONFIG_WCE), OnlyChooses);
+    }
+
+    #[test]
+    fn bits_have_the_names_of_the_specification() {
+        assert_eq!(names(1 << 13 | 1 << 14), "DISCARD, WRITE_ZEROES");
+        assert_eq!(names(RO | 1 << 34), "RO, bit 34");
+        assert_eq!(names(0), "");
     }
 }

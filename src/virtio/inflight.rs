@@ -14,6 +14,11 @@
 //! in the host's byte order. The document leaves the distance of the queues' records to the back end;
 //! here each begins at a multiple of [`QUEUE_ALIGN`] bytes, as in libvhost-user and DPDK.
 //!
+//! A record has room for [`MAX_RING_SIZE`] entries, whatever size the front end says its rings have: QEMU
+//! 10.0.13 asks for a region for its `queue-size` and starts rings of 1024. Behind the records stand notes
+//! of ours about the guest (`inflight/notes.rs`). A region of another back end, or of a version of this
+//! program that did neither, has records of the size that the front end says, and no notes.
+//!
 //! # What is written when
 //!
 //! The process may be killed between any two stores, and the next one sees those before. A store is
@@ -46,10 +51,14 @@ use rustix::fs::{
 use rustix::io::Errno;
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
+use crate::mq::limits::MAX_RING_SIZE;
 use crate::sigbus::Guarded;
 
+mod notes;
 mod recover;
 
+use notes::NOTES_BYTES;
+pub use notes::Notes;
 pub use recover::InflightError;
 
 /// Bytes of the smallest page there is.
@@ -83,8 +92,14 @@ fn queue_bytes(size: u16) -> usize {
     (HEADER_BYTES + usize::from(size) * ENTRY_BYTES).next_multiple_of(QUEUE_ALIGN)
 }
 
-/// Bytes of a region for `queues` queues of up to `queue_size` descriptors.
-pub fn region_bytes(queues: u16, queue_size: u16) -> usize {
+/// Bytes of a region for `queues` queues as [`create`] makes it.
+pub fn region_bytes(queues: u16) -> usize {
+    records_bytes(queues, MAX_RING_SIZE) + NOTES_BYTES
+}
+
+/// Bytes of the records of `queues` queues of up to `queue_size` descriptors: the least that a region can
+/// have.
+pub fn records_bytes(queues: u16, queue_size: u16) -> usize {
     usize::from(queues) * queue_bytes(queue_size)
 }
 
@@ -93,7 +108,7 @@ pub fn region_bytes(queues: u16, queue_size: u16) -> usize {
 /// # Errors
 ///
 /// The kernel has no memory or no descriptor left.
-pub fn create(queues: u16, queue_size: u16) -> io::Result<OwnedFd> {
+pub fn create(queues: u16) -> io::Result<OwnedFd> {
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
     let name = "vhost-user-blkmq in flight";
     // Not to be run as a program: hosts may insist. Linux before 6.3 does not know the flag.
@@ -101,7 +116,7 @@ pub fn create(queues: u16, queue_size: u16) -> io::Result<OwnedFd> {
         Err(Errno::INVAL) => memfd_create(name, flags),
         made => made,
     }?;
-    ftruncate(&file, region_bytes(queues, queue_size) as u64)?;
+    ftruncate(&file, region_bytes(queues) as u64)?;
     fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
     Ok(file)
 }
@@ -126,11 +141,13 @@ pub struct InflightRegion {
     mapping: Arc<Mapping>,
     queues: u16,
     queue_size: u16,
+    has_notes: bool,
 }
 
 impl InflightRegion {
-    /// Maps the region for `queues` queues of up to `queue_size` descriptors that begins at byte `offset`
-    /// of `file`, which is that long and in memory ([`is_memory`]).
+    /// Maps the region of `size` bytes for `queues` queues of up to `queue_size` descriptors that begins at
+    /// byte `offset` of `file`. The file is that long and in memory ([`is_memory`]), and `size` is at least
+    /// [`records_bytes`].
     ///
     /// # Errors
     ///
@@ -138,12 +155,16 @@ impl InflightRegion {
     pub fn map(
         file: &impl AsFd,
         offset: u64,
+        size: u64,
         queues: u16,
         queue_size: u16,
     ) -> io::Result<InflightRegion> {
+        let (least, whole) = (records_bytes(queues, queue_size), region_bytes(queues));
+        debug_assert!(size >= least as u64);
+        let used = usize::try_from(size).unwrap_or(whole).min(whole).max(least);
         // Huge pages are mapped as a whole; a file on hugetlbfs calls them its blocks.
         let block = usize::try_from(fstat(file)?.st_blksize).unwrap_or(0);
-        let len = region_bytes(queues, queue_size).next_multiple_of(block.max(PAGE_BYTES));
+        let len = used.next_multiple_of(block.max(PAGE_BYTES));
         // SAFETY: a new mapping at an address that the kernel chooses replaces nothing. Unsafe because
         // mapping in general can.
         let base = unsafe {
@@ -165,11 +186,18 @@ impl InflightRegion {
         // SAFETY: a whole mapping of ours, which the drop below unmaps after the guard is gone; all accesses
         // are by raw pointers. Unsafe because the guard may replace what is mapped there.
         mapping.guard = Some(unsafe { Guarded::new(base, len) }?);
-        Ok(InflightRegion {
+        let mut region = InflightRegion {
             mapping: Arc::new(mapping),
             queues,
-            queue_size,
-        })
+            queue_size: MAX_RING_SIZE,
+            has_notes: used == whole,
+        };
+        // A region of another back end may be as long as ours by chance.
+        if !region.has_notes || size != whole as u64 && region.notes().is_none() {
+            region.queue_size = queue_size;
+            region.has_notes = false;
+        }
+        Ok(region)
     }
 
     /// The record of queue `index`, whose ring has `ring_size` entries. `None` if the region has none,
@@ -194,7 +222,7 @@ impl InflightRegion {
         self.queues
     }
 
-    /// Descriptors it has room for in each.
+    /// Descriptors it has room for in each, which may be more than the front end said.
     pub fn queue_size(&self) -> u16 {
         self.queue_size
     }

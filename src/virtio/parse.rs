@@ -17,7 +17,11 @@ use crate::mq::limits::{INLINE_SEGMENTS, MAX_SEGMENTS};
 use crate::mq::request::{IoPrio, Op, Request, Status};
 
 mod id;
+mod odd;
 mod ranges;
+
+pub use odd::Odd;
+pub(super) use odd::OddRequests;
 
 /// What became of a chain.
 #[derive(Debug)]
@@ -210,12 +214,16 @@ fn any(
         }
     };
     ring.count_walk(layout.descriptors);
-    let verdict = match take_header(&layout, pool) {
-        Some(header) => judge(&layout, &header, shape, write_through, &mut pool.scratch),
+    let header = take_header(&layout, pool);
+    let verdict = match &header {
+        Some(header) => judge(&layout, header, shape, write_through, &mut pool.scratch),
         None => Verdict::Answer(Status::IoErr, 0),
     };
     let (request, segments) = match verdict {
         Verdict::Answer(status, bytes) => {
+            if status != Status::Ok {
+                pool.note_odd(status, header.as_ref(), &layout, shape);
+            }
             let head = ring.commit(head);
             // SAFETY: the walk found the status byte in the guest's memory, which the ring keeps.
             // Unsafe because the compiler does not see that.
@@ -270,7 +278,9 @@ fn take_header(layout: &Layout, pool: &mut SegmentPool) -> Option<Header> {
     let (low, high) = bytes.split_at(8);
     let words =
         [low, high].map(|half| u64::from_ne_bytes(half.try_into().expect("half of sixteen")));
-    Some(Header::from_words(words))
+    let mut header = Header::from_words(words);
+    header.kind &= !request_type::BARRIER;
+    Some(header)
 }
 
 /// Moves bytes out of the front of `pieces`, which have to hold that many.

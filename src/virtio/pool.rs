@@ -5,6 +5,7 @@ use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::fmt;
 use std::ptr::NonNull;
 
+use super::parse::OddRequests;
 use crate::mq::limits::{BIG_REQUESTS, MAX_SEGMENTS};
 
 /// A range of the disk, of a discard or write-zeroes request.
@@ -110,6 +111,8 @@ pub struct SegmentPool {
     free: u64,
     /// Where a chain is laid out before it is known how much of it is data.
     pub(super) scratch: Box<[Segment]>,
+    /// What was said of requests that fail.
+    pub(super) odd: OddRequests,
 }
 
 impl SegmentPool {
@@ -125,6 +128,7 @@ impl SegmentPool {
             buffers: RawTable::new(usize::from(BIG_REQUESTS) * usize::from(MAX_SEGMENTS)),
             free: Self::ALL_FREE,
             scratch: vec![Segment { extent: none }; SCRATCH_SEGMENTS].into_boxed_slice(),
+            odd: OddRequests::default(),
         }
     }
 

@@ -20,6 +20,7 @@ use crate::mq::limits::MAX_RING_SIZE;
 
 mod ahead;
 mod error;
+mod history;
 mod logged;
 mod memory;
 mod notify;

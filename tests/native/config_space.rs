@@ -111,3 +111,21 @@ fn the_cache_mode_byte_can_be_written() {
         assert!(disk.read(0, 0, 4096) == data);
     }
 }
+
+/// Cloud Hypervisor before v51 reads it at 0x100, where the configuration space of vhost-user ends.
+#[test]
+fn the_config_space_is_answered_at_the_offset_of_old_cloud_hypervisors() {
+    let daemon = Daemon::start_ours(&Spec::image(1 << 20));
+    let mut front = Front::connect(daemon.socket(), &Setup::default()).expect("a session");
+    let len = BlkConfig::LEN_PADDED as u32;
+    let whole = front.config_bytes(0, len).expect("all of it");
+    assert_eq!(front.config_bytes(0x100, len).expect("all of it"), whole);
+    // It writes where everybody does.
+    front
+        .set_config(BlkConfig::WRITEBACK_AT, &[0])
+        .expect("a config write");
+    assert_eq!(front.config_bytes(0x100, len).expect("all of it")[32], 0);
+    front
+        .set_config(0x100 + BlkConfig::WRITEBACK_AT, &[1])
+        .expect_err("nothing is there");
+}

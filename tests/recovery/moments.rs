@@ -9,10 +9,10 @@ use std::time::Instant;
 use vhost::VhostBackend;
 
 /// So slow that nearly all of what is pushed is in flight when the daemon is killed.
-const SLOW: [&str; 2] = ["--limit", "iops=1/1"];
+pub const SLOW: [&str; 2] = ["--limit", "iops=1/1"];
 
 /// Pushes `count` reads of a sector each, none of which can be merged with another.
-fn push_reads(world: &mut World, queue: usize, gpa: u64, count: u16) {
+pub fn push_reads(world: &mut World, queue: usize, gpa: u64, count: u16) {
     for token in 0..count {
         let data = [Seg::writable(gpa, 512)];
         let sector = 2 * u64::from(token);
@@ -23,7 +23,7 @@ fn push_reads(world: &mut World, queue: usize, gpa: u64, count: u16) {
 }
 
 /// The same with a daemon that is [`SLOW`]: returns when it has taken all of them, and completed one at most.
-fn push_held_reads(world: &mut World, queue: usize, gpa: u64, count: u16) {
+pub fn push_held_reads(world: &mut World, queue: usize, gpa: u64, count: u16) {
     push_reads(world, queue, gpa, count);
     let deadline = Instant::now() + DEADLINE;
     while world.in_flight(queue) + 1 < usize::from(count) {
@@ -32,12 +32,12 @@ fn push_held_reads(world: &mut World, queue: usize, gpa: u64, count: u16) {
     }
 }
 
-fn kill(mut daemon: Daemon) {
+pub fn kill(mut daemon: Daemon) {
     daemon.signal(Signal::KILL);
     daemon.wait_exit();
 }
 
-fn reap_all(world: &mut World, queue: usize) -> Vec<u64> {
+pub fn reap_all(world: &mut World, queue: usize) -> Vec<u64> {
     let mut tokens = Vec::new();
     while world.queues[queue].in_flight() > 0 {
         let done = disk::finish(&mut world.queues[queue]);

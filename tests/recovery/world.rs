@@ -9,7 +9,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 use tempfile::TempDir;
-use vhost::vhost_user::message::VhostUserProtocolFeatures;
+use vhost::VhostBackend;
+use vhost::vhost_user::message::{VhostUserInflight, VhostUserProtocolFeatures};
 
 /// What the next daemon is told of where to go on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,6 +27,16 @@ pub struct World {
     pub mem: Arc<GuestMemory>,
     pub queues: Vec<Queue>,
     pub inflight: Option<Inflight>,
+    /// The size of the queues that the front end says when it asks for the region.
+    pub inflight_queue_size: u16,
+    /// Bytes from the record of one queue in the region to the next: with room for 1024 entries.
+    pub stride: usize,
+    /// Protocol features to take if offered.
+    pub protocol: VhostUserProtocolFeatures,
+    /// Features to take if offered.
+    pub features: u64,
+    /// Features that the guest has accepted: the next daemon hears of these, whatever it offers.
+    accepted: Option<u64>,
     _dir: TempDir,
 }
 
@@ -46,6 +57,11 @@ impl World {
             mem,
             queues,
             inflight: None,
+            inflight_queue_size: setup.size,
+            stride: 16448,
+            protocol: protocol::KNOWN | VhostUserProtocolFeatures::INFLIGHT_SHMFD,
+            features: features::KNOWN,
+            accepted: None,
             _dir: dir,
         }
     }
@@ -59,12 +75,21 @@ impl World {
     /// Connects as a front end does that wants to survive: a region of the first daemon, given to each.
     pub fn connect(&mut self, socket: &Path) -> front::Result<Front> {
         let setup = Setup {
-            protocol: protocol::KNOWN | VhostUserProtocolFeatures::INFLIGHT_SHMFD,
+            protocol: self.protocol,
+            features: self.features,
             ..Setup::default()
         };
         let mut front = Front::connect_with(socket, &setup, Arc::clone(&self.mem))?;
+        let accepted = *self.accepted.get_or_insert(front.features);
+        front.vhost.set_features(accepted)?;
+        if !front
+            .protocol
+            .contains(VhostUserProtocolFeatures::INFLIGHT_SHMFD)
+        {
+            return Ok(front);
+        }
         if self.inflight.is_none() {
-            let size = self.queues[0].size();
+            let size = self.inflight_queue_size;
             self.inflight = Some(front.new_inflight(self.queues.len(), size)?);
         }
         front.set_inflight(self.inflight.as_ref().expect("just made"))?;
@@ -93,18 +118,33 @@ impl World {
         front
     }
 
+    /// Gives the next daemon a region as a version of this program left it whose records have room for the
+    /// size said, and nothing stands behind them.
+    pub fn use_old_region(&mut self) {
+        use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+        let size = self.inflight_queue_size;
+        self.stride = (16 + 16 * usize::from(size)).next_multiple_of(64);
+        let bytes = (self.queues.len() * self.stride) as u64;
+        let file = memfd_create("old region", MemfdFlags::CLOEXEC).expect("memory");
+        ftruncate(&file, bytes).expect("memory");
+        let queues = self.queues.len() as u16;
+        self.inflight = Some(Inflight {
+            description: VhostUserInflight::new(bytes, 0, queues, size),
+            file: file.into(),
+        });
+    }
+
     /// How many heads of queue `index` the region has in flight.
     pub fn in_flight(&self, index: usize) -> usize {
         let Some(region) = &self.inflight else {
             return 0;
         };
         let size = usize::from(self.queues[0].size());
-        let record = (16 + 16 * size).next_multiple_of(64);
-        let mut bytes = vec![0; record];
+        let mut bytes = vec![0; 16 + 16 * size];
         std::os::unix::fs::FileExt::read_exact_at(
             &region.file,
             &mut bytes,
-            (index * record) as u64,
+            (index * self.stride) as u64,
         )
         .expect("the region has a record for each queue");
         bytes[16..16 + 16 * size]

@@ -10,21 +10,59 @@ use crate::daemon::message::Message;
 use crate::engine::Errno;
 use crate::engine::disk::ImageKind;
 use crate::virtio::config_space::{ConfigError, WriteCache};
-use crate::virtio::features;
+use crate::virtio::features::{self, CacheControl};
+use crate::virtio::inflight::InflightRegion;
 
-/// Why writes may have to be durable when they complete.
+/// Why writes may have to be durable when they complete, and what is known of the guest's choice.
 #[derive(Debug)]
 pub(super) struct CacheState {
     /// The guest chose it, or the user did before. It belongs to the disk, not to a session: a guest
     /// that chose write-through still believes in it after its front end has reconnected.
     pub(super) chosen: bool,
     /// The driver that is active now can neither flush nor choose (firmware, for instance).
-    pub(super) flushless: bool,
+    flushless: bool,
+    /// The guest ran before this process served it, and what it chose is not known. It does not choose
+    /// again, so it has what it may rely on.
+    pub(super) cautious: bool,
+    /// Whatever the guest chose, this process has heard of it.
+    pub(super) known: bool,
+    /// The features that the driver accepted, since the session began or the device was reset.
+    acked: Option<u64>,
+    /// A ring that runs was served before it started.
+    history: bool,
+    /// The region below was made for a driver that had started no ring yet.
+    new_region: bool,
+    /// Where notes of this are kept for the process after this one.
+    region: Option<InflightRegion>,
 }
 
 impl CacheState {
+    /// Of a disk that no guest has seen.
+    pub(super) fn new(write_through: bool) -> CacheState {
+        CacheState {
+            chosen: write_through,
+            flushless: false,
+            cautious: false,
+            known: false,
+            acked: None,
+            history: false,
+            new_region: false,
+            region: None,
+        }
+    }
+
     fn is_write_through(&self) -> bool {
-        self.chosen || self.flushless
+        self.chosen || self.flushless || self.cautious
+    }
+
+    /// Where notes are kept.
+    pub(super) fn region(&self) -> Option<&InflightRegion> {
+        self.region.as_ref()
+    }
+
+    /// What a guest counts on that goes on elsewhere, or with another process.
+    pub(super) fn is_promised(&self) -> bool {
+        self.chosen || self.cautious
     }
 }
 
@@ -60,7 +98,7 @@ impl Disk {
     /// What a snapshot has to keep.
     pub fn device_state(&self) -> DeviceState {
         DeviceState {
-            write_through: self.lock_cache().chosen,
+            write_through: self.lock_cache().is_promised(),
         }
     }
 
@@ -76,23 +114,141 @@ impl Disk {
         Ok(())
     }
 
-    fn choose(&self, chosen: bool) -> io::Result<()> {
-        let before = self.lock_cache().chosen;
-        if let Err(error) = self.change_cache(|cache| cache.chosen = chosen) {
-            let mut cache = self.lock_cache();
-            cache.chosen = before;
-            self.write_through
-                .store(cache.is_write_through(), Ordering::Relaxed);
-            return Err(error);
+    /// The notes of a guest that runs say whether it has write-through. It keeps that, and one that has
+    /// write-back gets what the disk has: the front end, which can change notes, cannot take write-through
+    /// away.
+    pub(super) fn guest_has(&self, write_through: bool) -> io::Result<()> {
+        if write_through && !self.lock_cache().chosen {
+            self.choose(true)?;
+            log::info!(
+                "disk {}: its guest goes on with write-through",
+                self.config.serial
+            );
         }
+        self.lock_cache().known = true;
         Ok(())
     }
 
+    /// Keeps notes in `region` from now on; `started` is whether its guest has started a ring.
+    pub(super) fn keep_notes_in(&self, region: InflightRegion, started: bool) {
+        let mut cache = self.lock_cache();
+        cache.region = Some(region);
+        cache.new_region = !started;
+        self.note(&cache, started);
+    }
+
+    /// Writes down what has changed for the guest beside the cache mode.
+    pub(super) fn note_change(&self) {
+        self.note(&self.lock_cache(), false);
+    }
+
+    fn choose(&self, chosen: bool) -> io::Result<()> {
+        let (chosen_before, cautious_before) = {
+            let cache = self.lock_cache();
+            (cache.chosen, cache.cautious)
+        };
+        let changed = self.change_cache(|cache| {
+            cache.chosen = chosen;
+            cache.cautious = false;
+        });
+        let mut cache = self.lock_cache();
+        if changed.is_err() {
+            cache.chosen = chosen_before;
+            cache.cautious = cautious_before;
+            self.write_through
+                .store(cache.is_write_through(), Ordering::Relaxed);
+        } else {
+            cache.known = true;
+        }
+        changed
+    }
+
     /// A driver acknowledged these features. One that can neither flush nor choose the cache mode
-    /// relies on write-through (virtio 1.3, section 5.2.6.2).
+    /// relies on write-through, and one that can only choose begins with it.
     pub fn driver_acknowledged(&self, acked: u64) {
-        let changed =
-            self.change_cache(|cache| cache.flushless = !features::allows_write_back(acked));
+        // Both are the front end's, and change while the driver goes on.
+        let acked = acked & !(features::LOG_ALL | features::VHOST_USER_PROTOCOL_FEATURES);
+        let control = CacheControl::of(acked);
+        let changed = self.change_cache(|cache| {
+            let begins = cache.acked.replace(acked) != Some(acked);
+            cache.flushless = control == CacheControl::Nothing;
+            cache.chosen |= begins && control == CacheControl::OnlyChooses;
+        });
+        self.unable_to_refuse(changed);
+    }
+
+    /// A ring is about to start; `history` is whether it was served before.
+    ///
+    /// A guest whose ring has a history chose its cache mode in another process, if it did. Where no notes
+    /// tell what it chose (the front end has no in-flight region, or one of another program), its writes
+    /// are durable when they complete, until its driver begins anew or chooses.
+    pub fn ring_starts(&self, history: bool) {
+        let serial = &self.config.serial;
+        let mut cache = self.lock_cache();
+        cache.history |= history;
+        let can_choose = cache
+            .acked
+            .is_none_or(|acked| acked & features::CONFIG_WCE != 0);
+        let in_doubt = history && can_choose && !cache.is_write_through();
+        let arrives = in_doubt && cache.new_region && cache.known;
+        let begins = std::mem::take(&mut cache.new_region);
+        if begins {
+            self.note(&cache, true);
+        }
+        let unknown = in_doubt && !cache.known;
+        drop(cache);
+        if arrives {
+            log::info!(
+                "disk {serial}: a guest arrives that ran elsewhere and has write-back here; if it chose \
+                 write-through there, start this daemon with --cache directsync or writethrough"
+            );
+        }
+        if unknown {
+            log::warn!(
+                "disk {serial}: the guest ran before this daemon served it, and whether it chose \
+                 write-through is not known: it has write-through until its driver starts anew"
+            );
+            let changed = self.change_cache(|cache| cache.cautious = true);
+            self.unable_to_refuse(changed);
+        }
+    }
+
+    /// No ring runs any more. If none of them had a history, their driver began with this process, and all
+    /// that it chose is known.
+    pub(super) fn rings_stopped(&self) {
+        let mut cache = self.lock_cache();
+        let history = std::mem::take(&mut cache.history);
+        drop(cache);
+        if !history {
+            self.driver_begins();
+        }
+    }
+
+    /// The driver of the device begins anew: it reads the cache mode again.
+    pub fn driver_begins(&self) {
+        let changed = self.change_cache(|cache| {
+            cache.known = true;
+            cache.cautious = false;
+        });
+        self.unable_to_refuse(changed);
+    }
+
+    /// The device was reset.
+    pub fn device_reset(&self) {
+        self.lock_cache().acked = None;
+        self.driver_begins();
+    }
+
+    /// The front end has left, and has its in-flight region to itself again.
+    pub fn session_ended(&self) {
+        let mut cache = self.lock_cache();
+        cache.acked = None;
+        cache.region = None;
+        cache.new_region = false;
+    }
+
+    /// A change that nobody could be told has failed.
+    fn unable_to_refuse(&self, changed: io::Result<()>) {
         if let Err(error) = changed {
             // A driver that cannot be refused learns of it from its writes.
             let errno = error.raw_os_error().unwrap_or(libc::EIO);
@@ -101,20 +257,21 @@ impl Disk {
     }
 
     /// Changes the cache mode, and returns when it holds: for all that completes from then on, and
-    /// when write-through begins for all that completed before, too.
+    /// when write-through begins for all that completed before, too. The notes say so by then.
     pub(super) fn change_cache(&self, change: impl FnOnce(&mut CacheState)) -> io::Result<()> {
         let mut cache = self.lock_cache();
         change(&mut cache);
         let now = cache.is_write_through();
         let before = self.write_through.swap(now, Ordering::Relaxed);
-        if !now || before {
-            return Ok(());
+        if now && !before {
+            // What completed in write-back mode was not promised to be durable, but a guest that changes
+            // the mode counts on it from here on. It also counts on what it sent before and will see
+            // completed after, so that ends first.
+            self.tell_workers(|done| Message::Drain(self.id, done));
+            self.sync()?;
         }
-        // What completed in write-back mode was not promised to be durable, but a guest that changes
-        // the mode counts on it from here on. It also counts on what it sent before and will see
-        // completed after, so that ends first.
-        self.tell_workers(|done| Message::Drain(self.id, done));
-        self.sync()
+        self.note(&cache, false);
+        Ok(())
     }
 
     pub(super) fn lock_cache(&self) -> MutexGuard<'_, CacheState> {

@@ -28,6 +28,8 @@ pub struct Changes {
     pub group: Option<Option<String>>,
     /// The guest chose another cache mode: true for write-through.
     pub write_through: Option<bool>,
+    /// Whether the guest chose write-through is not known, and it has it for that.
+    pub cautious: bool,
     /// The image could not be synced, so that no flush can succeed any more: a host's `errno`.
     pub sync_fault: Option<i32>,
 }
@@ -87,9 +89,9 @@ impl Disk {
     }
 
     /// Whether the guest was promised that writes are durable when they complete, by its own choice or
-    /// by the configuration.
-    pub fn chose_write_through(&self) -> bool {
-        self.lock_cache().chosen
+    /// by the configuration, or may have been.
+    pub fn is_write_through_promised(&self) -> bool {
+        self.lock_cache().is_promised()
     }
 
     /// What differs from the configuration by now.
@@ -104,6 +106,7 @@ impl Disk {
             group: (group != config.group).then_some(group),
             sync_fault: self.sync_fault.errno().map(|errno| errno.0),
             write_through: (chosen != config.cache.is_write_through()).then_some(chosen),
+            cautious: self.lock_cache().cautious,
         }
     }
 
@@ -138,8 +141,11 @@ impl Disk {
         self.change_cache(|cache| {
             cache.chosen = match changes.write_through {
                 Some(chosen) => chosen,
-                None => cache.chosen || was_write_through,
+                // Nothing was chosen where all that is known is that it may have been.
+                None => cache.chosen || was_write_through && !changes.cautious,
             };
+            cache.cautious = changes.cautious;
+            cache.known = true;
         })
     }
 }

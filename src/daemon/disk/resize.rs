@@ -207,6 +207,7 @@ impl Disk {
             outcome.map_err(ResizeError::Engine)?;
         }
         self.size.bytes.store(size_bytes, Ordering::Release);
+        self.note_change();
         log::info!(
             "disk {}: grew from {before} to {size_bytes} bytes",
             self.config.serial

@@ -1,6 +1,6 @@
 //! Messages that are judged by what they hold and by nothing before them.
 
-use vhost::vhost_user::message::VhostUserConfigFlags;
+use vhost::vhost_user::message::{FrontendReq, VhostUserConfigFlags};
 
 use super::CONFIG_SPACE_BYTES;
 use super::fds::FdKind;
@@ -8,14 +8,32 @@ use super::refusal::Reason;
 use super::shape::CONFIG_HEADER_BYTES;
 use super::streams;
 use super::wire::{Message, u32_at};
+use crate::virtio::config_space::CONFIG_BYTES;
+
+/// Where a read of `size` bytes at `offset` of the configuration space begins.
+///
+/// Cloud Hypervisor before v51 reads the whole of it at 0x100, which is where a virtio-mmio device has it. The
+/// space of vhost-user ends there (`VHOST_USER_MAX_CONFIG_SIZE`), so nothing else can be meant.
+pub fn read_from(offset: u32, size: u32) -> u32 {
+    let whole = usize::try_from(size) == Ok(CONFIG_BYTES);
+    if whole && offset == CONFIG_SPACE_BYTES {
+        0
+    } else {
+        offset
+    }
+}
 
 /// The direction in which the daemon writes a state.
 const SAVE: u32 = 0;
 
 /// GET_CONFIG and SET_CONFIG: offset, size, flags and contents.
-pub(super) fn config(payload: &[u8]) -> Result<(), Reason> {
+pub(super) fn config(request: FrontendReq, payload: &[u8]) -> Result<(), Reason> {
     let (offset, size, flags) = (u32_at(payload, 0), u32_at(payload, 4), u32_at(payload, 8));
-    let end = offset.checked_add(size);
+    let from = match request {
+        FrontendReq::GET_CONFIG => read_from(offset, size),
+        _ => offset,
+    };
+    let end = from.checked_add(size);
     if size == 0 || end.is_none_or(|end| end > CONFIG_SPACE_BYTES) {
         return Err(Reason::ConfigRange {
             offset,

@@ -6,9 +6,10 @@
 //! question without effect is sent to the device in its place, its answer is the moment, and until then
 //! nothing more is read from the front end.
 
+use std::fmt;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use vhost::vhost_user::message::FrontendReq;
 
@@ -16,17 +17,38 @@ use super::SessionLimits;
 use super::fds::FdKind;
 use super::refusal::Reason;
 use super::wire::{FLAG_NEED_REPLY, FLAG_REPLY, Header, Message, VERSION, u16_at, u64_at};
-use crate::virtio::inflight::{InflightQueue, InflightRegion, create, is_memory, region_bytes};
+use crate::virtio::inflight::{
+    InflightQueue, InflightRegion, Notes, create, is_memory, records_bytes, region_bytes,
+};
 
 /// Bytes of an in-flight description: mapping size and offset, number and size of the queues.
 pub(super) const DESCRIPTION_BYTES: usize = 20;
 /// The same as a C structure, which is how QEMU and the `vhost` crate send it.
 pub(super) const DESCRIPTION_BYTES_PADDED: usize = 24;
 
+/// Bytes of a description in front of the size of the queues.
+const QUEUE_SIZE_AT: usize = 18;
+
+/// Who knows what a guest is told of its disk.
+pub trait NoteKeeper: fmt::Debug + Send + Sync {
+    /// The notes of a region that is made now, for a driver that begins.
+    fn notes(&self) -> Notes;
+
+    /// Uses what `region` says of a guest that runs, and keeps its notes up to date from now on.
+    ///
+    /// # Errors
+    ///
+    /// The guest was told what does not hold here: one line that says what to do.
+    fn adopt(&self, region: &InflightRegion) -> Result<(), String>;
+}
+
 /// The in-flight region a session has, if its front end wants one: set by the guard, used where rings
 /// start.
 #[derive(Debug, Default)]
-pub struct InflightStore(Mutex<Option<Given>>);
+pub struct InflightStore {
+    given: Mutex<Option<Given>>,
+    keeper: Option<Arc<dyn NoteKeeper>>,
+}
 
 /// A region in use, and what it was made of, for the process after this one.
 #[derive(Debug)]
@@ -45,27 +67,43 @@ pub struct CarriedInflight {
 }
 
 impl InflightStore {
+    /// No region yet; the notes of those to come are `keeper`'s.
+    pub fn new(keeper: Arc<dyn NoteKeeper>) -> InflightStore {
+        InflightStore {
+            given: Mutex::default(),
+            keeper: Some(keeper),
+        }
+    }
+
     /// Uses this region for rings that start from now on.
-    fn set(&self, region: InflightRegion, inflight: CarriedInflight) {
+    fn set(&self, region: InflightRegion, inflight: CarriedInflight) -> Result<(), Reason> {
+        if let Some(keeper) = &self.keeper {
+            keeper.adopt(&region).map_err(Reason::Promise)?;
+        }
         let given = Given { region, inflight };
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(given);
+        *self.given.lock().unwrap_or_else(PoisonError::into_inner) = Some(given);
+        Ok(())
     }
 
     fn get(&self) -> Option<InflightRegion> {
-        let given = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let given = self.given.lock().unwrap_or_else(PoisonError::into_inner);
         given.as_ref().map(|given| given.region.clone())
     }
 
-    /// What the front end gave, for another process to go on with.
+    /// What the front end gave, for another process to go on with. The size of the queues is what the region
+    /// has room for: versions of this program that know no other size find the records by it.
     ///
     /// # Errors
     ///
     /// The process is out of descriptors.
     pub fn carry(&self) -> io::Result<Option<CarriedInflight>> {
-        let given = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let given = self.given.lock().unwrap_or_else(PoisonError::into_inner);
         let carry = |given: &Given| {
+            let mut payload = given.inflight.payload.clone();
+            payload[QUEUE_SIZE_AT..DESCRIPTION_BYTES]
+                .copy_from_slice(&given.region.queue_size().to_ne_bytes());
             Ok(CarriedInflight {
-                payload: given.inflight.payload.clone(),
+                payload,
                 file: given.inflight.file.try_clone()?,
             })
         };
@@ -111,7 +149,7 @@ impl Description {
             size: u64_at(payload, 0),
             offset: u64_at(payload, 8),
             queues: u16_at(payload, 16),
-            queue_size: u16_at(payload, 18),
+            queue_size: u16_at(payload, QUEUE_SIZE_AT),
         };
         let (queues, queue_size) = (description.queues, description.queue_size);
         let (max_queues, max_size) = (limits.max_queues, limits.max_queue_size);
@@ -128,7 +166,7 @@ impl Description {
 
     /// The payload of `bytes` bytes that describes a new region for these queues.
     fn encode_new(&self, bytes: usize) -> Vec<u8> {
-        let size = region_bytes(self.queues, self.queue_size) as u64;
+        let size = region_bytes(self.queues) as u64;
         let mut payload = Vec::with_capacity(bytes);
         payload.extend_from_slice(&size.to_ne_bytes());
         payload.extend_from_slice(&0_u64.to_ne_bytes());
@@ -141,7 +179,7 @@ impl Description {
     /// Maps the region that `file` holds.
     fn adopt(&self, file: &OwnedFd) -> Result<InflightRegion, Reason> {
         let examine = |error: io::Error| Reason::Examine(error.to_string());
-        let needs = region_bytes(self.queues, self.queue_size) as u64;
+        let needs = records_bytes(self.queues, self.queue_size) as u64;
         if self.size < needs {
             return Err(Reason::InflightSize {
                 has: self.size,
@@ -173,8 +211,24 @@ impl Description {
                 has,
             });
         }
-        InflightRegion::map(file, self.offset, self.queues, self.queue_size)
+        self.map(file, self.size)
+    }
+
+    fn map(&self, file: &OwnedFd, size: u64) -> Result<InflightRegion, Reason> {
+        InflightRegion::map(file, self.offset, size, self.queues, self.queue_size)
             .map_err(|error| Reason::InflightMap(error.to_string()))
+    }
+
+    /// Makes a region.
+    fn create(&self, store: &InflightStore) -> Result<OwnedFd, Reason> {
+        let file =
+            create(self.queues).map_err(|error| Reason::InflightCreate(error.to_string()))?;
+        if let Some(keeper) = &store.keeper {
+            let whole = Description { offset: 0, ..*self };
+            let region = whole.map(&file, region_bytes(self.queues) as u64)?;
+            region.write_notes(&keeper.notes());
+        }
+        Ok(file)
     }
 }
 
@@ -200,8 +254,7 @@ pub(super) fn carry_out(
 ) -> Result<Option<Message>, Reason> {
     let description = Description::decode(&message.payload, limits)?;
     let (payload, fds) = if message.header.request == u32::from(FrontendReq::GET_INFLIGHT_FD) {
-        let file = create(description.queues, description.queue_size)
-            .map_err(|error| Reason::InflightCreate(error.to_string()))?;
+        let file = description.create(store)?;
         (description.encode_new(message.payload.len()), vec![file])
     } else {
         let file = &message.fds[0];
@@ -211,7 +264,7 @@ pub(super) fn carry_out(
             payload: message.payload.clone(),
             file: kept.map_err(|error| Reason::Examine(error.to_string()))?,
         };
-        store.set(region, inflight);
+        store.set(region, inflight)?;
         if !acked || message.header.flags & FLAG_NEED_REPLY == 0 {
             return Ok(None);
         }

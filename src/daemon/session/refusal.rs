@@ -4,6 +4,8 @@ use std::fmt;
 
 use vhost::vhost_user::message::FrontendReq;
 
+use crate::virtio::features::{DISCARD, RO, WRITE_ZEROES, names};
+
 /// A request's name as the protocol spells it, or its number where it has none.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RequestName(pub u32);
@@ -55,8 +57,10 @@ pub enum Reason {
     FdsLost,
     #[error("the session has an owner already")]
     Owned,
+    #[error("feature bits {extra:#x} were never offered ({}){}", names(*extra), advice(*extra, *offered))]
+    NotOffered { extra: u64, offered: u64 },
     #[error("feature bits {0:#x} were never offered")]
-    NotOffered(u64),
+    ProtocolNotOffered(u64),
     #[error(
         "queue {index} does not exist, this disk has {count}; lower the front end's num-queues"
     )]
@@ -176,6 +180,25 @@ pub enum Reason {
     InflightMap(String),
     #[error("no memory for an in-flight region: {0}")]
     InflightCreate(String),
+    #[error("the guest cannot go on with this disk: {0}")]
+    Promise(String),
     #[error("no memory region of {size:#x} bytes at guest address {guest:#x} to remove")]
     RegionUnknown { guest: u64, size: u64 },
+}
+
+/// What makes a disk lack the features of a guest that runs: an option that the daemon before did not have.
+fn advice(extra: u64, offered: u64) -> &'static str {
+    let read_only = offered & RO != 0;
+    if read_only && extra & (DISCARD | WRITE_ZEROES) != 0 {
+        "; the guest was started with a disk that can be written: start this daemon without --read-only, or \
+         restart the virtual machine"
+    } else if extra & RO != 0 {
+        "; the guest was started with a disk that cannot be written: start this daemon with --read-only, or \
+         restart the virtual machine"
+    } else if extra & DISCARD != 0 {
+        "; the guest was started with discard: start this daemon without --discard off, on an image that can \
+         free space, or restart the virtual machine"
+    } else {
+        ""
+    }
 }

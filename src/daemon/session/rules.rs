@@ -154,7 +154,7 @@ impl Rules {
                     R::GET_VRING_BASE => self.queue_index(u32_at(payload, 0))?,
                     R::SET_VRING_ENABLE => self.vring_enable(payload)?,
                     R::SET_VRING_ADDR => self.vring_addr(payload)?,
-                    R::GET_CONFIG | R::SET_CONFIG => contents::config(payload)?,
+                    R::GET_CONFIG | R::SET_CONFIG => contents::config(request, payload)?,
                     // No payload and nothing to remember.
                     _ => {}
                 }
@@ -195,7 +195,11 @@ impl Rules {
     }
 
     fn set_protocol_features(&mut self, features: u64) -> Result<(), Reason> {
-        self.protocol_acked = offered(features, self.protocol_offered)?;
+        self.protocol_acked = features;
+        match features & !self.protocol_offered.unwrap_or(u64::MAX) {
+            0 => {}
+            extra => return Err(Reason::ProtocolNotOffered(extra)),
+        }
         let both =
             (VhostUserProtocolFeatures::BACKEND_REQ | VhostUserProtocolFeatures::CONFIG).bits();
         self.channel.set_negotiated(features & both == both);
@@ -398,8 +402,9 @@ fn expect_fds(message: &Message, want: usize) -> Result<(), Reason> {
 
 /// `features`, if each was offered. A front end that never asked is held to nothing here.
 fn offered(features: u64, offered: Option<u64>) -> Result<u64, Reason> {
-    match features & !offered.unwrap_or(u64::MAX) {
+    let offered = offered.unwrap_or(u64::MAX);
+    match features & !offered {
         0 => Ok(features),
-        extra => Err(Reason::NotOffered(extra)),
+        extra => Err(Reason::NotOffered { extra, offered }),
     }
 }

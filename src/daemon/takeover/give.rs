@@ -314,7 +314,7 @@ fn carry(
     Ok(CarriedDisk {
         socket: name,
         size_bytes: disk.size_bytes(),
-        was_write_through: disk.chose_write_through(),
+        was_write_through: disk.is_write_through_promised(),
         changes: disk.changes(),
         listener: with.listener,
         session,

@@ -104,6 +104,8 @@ struct DiskState {
     group: Option<GroupState>,
     write_through: Option<bool>,
     #[serde(default)]
+    cautious: bool,
+    #[serde(default)]
     sync_fault: Option<i32>,
     listener: Option<ListenerState>,
     session: Option<SessionState>,
@@ -297,6 +299,7 @@ impl CarriedDisk {
             limits,
             group,
             write_through,
+            cautious,
             sync_fault,
         } = self.changes;
         let state = DiskState {
@@ -314,6 +317,7 @@ impl CarriedDisk {
             limits: limits.as_ref().map(write_limits),
             group: group.map(|group| GroupState { group }),
             write_through,
+            cautious,
             sync_fault,
             listener: self.listener.map(|listener| out.listener(listener)),
             session: self.session.map(|session| write_session(session, &mut out)),
@@ -341,6 +345,7 @@ impl CarriedDisk {
                 limits: state.limits.map(read_limits).transpose()?,
                 group: state.group.map(|state| state.group),
                 write_through: state.write_through,
+                cautious: state.cautious,
                 sync_fault: state.sync_fault,
             },
             listener: state

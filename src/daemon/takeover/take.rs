@@ -322,6 +322,7 @@ impl Inheritance {
         for (disk, beginning) in disks.iter().zip(&self.beginnings) {
             let session = beginning.as_ref().and_then(|b| b.session.as_ref());
             if let Some(session) = session {
+                disk.set_connected(true);
                 disk.set_notifier(Some(session.notifier()));
             }
         }

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use crate::virtio::memory::MemoryTable;
@@ -10,7 +11,7 @@ use super::super::dedicated::DedicateError;
 use super::super::dirty::Logging;
 use super::super::disk::Disk;
 use super::super::message::Message;
-use super::super::session::InflightStore;
+use super::super::session::{InflightStore, NoteKeeper};
 use super::super::socket::Stop;
 use super::Vring;
 use super::end::EndFromWithin;
@@ -26,6 +27,8 @@ pub struct SessionState {
     pub(super) inflight: Arc<InflightStore>,
     pub(super) rings: Mutex<Vec<Vring>>,
     pub(super) end: EndFromWithin,
+    /// The device's state was saved, and nothing was set up since.
+    saved: AtomicBool,
     /// What is logged while the guest migrates.
     pub(in crate::daemon) logging: Mutex<Logging>,
 }
@@ -37,13 +40,15 @@ impl SessionState {
     ///
     /// No descriptor to be had.
     pub fn new(disk: Arc<Disk>) -> io::Result<Arc<SessionState>> {
+        let keeper = Arc::clone(&disk) as Arc<dyn NoteKeeper>;
         Ok(Arc::new(SessionState {
             disk,
             memory: RwLock::new(None),
             memory_lost: Arc::new(Stop::new()?),
-            inflight: Arc::default(),
+            inflight: Arc::new(InflightStore::new(keeper)),
             rings: Mutex::new(Vec::new()),
             end: EndFromWithin::default(),
+            saved: AtomicBool::new(false),
             logging: Mutex::new(Logging::default()),
         }))
     }
@@ -55,6 +60,21 @@ impl SessionState {
     /// No descriptor to be had.
     pub fn watch_memory(&self) -> io::Result<OwnedFd> {
         self.memory_lost.watch()
+    }
+
+    /// The device's state was saved, for a snapshot.
+    pub fn is_saved(&self) {
+        self.saved.store(true, Ordering::Relaxed);
+    }
+
+    /// The front end sets something up: features, memory or rings.
+    pub fn is_set_up(&self) {
+        self.saved.store(false, Ordering::Relaxed);
+    }
+
+    /// Whether the device's state was saved, and nothing was set up since.
+    pub(super) fn is_only_saved(&self) -> bool {
+        self.saved.load(Ordering::Relaxed)
     }
 
     /// The disk.
@@ -99,6 +119,7 @@ impl SessionState {
     pub fn reset(&self) {
         self.stop_all();
         self.inflight.clear();
+        self.disk.device_reset();
     }
 
     /// Stops all rings; each finishes what it has in flight first.
@@ -121,5 +142,6 @@ impl SessionState {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .clear();
+        self.disk.session_ended();
     }
 }

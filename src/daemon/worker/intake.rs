@@ -170,6 +170,9 @@ impl Worker {
                 Ok(Parsed::Done(used)) => {
                     port.ring.put_used(used);
                     port.stats.answered += 1;
+                    if let Some(odd) = pool.take_odd() {
+                        log::warn!("{}: {odd}; this is said once", port.id);
+                    }
                     touch(&mut self.touched, port, hctx);
                 }
                 Ok(Parsed::NoRoom(head)) => {

@@ -48,8 +48,18 @@ pub(in crate::virtio) fn stores_of(process: impl FnOnce()) -> u64 {
 
 /// A region for `queues` queues of `size`, and its file.
 pub(in crate::virtio) fn region(queues: u16, size: u16) -> (InflightRegion, File) {
-    let file = create(queues, size).unwrap();
-    let region = InflightRegion::map(&file, 0, queues, size).unwrap();
+    let file = create(queues).unwrap();
+    let bytes = region_bytes(queues) as u64;
+    let region = InflightRegion::map(&file, 0, bytes, queues, size).unwrap();
+    (region, file.into())
+}
+
+/// The same as a version of this program left it that had records of the size said, and nothing behind them.
+fn old_region(queues: u16, size: u16) -> (InflightRegion, File) {
+    let file = memfd_create("old", MemfdFlags::ALLOW_SEALING).unwrap();
+    let bytes = records_bytes(queues, size) as u64;
+    ftruncate(&file, bytes).unwrap();
+    let region = InflightRegion::map(&file, 0, bytes, queues, size).unwrap();
     (region, file.into())
 }
 
@@ -76,13 +86,13 @@ fn bytes_of(file: &File, offset: u64, len: usize) -> Vec<u8> {
 
 #[test]
 fn records_are_where_the_document_puts_them() {
-    assert_eq!(region_bytes(1, 1), 64);
-    assert_eq!(region_bytes(1, 4), 128);
-    assert_eq!(region_bytes(3, 128), 3 * 2112);
-    assert_eq!(region_bytes(256, 1024), 256 * 16448);
+    assert_eq!(records_bytes(1, 1), 64);
+    assert_eq!(records_bytes(1, 4), 128);
+    assert_eq!(records_bytes(3, 128), 3 * 2112);
+    assert_eq!(records_bytes(256, 1024), 256 * 16448);
+    assert_eq!(region_bytes(3), 3 * 16448 + 128);
 
-    let (region, file) = region(2, 4);
-    assert_eq!(file.metadata().unwrap().len(), 256);
+    let (region, file) = old_region(2, 4);
     let queue = region.queue(1, 4).unwrap();
     let (mut tracker, recovered) = Tracker::recover(queue, 4, 7).unwrap();
     assert_eq!(recovered.next_avail, 7);
@@ -117,7 +127,7 @@ fn records_are_where_the_document_puts_them() {
 
 #[test]
 fn a_new_region_cannot_be_made_shorter() {
-    let file = create(4, 128).unwrap();
+    let file = create(4).unwrap();
     assert_eq!(ftruncate(&file, 0), Err(Errno::PERM));
     assert!(is_memory(&file));
     // One that could be is sealed when it comes, where that is allowed.
@@ -136,7 +146,7 @@ fn a_new_region_cannot_be_made_shorter() {
 fn a_region_that_is_taken_away_harms_nobody() {
     let file = memfd_create("short", MemfdFlags::empty()).unwrap();
     ftruncate(&file, 8192).unwrap();
-    let region = InflightRegion::map(&file, 0, 1, 256).unwrap();
+    let region = InflightRegion::map(&file, 0, 8192, 1, 256).unwrap();
     let queue = region.queue(0, 256).unwrap();
     let (mut tracker, _) = Tracker::recover(queue, 256, 0).unwrap();
     tracker.take(255);
@@ -153,16 +163,33 @@ fn a_region_that_is_taken_away_harms_nobody() {
 
 #[test]
 fn a_region_has_no_record_for_a_queue_beyond_it() {
-    let (region, _) = region(2, 128);
+    let (region, _) = old_region(2, 128);
     assert!(region.queue(1, 128).is_some());
     assert!(region.queue(1, 64).is_some());
     assert!(region.queue(2, 64).is_none());
     assert!(region.queue(0, 256).is_none());
 }
 
+/// QEMU 10.0.13 asks for a region for its `queue-size` of 128, and starts rings of 1024.
+#[test]
+fn a_new_region_has_room_for_the_largest_ring_whatever_the_front_end_says() {
+    let (region, file) = region(3, 128);
+    assert_eq!(region.queue_size(), 1024);
+    let queue = region.queue(2, 1024).unwrap();
+    let (mut tracker, _) = Tracker::recover(queue, 1024, 0).unwrap();
+    tracker.take(1023);
+    assert_eq!(bytes_of(&file, 2 * 16448 + 10, 2), 1024_u16.to_ne_bytes());
+    assert_eq!(bytes_of(&file, 2 * 16448 + 16 + 16 * 1023, 1), [1]);
+    let again = InflightRegion::map(&file, 0, region_bytes(3) as u64, 3, 128).unwrap();
+    let queue = again.queue(2, 1024).unwrap();
+    let (_, recovered) = Tracker::recover(queue, 1024, 0).unwrap();
+    assert_eq!(recovered.heads, [1023]);
+    assert!(region.queue(3, 128).is_none());
+}
+
 /// What recovery says to a record of four entries in bytes, for a ring of `size` at used index `used`.
 fn recover(bytes: &[u8], size: u16, used: u16) -> Result<Recovered, InflightError> {
-    let (region, file) = region(1, 4);
+    let (region, file) = old_region(1, 4);
     file.write_all_at(bytes, 0).unwrap();
     let before = bytes_of(&file, 0, bytes.len());
     let outcome = Tracker::recover(region.queue(0, size).unwrap(), size, used);

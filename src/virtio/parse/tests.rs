@@ -254,6 +254,56 @@ fn unaligned_for_large_blocks() {
     bench.request(request_type::IN, 56, &[(DATA, 4096, W), (STATUS, 1, W)]);
 }
 
+/// SLOF sets it in the type of every request, with virtio 1.x and without being offered it.
+#[test]
+fn the_legacy_barrier_bit_is_no_part_of_the_type() {
+    const BARRIER: u32 = 1 << 31;
+    let mut bench = Bench::new();
+    let data = [(DATA, 512, W), (STATUS, 1, W)];
+    let (request, buffers, _) = bench.request(request_type::IN | BARRIER, 3, &data);
+    assert_eq!((request.op, request.sector), (Op::Read, Sector(3)));
+    assert_eq!(buffers, [(DATA, 512)]);
+    let data = [(DATA, 512, R), (STATUS, 1, W)];
+    let (request, ..) = bench.request(request_type::OUT | BARRIER, 3, &data);
+    assert_eq!(request.op, Op::Write);
+    let flush = request_type::FLUSH | BARRIER;
+    assert_eq!(bench.request(flush, 0, &[(STATUS, 1, W)]).0.op, Op::Flush);
+    let id = [(DATA, 20, W), (STATUS, 1, W)];
+    assert_eq!(
+        bench.answer(request_type::GET_ID | BARRIER, 0, &id),
+        (0, 21)
+    );
+    assert_eq!(bench.answer(7 | BARRIER, 0, &[(STATUS, 1, W)]), UNSUPP);
+}
+
+#[test]
+fn what_is_odd_about_failing_requests_is_said_once() {
+    let mut bench = Bench::new();
+    let read = [(DATA, 512, W), (STATUS, 1, W)];
+    // Beyond the end, and no whole sector: an ordinary mistake.
+    assert_eq!(bench.answer(request_type::IN, 64, &read), IOERR);
+    let odd = [(DATA, 511, W), (STATUS, 1, W)];
+    assert_eq!(bench.answer(request_type::IN, 0, &odd), IOERR);
+    assert_eq!(bench.pool.take_odd(), None);
+
+    bench.shape.logical_block_size = 4096;
+    assert_eq!(bench.answer(request_type::IN, 8, &read), IOERR);
+    let misaligned = Odd::Misaligned {
+        sector: 8,
+        bytes: 512,
+        block: 4096,
+    };
+    assert_eq!(bench.pool.take_odd(), Some(misaligned));
+    assert!(misaligned.to_string().contains("--logical-block-size"));
+    assert_eq!(bench.answer(request_type::IN, 8, &read), IOERR);
+    assert_eq!(bench.pool.take_odd(), None);
+
+    assert_eq!(bench.answer(7, 0, &[(STATUS, 1, W)]), UNSUPP);
+    assert_eq!(bench.pool.take_odd(), Some(Odd::Unsupported(7)));
+    assert_eq!(bench.answer(9, 0, &[(STATUS, 1, W)]), UNSUPP);
+    assert_eq!(bench.pool.take_odd(), None);
+}
+
 #[test]
 fn wrong_directions_and_unknown_types_are_answered() {
     let mut bench = Bench::new();
@@ -272,7 +322,7 @@ fn wrong_directions_and_unknown_types_are_answered() {
     // Readable after writable: the status is still the last writable byte.
     let swapped = [(DATA, 512, W), (STATUS, 1, W), (0x6000, 512, R)];
     assert_eq!(bench.answer(request_type::IN, 0, &swapped), IOERR);
-    for kind in [2, 3, 5, 14, 15, 16, 0x8000_0000, u32::MAX] {
+    for kind in [2, 3, 5, 14, 15, 16, 0x8000_0002, u32::MAX] {
         assert_eq!(
             bench.answer(kind, 0, &[(DATA, 512, W), (STATUS, 1, W)]),
             UNSUPP

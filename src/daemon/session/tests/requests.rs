@@ -353,6 +353,19 @@ fn a_ring_without_descriptors_says_so() {
     }
 }
 
+/// Cloud Hypervisor before v51 reads all of the space at 0x100.
+#[test]
+fn the_whole_config_is_read_at_the_offset_of_old_cloud_hypervisors() {
+    pass(vec![config_message(R::GET_CONFIG, 256, 60, 1, 60)]);
+    for (request, size) in [(R::GET_CONFIG, 57), (R::SET_CONFIG, 60)] {
+        let message = config_message(request, 256, size, 1, size as usize);
+        refuse(
+            vec![message],
+            &format!("config access of {size} bytes at 256"),
+        );
+    }
+}
+
 #[test]
 fn config_is_read_and_written_inside_its_space() {
     for request in [R::GET_CONFIG, R::SET_CONFIG] {

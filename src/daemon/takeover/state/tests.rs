@@ -43,6 +43,7 @@ fn sample() -> (CarriedDisk, Vec<u64>) {
             limits: Some(limits),
             group: Some(None),
             write_through: Some(false),
+            cautious: true,
             sync_fault: Some(5),
         },
         listener: Some(CarriedListener {

@@ -154,7 +154,8 @@ impl Oracle<'_> {
             .iter()
             .map(|b| self.byte(b.address).unwrap())
             .collect();
-        let kind = u32::from_le_bytes(header[..4].try_into().unwrap());
+        // Legacy drivers set the highest bit beside the type.
+        let kind = u32::from_le_bytes(header[..4].try_into().unwrap()) & 0x7fff_ffff;
         let ioprio = u32::from_le_bytes(header[4..8].try_into().unwrap());
         let sector = u64::from_le_bytes(header[8..].try_into().unwrap());
         let request = |op, sector, bytes, data: &[Byte], ranges, unmap| Outcome::Request {
@@ -425,6 +426,8 @@ fn kind() -> impl Strategy<Value = u32> {
         2 => Just(8_u32),
         3 => Just(11_u32),
         3 => Just(13_u32),
+        2 => prop_oneof![Just(0_u32), Just(1), Just(4), Just(8), Just(11), Just(13)]
+            .prop_map(|kind| kind | 1 << 31),
         1 => any::<u32>(),
     ]
 }
