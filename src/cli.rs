@@ -62,7 +62,7 @@ Examples:
   A disk without an image, to measure everything but the image:
     vhost-user-blkmq --socket-path /run/null.sock --engine null --size 100G
 
-Send SIGTERM or SIGINT to stop: requests in flight are finished first.
+Send SIGTERM, SIGINT or SIGHUP to stop: requests in flight are finished first.
 docs/ATTACH.md says how to start QEMU, libvirt and Cloud Hypervisor.
 Every option is described in docs/OPTIONS.md.";
 

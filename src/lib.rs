@@ -20,6 +20,7 @@
 //! front end can take away harmless, for whoever maps some, and knows nobody. `docs/ARCHITECTURE.md` says why
 //! each part is as it is.
 
+#![warn(clippy::print_stdout, clippy::print_stderr)]
 #![cfg_attr(test, allow(clippy::cast_possible_truncation))]
 
 /// The atomics of structures that threads share without a lock. `tests/models` takes the files of those
@@ -36,6 +37,8 @@ pub mod control;
 pub mod daemon;
 pub mod engine;
 pub mod error;
+pub mod fatal;
+pub mod logging;
 pub mod mq;
 pub mod sigbus;
 pub mod virtio;

@@ -1,36 +1,37 @@
 //! The daemon's entry point.
 
-use std::io::{self, Write};
+#![warn(clippy::print_stdout, clippy::print_stderr)]
+
 use std::process::ExitCode;
 
 use vhost_user_blkmq::cli::{self, Invocation};
 use vhost_user_blkmq::config::Config;
 use vhost_user_blkmq::daemon::server;
 use vhost_user_blkmq::error::StartError;
+use vhost_user_blkmq::{fatal, logging};
 
 fn main() -> ExitCode {
-    match run() {
+    fatal::abort_on_panic();
+    let code = match run() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("vhost-user-blkmq: {error}");
+            logging::print(&format!("vhost-user-blkmq: {error}\n"));
             error.exit_code()
         }
-    }
+    };
+    logging::settle(logging::PATIENCE);
+    code
 }
 
 fn run() -> Result<(), StartError> {
     let arguments = match cli::parse(std::env::args_os())? {
         Invocation::Print(text) => {
-            // Whoever asked may have gone: that is no error of ours.
-            let _ = io::stdout().write_all(text.as_bytes());
+            logging::print_out(text);
             return Ok(());
         }
         Invocation::Serve(arguments) => arguments,
     };
     let config = Config::from_arguments(*arguments)?;
-    env_logger::Builder::new()
-        .filter_level(config.log)
-        .format_target(false)
-        .init();
+    logging::init(config.log);
     server::run(config)
 }

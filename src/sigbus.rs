@@ -29,12 +29,12 @@
 //! looks: such a slot cannot be the one it is looking for, because a thread that touches a range has
 //! been given it after it was registered, and gives it up before it is unregistered.
 
+pub mod action;
 mod losses;
 mod slot;
 
 use std::ffi::c_void;
 use std::io;
-use std::mem::MaybeUninit;
 use std::ptr::{self, NonNull};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -115,10 +115,9 @@ pub fn install() -> io::Result<()> {
     let handler: extern "C" fn(c_int, *mut siginfo_t, *mut c_void) = on_sigbus;
     // SA_ONSTACK: on the stack that the standard library gives each thread for its own handler.
     // SA_NODEFER: so that the signal can be raised once more within the handler.
-    set_action(
-        handler as usize,
-        libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_NODEFER,
-    )?;
+    let flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_NODEFER;
+    // SAFETY: the handler takes what SA_SIGINFO says and calls nothing but `mmap`, `sigaction` and `raise`.
+    unsafe { action::set(libc::SIGBUS, handler as usize, flags)? };
     *installed = true;
     Ok(())
 }
@@ -234,20 +233,6 @@ impl Drop for Guarded {
     }
 }
 
-/// Sets what SIGBUS does.
-fn set_action(handler: usize, flags: c_int) -> io::Result<()> {
-    // SAFETY: all zeroes is a `sigaction` with an empty mask. Unsafe because of the C type.
-    let mut action: libc::sigaction = unsafe { MaybeUninit::zeroed().assume_init() };
-    action.sa_sigaction = handler;
-    action.sa_flags = flags;
-    // SAFETY: `action` is whole, and its handler is either the default or one that does only what a
-    // signal handler may. Unsafe because no wrapper lets a handler for SIGBUS return.
-    match unsafe { libc::sigaction(libc::SIGBUS, &raw const action, ptr::null_mut()) } {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
-}
-
 /// The handler. Calls nothing but `mmap`, `sigaction` and `raise`, and allocates nothing.
 extern "C" fn on_sigbus(_signal: c_int, info: *mut siginfo_t, _context: *mut c_void) {
     // SAFETY: with SA_SIGINFO the kernel gives a valid siginfo_t, and its address is only looked at
@@ -260,7 +245,9 @@ extern "C" fn on_sigbus(_signal: c_int, info: *mut siginfo_t, _context: *mut c_v
     }
     // Not ours: what happens to a process without us happens. A fault returns to its instruction and
     // faults once more; a signal that was sent is sent again.
-    if set_action(libc::SIG_DFL, 0).is_ok() && code > 0 {
+    // SAFETY: the default has no handler.
+    let to_default = unsafe { action::set(libc::SIGBUS, libc::SIG_DFL, 0) };
+    if to_default.is_ok() && code > 0 {
         return;
     }
     // SAFETY: raises a signal, whose action is the default now. Unsafe as all of C's functions.

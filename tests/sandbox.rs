@@ -3,6 +3,13 @@
 
 mod support;
 
+#[path = "sandbox/bare.rs"]
+mod bare;
+#[path = "sandbox/signals.rs"]
+mod signals;
+#[path = "sandbox/streams.rs"]
+mod streams;
+
 use std::collections::BTreeMap;
 use std::fs::{self, File, Permissions};
 use std::io::{self, Read};

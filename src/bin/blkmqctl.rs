@@ -1,5 +1,7 @@
 //! Looks at a running daemon and changes how it serves its disks: the control socket, for people.
 
+#![warn(clippy::print_stdout, clippy::print_stderr)]
+
 use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -139,9 +141,8 @@ fn limit_word(text: &str) -> Result<(String, String), String> {
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let Some(socket) = arguments.control_path else {
-        eprintln!(
-            "blkmqctl: where is the daemon's control socket? give --control-path PATH, or set \
-             BLKMQ_CONTROL_PATH"
+        complain(
+            "where is the daemon's control socket? give --control-path PATH, or set BLKMQ_CONTROL_PATH",
         );
         return ExitCode::from(2);
     };
@@ -153,10 +154,15 @@ fn main() -> ExitCode {
             ExitCode::SUCCESS
         }
         Err(error) => {
-            eprintln!("blkmqctl: {error}");
+            complain(&error.to_string());
             ExitCode::FAILURE
         }
     }
+}
+
+/// Says what is wrong; whether that can be written changes nothing.
+fn complain(what: &str) {
+    let _ = writeln!(io::stderr(), "blkmqctl: {what}");
 }
 
 /// The daemon behind a control socket.

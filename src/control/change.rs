@@ -160,7 +160,7 @@ fn apply_scheduler(disk: &Disk, params: Params) {
         if new.value != old.value
             && let Err(error) = disk.set_scheduler_param(new.name, new.value)
         {
-            log::error!("disk {}: {error}", disk.config.serial);
+            log::error!(disk = disk.id.0; "disk {}: {error}", disk.config.serial);
         }
     }
 }

@@ -135,13 +135,13 @@ impl VhostUserBackend for DeviceBackend {
             // An error would close the session for something a guest's driver wrote. The write is
             // ignored, as real hardware does.
             Err(error @ CacheError::Write(_)) => {
-                log::warn!("disk {}: {error}", disk.config.serial);
+                log::warn!(disk = disk.id.0; "disk {}: {error}", disk.config.serial);
                 Ok(())
             }
             // The guest must not believe in a promise that cannot be kept, and this is the only way
             // to tell: a front end that is refused, or has to connect again, shows the old mode.
             Err(error @ CacheError::Sync(_)) => {
-                log::error!("disk {}: {error}", disk.config.serial);
+                log::error!(disk = disk.id.0; "disk {}: {error}", disk.config.serial);
                 Err(io::Error::other(error))
             }
         }
@@ -161,7 +161,7 @@ impl VhostUserBackend for DeviceBackend {
                 let state = disk.device_state();
                 state.save(&file).inspect_err(|error| {
                     log::warn!(
-                        "disk {}: its state is not saved: {error}",
+                        disk = disk.id.0; "disk {}: its state is not saved: {error}",
                         disk.config.serial
                     );
                 })?;
@@ -181,7 +181,7 @@ impl VhostUserBackend for DeviceBackend {
             Transfer::Loading(file) => {
                 let state = DeviceState::load(&file).inspect_err(|error| {
                     log::warn!(
-                        "disk {}: a state is not restored: {error}",
+                        disk = disk.id.0; "disk {}: a state is not restored: {error}",
                         disk.config.serial
                     );
                 })?;

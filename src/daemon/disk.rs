@@ -100,7 +100,7 @@ impl Disk {
         dedicated: Arc<DedicatedWorkers>,
         group: Option<Membership>,
     ) -> io::Result<Arc<Disk>> {
-        log::info!("disk {}: {}", config.serial, image.describe());
+        log::info!(disk = id.0; "disk {}: {}", config.serial, image.describe());
         let shape = shape(&config, &image);
         let space = space(&config, &image, &shape);
         let dealt = Mutex::new(dealing::at_first(id.index(), config.num_queues, &workers));
@@ -234,7 +234,7 @@ impl Disk {
                 .worker_of(ring.queue)
                 .ask(|done| Message::SetCtxs(ring, ctxs, done));
             if let Err(WorkerGone(worker)) = asked {
-                log::debug!("{ring}: worker {worker} has ended");
+                log::debug!(disk = ring.disk.0; "{ring}: worker {worker} has ended");
             }
         }
     }
@@ -304,7 +304,9 @@ impl Disk {
         match QueueMaps::build(&self.config.queue_map, &Topology::flat(vcpus), counts) {
             Ok(map) => queues.map = Some(map),
             // An explicit map may name queues that this guest does not use (yet).
-            Err(error) => log::debug!("disk {}: queue map: {error}", self.config.serial),
+            Err(error) => {
+                log::debug!(disk = self.id.0; "disk {}: queue map: {error}", self.config.serial)
+            }
         }
     }
 }

@@ -1,4 +1,5 @@
-//! How many file descriptors the process may need, and how many it may have.
+//! Limits of the process that concern files: how many file descriptors it may need and may have, and how large its
+//! files may be.
 
 use std::os::fd::OwnedFd;
 
@@ -27,6 +28,26 @@ pub fn most(disks: &[DiskConfig]) -> u64 {
         .iter()
         .map(|disk| regions + FDS_OF_A_SESSION + FDS_OF_A_QUEUE * u64::from(disk.num_queues));
     FDS_OF_THE_PROCESS + sessions.sum::<u64>()
+}
+
+/// Raises the limit of file sizes to what the system lets us have, and says so if there is still one: a guest's write
+/// beyond it fails.
+pub fn allow_large() {
+    let limit = getrlimit(Resource::Fsize);
+    let raised = Rlimit {
+        current: limit.maximum,
+        ..limit
+    };
+    if let Err(errno) = setrlimit(Resource::Fsize, raised) {
+        log::warn!("the limit of file sizes cannot be raised to the hard limit: {errno}");
+    }
+    // None is no limit.
+    if let Some(bytes) = limit.maximum {
+        log::warn!(
+            "this process may not write beyond byte {bytes} of a file: a guest's requests there fail; raise the \
+             hard limit (ulimit -Hf, LimitFSIZE=)"
+        );
+    }
 }
 
 /// The highest number that is asked for: the kernel's table of descriptors is as long as its highest number.

@@ -71,7 +71,7 @@ impl GrowthWatch {
             };
             if let Err(error) = watching {
                 log::warn!(
-                    "the size of the image of disk @{place} cannot be watched: {error}; use blkmqctl resize"
+                    disk = place; "the size of the image of disk @{place} cannot be watched: {error}; use blkmqctl resize"
                 );
             }
         }
@@ -140,7 +140,9 @@ impl GrowthWatch {
                 match disk.follow_image() {
                     // Said in the log when it is noticed.
                     Ok(_) | Err(ResizeError::Shrinks { .. }) => {}
-                    Err(error) => log::warn!("disk {}: {error}", disk.config.serial),
+                    Err(error) => {
+                        log::warn!(disk = disk.id.0; "disk {}: {error}", disk.config.serial)
+                    }
                 }
             }
         }

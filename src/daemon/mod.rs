@@ -17,6 +17,7 @@ pub mod sandbox;
 pub mod serve;
 pub mod server;
 pub mod session;
+pub mod signals;
 pub mod socket;
 pub mod takeover;
 pub mod vring;

@@ -7,6 +7,7 @@ use std::time::{Duration, SystemTime};
 
 use crate::cli::cpus::CpuList;
 use crate::config::Group;
+use crate::engine::disk::lock::unlock;
 use crate::mq::diskstats::DiskStats;
 use crate::mq::ids::WorkerId;
 use crate::mq::qos::{Limits, Throttle};
@@ -131,6 +132,14 @@ impl Roster {
             }
         }
         last.values().cloned().collect()
+    }
+
+    /// Gives up the locks of all images, which nothing uses any more. Closing them may come later: a client of the
+    /// control socket is still being answered.
+    pub fn unlock_images(&self) {
+        for disk in &self.disks {
+            unlock(&disk.image().file);
+        }
     }
 
     /// Answers of those that answer soon.

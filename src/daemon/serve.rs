@@ -81,8 +81,12 @@ impl DiskServer {
         };
         match &self.disk.config.socket {
             _ if door.is_none() => {}
-            SocketSource::Path(path) => log::info!("listening on {}", path.display()),
-            SocketSource::Fd(fd) => log::info!("listening on file descriptor {fd}"),
+            SocketSource::Path(path) => {
+                log::info!(disk = self.disk.id.0; "listening on {}", path.display())
+            }
+            SocketSource::Fd(fd) => {
+                log::info!(disk = self.disk.id.0; "listening on file descriptor {fd}")
+            }
         }
         let mut verdict = Verdict::GoOn;
         if let Some(session) = session {
@@ -111,7 +115,7 @@ impl DiskServer {
                     Ok((stream, _)) => self.serve(stream, door),
                     Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => Verdict::GoOn,
                     Err(error) => {
-                        log::error!("disk {}: cannot accept: {error}", self.disk.config.serial);
+                        log::error!(disk = self.disk.id.0; "disk {}: cannot accept: {error}", self.disk.config.serial);
                         // Out of descriptors or memory: that passes, but not by trying at once.
                         thread::sleep(Duration::from_millis(100));
                         Verdict::GoOn
@@ -127,11 +131,11 @@ impl DiskServer {
 
     fn serve(&self, stream: UnixStream, door: &mut Option<Listening>) -> Verdict {
         let serial = &self.disk.config.serial;
-        log::info!("disk {serial}: a front end connected");
+        log::info!(disk = self.disk.id.0; "disk {serial}: a front end connected");
         match Session::open(self, stream) {
             Ok(session) => self.carry_on(session, door),
             Err(error) => {
-                log::error!("disk {serial}: the session could not begin: {error}");
+                log::error!(disk = self.disk.id.0; "disk {serial}: the session could not begin: {error}");
                 Verdict::GoOn
             }
         }
@@ -173,9 +177,11 @@ impl DiskServer {
                     session.guard.close();
                     match end {
                         SessionEnd::FrontEndLeft | SessionEnd::Stopped => {
-                            log::info!("disk {serial}: the session ended");
+                            log::info!(disk = self.disk.id.0; "disk {serial}: the session ended");
                         }
-                        end => log::warn!("disk {serial}: the session was closed: {end}"),
+                        end => {
+                            log::warn!(disk = self.disk.id.0; "disk {serial}: the session was closed: {end}")
+                        }
                     }
                     break Verdict::GoOn;
                 }
@@ -323,7 +329,7 @@ impl Drop for Session {
         self.guard.part();
         self.daemon.request_shutdown();
         if let Err(error) = self.daemon.wait() {
-            log::debug!("disk {}: {error}", self.disk.config.serial);
+            log::debug!(disk = self.disk.id.0; "disk {}: {error}", self.disk.config.serial);
         }
         // Last: its rings stop when nobody can start one any more.
         self.state.end();

@@ -4,20 +4,20 @@
 mod crew;
 mod opening;
 
-use std::io::{self, Write};
+use std::io;
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
-use std::thread::{self, JoinHandle};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
-use signal_hook::iterator::Signals;
+use signal_hook::consts::SIGUSR1;
 
 use crate::config::{Config, SummaryFormat};
 use crate::control;
 use crate::engine::disk::Image;
 use crate::error::StartError;
+use crate::logging;
 use crate::mq::ids::DiskId;
 use crate::sigbus;
 
@@ -33,6 +33,7 @@ use super::roster::{Groups, Roster};
 use super::sandbox;
 use super::serve::DiskServer;
 use super::session::open_fd_table;
+use super::signals;
 use super::socket::{Door, Junction, Stop};
 use super::takeover::rest::RestPlace;
 use super::takeover::{Beginning, ControlSocket, Giver, Predecessor};
@@ -58,7 +59,9 @@ enum Happened {
 /// Something is missing or wrong before the first front end could be served. Nothing is left
 /// behind.
 pub fn run(config: Config) -> Result<(), StartError> {
+    let inherited = signals::prepare();
     let listeners_from = files::allow(&config.disks);
+    files::allow_large();
     // What needs names and rights, in the order in which a user gets it wrong.
     let Opening {
         identity,
@@ -67,6 +70,9 @@ pub fn run(config: Config) -> Result<(), StartError> {
         growth,
         doors,
     } = Opening::new(&config)?;
+    // There are sockets now, which are removed however the process ends.
+    let signals = signals::Watch::new(inherited)
+        .map_err(|source| system("install signal handlers", source))?;
     let seats = crew::seats(&config)?;
     sigbus::install().map_err(|source| system("handle SIGBUS", source))?;
     open_fd_table().map_err(|source| system("look into /proc/self/fd", source))?;
@@ -78,8 +84,10 @@ pub fn run(config: Config) -> Result<(), StartError> {
     sandbox::enter(config.sandbox, identity.as_ref(), &opening::paths(&config))?;
     let stop = Arc::new(Stop::new().map_err(|source| system("create an eventfd", source))?);
     let (events, happened) = mpsc::channel();
-    let signals = watch_signals(events.clone())
-        .map_err(|source| system("install signal handlers", source))?;
+    logging::start().map_err(|source| system("start the log's thread", source))?;
+    let signals = signals
+        .start(events.clone(), Happened::Signal)
+        .map_err(|source| system("start the thread for signals", source))?;
     let clock = Clock::start();
     let crew = Crew::start(&config, seats, clock)?;
     let roster = enlist(&config, images, &crew, clock)?;
@@ -105,19 +113,27 @@ pub fn run(config: Config) -> Result<(), StartError> {
     // Sessions end first, and with them their rings; then the workers have nothing left.
     service.stop.signal();
     let finished = service.finish(&happened, serving);
-    let reports = match finished {
+    let (reports, ended) = match finished {
         Ok(()) => {
             threads.join();
             let (reports, ended) = service.roster.shut_down(FINISH);
             if ended {
                 crew.join();
             }
-            reports
+            (reports, ended)
         }
-        Err(_) => service.roster.reports(),
+        Err(_) => (service.roster.reports(), false),
     };
     signals.close();
-    print(&config, &service.roster.summarize(&reports));
+    let summary = text_of(&service.roster.summarize(&reports), config.summary);
+    if ended {
+        // Another daemon may have the images before what is left has been written.
+        service.roster.unlock_images();
+    }
+    drop(service);
+    if let Some(text) = summary {
+        logging::print_out(text);
+    }
     finished
 }
 
@@ -287,7 +303,7 @@ impl Service {
             match happened.recv() {
                 Ok(Happened::Signal(SIGUSR1)) => {
                     let summary = self.roster.summarize(&self.roster.reports());
-                    eprint!("{}", summary.text());
+                    logging::print(&summary.text());
                 }
                 Ok(Happened::Signal(signal)) => {
                     log::info!("signal {signal}: finishing what is in flight");
@@ -339,27 +355,11 @@ fn system(what: &str, source: io::Error) -> StartError {
     }
 }
 
-fn watch_signals(events: Sender<Happened>) -> io::Result<signal_hook::iterator::Handle> {
-    let mut signals = Signals::new([SIGTERM, SIGINT, SIGUSR1])?;
-    let handle = signals.handle();
-    thread::Builder::new()
-        .name("signals".to_owned())
-        .spawn(move || {
-            for signal in signals.forever() {
-                if events.send(Happened::Signal(signal)).is_err() {
-                    return;
-                }
-            }
-        })?;
-    Ok(handle)
-}
-
-fn print(config: &Config, summary: &Summary) {
-    let text = match config.summary {
-        SummaryFormat::None => return,
-        SummaryFormat::Text => summary.text(),
-        SummaryFormat::Json => summary.json() + "\n",
-    };
-    // Whoever was to read it may have gone.
-    let _ = io::stdout().write_all(text.as_bytes());
+/// The summary as it is printed at the end, if it is to be.
+fn text_of(summary: &Summary, format: SummaryFormat) -> Option<String> {
+    match format {
+        SummaryFormat::None => None,
+        SummaryFormat::Text => Some(summary.text()),
+        SummaryFormat::Json => Some(summary.json() + "\n"),
+    }
 }

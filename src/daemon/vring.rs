@@ -121,15 +121,15 @@ impl Vring {
             return;
         }
         let Some(memory) = link.session.memory() else {
-            log::debug!("{}: no memory yet, not started", link.ring);
+            log::debug!(disk = link.ring.disk.0; "{}: no memory yet, not started", link.ring);
             return;
         };
         if (setup.desc, setup.avail, setup.used) == (0, 0, 0) {
-            log::debug!("{}: no addresses yet, not started", link.ring);
+            log::debug!(disk = link.ring.disk.0; "{}: no addresses yet, not started", link.ring);
             return;
         }
         if let Err(error) = disk.use_image() {
-            log::error!("{}: not started: {error}", link.ring);
+            log::error!(disk = link.ring.disk.0; "{}: not started: {error}", link.ring);
             link.session.give_up();
             return;
         }
@@ -149,7 +149,7 @@ impl Vring {
         match link.ask(|done| Message::Start(start, done)) {
             Some(Ok(())) => own.running = true,
             Some(Err(error)) => {
-                log::warn!("{}: not started: {error}", link.ring);
+                log::warn!(disk = link.ring.disk.0; "{}: not started: {error}", link.ring);
                 disk.queue_stopped(link.ring.queue);
                 disk.leave_image();
             }

@@ -299,12 +299,12 @@ impl Worker {
             Event::Message => *has_mail = true,
             Event::WatchLost { token, error } => {
                 let port = open_port(ports, hctx_of(token));
-                log::warn!("{}: the kick fd cannot be watched: {error}", port.id);
+                log::warn!(disk = port.id.disk.0; "{}: the kick fd cannot be watched: {error}", port.id);
                 port.gates.broken = true;
             }
             Event::CallLost { token, error } => {
                 if let Some(port) = &ports[hctx_of(token).index()] {
-                    log::warn!("{}: the call fd cannot be written: {error}", port.id);
+                    log::warn!(disk = port.id.disk.0; "{}: the call fd cannot be written: {error}", port.id);
                 }
             }
         });

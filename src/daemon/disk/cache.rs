@@ -88,7 +88,7 @@ impl Disk {
         self.choose(mode == WriteCache::WriteThrough)
             .map_err(CacheError::Sync)?;
         log::info!(
-            "disk {}: the guest chose {}",
+            disk = self.id.0; "disk {}: the guest chose {}",
             self.config.serial,
             mode.name()
         );
@@ -110,7 +110,7 @@ impl Disk {
     pub fn restore_state(&self, state: DeviceState) -> io::Result<()> {
         self.choose(state.write_through)?;
         let serial = &self.config.serial;
-        log::info!("disk {serial}: a snapshot comes back whose guest has {state}");
+        log::info!(disk = self.id.0; "disk {serial}: a snapshot comes back whose guest has {state}");
         Ok(())
     }
 

@@ -59,7 +59,7 @@ impl Disk {
         let dealt = deal(self.config.num_queues, self.id.index(), &nodes, &shares);
         if several {
             log::info!(
-                "disk {}: its guest's memory is on {}; queues go to workers {}",
+                disk = self.id.0; "disk {}: its guest's memory is on {}; queues go to workers {}",
                 self.config.serial,
                 in_words(&shares),
                 first_workers(&dealt)

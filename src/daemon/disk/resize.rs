@@ -168,7 +168,7 @@ impl Disk {
         if whole < now_bytes {
             if !self.size.shrunk.swap(true, Ordering::Relaxed) {
                 log::warn!(
-                    "disk {}: {} has {there} bytes, less than the {now_bytes} the guest was promised; \
+                    disk = self.id.0; "disk {}: {} has {there} bytes, less than the {now_bytes} the guest was promised; \
                      what lies behind them cannot be read",
                     self.config.serial,
                     self.image_name()
@@ -185,7 +185,7 @@ impl Disk {
         }
         if whole != there {
             log::warn!(
-                "disk {}: {} has {there} bytes; the last {} are no whole logical block and are not served",
+                disk = self.id.0; "disk {}: {} has {there} bytes; the last {} are no whole logical block and are not served",
                 self.config.serial,
                 self.image_name(),
                 there - whole
@@ -209,7 +209,7 @@ impl Disk {
         self.size.bytes.store(size_bytes, Ordering::Release);
         self.note_change();
         log::info!(
-            "disk {}: grew from {before} to {size_bytes} bytes",
+            disk = self.id.0; "disk {}: grew from {before} to {size_bytes} bytes",
             self.config.serial
         );
         self.tell_front_end();
@@ -224,12 +224,12 @@ impl Disk {
         match notifier.config_changed() {
             Ok(true) => {}
             Ok(false) => log::info!(
-                "disk {}: the front end takes no notice of changes (it has not negotiated BACKEND_REQ and \
+                disk = self.id.0; "disk {}: the front end takes no notice of changes (it has not negotiated BACKEND_REQ and \
                  CONFIG); the guest sees the new size when it is started again",
                 self.config.serial
             ),
             Err(error) => log::warn!(
-                "disk {}: the front end cannot be told of the new size: {error}",
+                disk = self.id.0; "disk {}: the front end cannot be told of the new size: {error}",
                 self.config.serial
             ),
         }

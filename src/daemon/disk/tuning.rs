@@ -81,7 +81,7 @@ impl Disk {
 
     /// Goes on with the disk, if it is held after an error: what failed is tried again.
     pub fn resume(&self) {
-        log::info!("disk {}: resumed", self.config.serial);
+        log::info!(disk = self.id.0; "disk {}: resumed", self.config.serial);
         self.resume_workers();
     }
 

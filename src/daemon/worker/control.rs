@@ -239,7 +239,7 @@ impl Worker {
                     match self.engine.watch(fd, token) {
                         Ok(()) => port.has_kick = true,
                         Err(error) => {
-                            log::warn!("{}: the kick fd cannot be watched: {error}", port.id);
+                            log::warn!(disk = port.id.disk.0; "{}: the kick fd cannot be watched: {error}", port.id);
                         }
                     }
                 }
@@ -374,7 +374,9 @@ fn replace_call(
     if let Some(fd) = fd {
         match engine.add_call(fd, token) {
             Ok(new) => *slot = Some(new),
-            Err(error) => log::warn!("{ring}: the call or err fd cannot be used: {error}"),
+            Err(error) => {
+                log::warn!(disk = ring.disk.0; "{ring}: the call or err fd cannot be used: {error}")
+            }
         }
     }
 }

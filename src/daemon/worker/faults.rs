@@ -117,7 +117,7 @@ pub(super) fn failed(
             more => format!(" ({more} more failed since the last such line)"),
         };
         log::error!(
-            "disk {name}: {id} tag {request_tag}: {:?} of {} bytes at sector {} failed: {errno}{}{more}",
+            disk = id.disk.0; "disk {name}: {id} tag {request_tag}: {:?} of {} bytes at sector {} failed: {errno}{}{more}",
             request.op,
             request.bytes,
             request.sector.0,

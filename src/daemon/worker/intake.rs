@@ -218,10 +218,10 @@ impl Worker {
         if port.ring.is_memory_lost() {
             // Where its memory was there are zeros now, and whatever seems wrong comes of that.
             // It is the session that ends, and says so.
-            log::debug!("{}: stopped: {}", port.id, RingError::MemoryLost);
+            log::debug!(disk = port.id.disk.0; "{}: stopped: {}", port.id, RingError::MemoryLost);
             port.memory_lost.signal();
         } else {
-            log::warn!("{}: stopped: {error}", port.id);
+            log::warn!(disk = port.id.disk.0; "{}: stopped: {error}", port.id);
         }
         port.gates.broken = true;
         if let Some(err) = port.err {

@@ -1,10 +1,12 @@
 //! The end of a turn: telling the guests, submitting, sleeping.
 
+use std::fmt::Write as _;
 use std::io;
 use std::time::Duration;
 
 use super::spin::Awaited;
 use super::{Worker, open_port};
+use crate::fatal::{self, Line};
 
 /// How often a ring without a kick eventfd is looked at.
 const KICKLESS_POLL: Duration = Duration::from_micros(100);
@@ -73,8 +75,13 @@ impl Worker {
     /// would be no way out, since the kernel may still have it, and be reading or writing the guest's memory.
     #[cold]
     pub(super) fn engine_broken(&self, error: &io::Error) -> ! {
-        log::error!("worker {}: the io_uring is unusable: {error}", self.id);
-        std::process::abort()
+        let mut line = Line::new("");
+        let _ = write!(
+            line,
+            "worker {}: the io_uring is unusable: {error}",
+            self.id
+        );
+        fatal::end(&line)
     }
 
     /// Asks for kicks on every hot ring; true if requests came in meanwhile. Rings that cannot kick

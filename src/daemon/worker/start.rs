@@ -30,7 +30,7 @@ impl Worker {
         }
         if ring.to_resume() > 0 {
             log::info!(
-                "{id}: goes on with {} requests that were in flight",
+                disk = id.disk.0; "{id}: goes on with {} requests that were in flight",
                 ring.to_resume()
             );
         }
@@ -80,7 +80,7 @@ impl Worker {
         self.set_fd(hctx, FdRole::Call, call);
         self.set_fd(hctx, FdRole::Err, err);
         log::debug!(
-            "worker {}: {id} started: {} entries at {}, {ctxs} ctx",
+            disk = id.disk.0; "worker {}: {id} started: {} entries at {}, {ctxs} ctx",
             self.id,
             setup.size,
             next_avail

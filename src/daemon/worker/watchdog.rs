@@ -61,7 +61,7 @@ impl Watchdog {
         );
         for late in &self.found {
             log::warn!(
-                "{} tag {}: {:?} of {} bytes at sector {} has not come back for {} ms{}",
+                disk = late.ring.disk.0; "{} tag {}: {:?} of {} bytes at sector {} has not come back for {} ms{}",
                 late.ring,
                 late.tag,
                 late.request.op,
