@@ -196,6 +196,18 @@ pub enum StartError {
         source: io::Error,
     },
 
+    /// The process is the user already and has groups that it may not give up.
+    #[error(
+        "cannot become the user {user}: this process has the groups {groups} as well and may not give them up; \
+         start as root or without those groups, or leave the group out"
+    )]
+    KeepsGroups {
+        /// As it was given.
+        user: String,
+        /// Their numbers.
+        groups: String,
+    },
+
     /// A layer of the sandbox cannot be put on.
     #[error(
         "cannot put on the sandbox ({layer}): {}; if that cannot be helped, give --sandbox {layer}=off",

@@ -6,6 +6,8 @@
     reason = "test code: sizes and offsets are small and known"
 )]
 
+#[path = "control/extremes.rs"]
+mod extremes;
 #[path = "control/resize.rs"]
 mod resize;
 mod support;

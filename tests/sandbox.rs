@@ -5,6 +5,8 @@ mod support;
 
 #[path = "sandbox/bare.rs"]
 mod bare;
+#[path = "sandbox/places.rs"]
+mod places;
 #[path = "sandbox/signals.rs"]
 mod signals;
 #[path = "sandbox/streams.rs"]

@@ -37,7 +37,8 @@ const EVENT_BYTES: usize = 8192;
 /// Watches the images of all disks.
 #[derive(Debug)]
 pub struct GrowthWatch {
-    files: OwnedFd,
+    /// Only there if there are files, and if they can be watched.
+    files: Option<OwnedFd>,
     /// For each inotify watch, the place of its disk.
     watched: Vec<(i32, usize)>,
     /// Only there if there are devices.
@@ -49,15 +50,10 @@ pub struct GrowthWatch {
 
 impl GrowthWatch {
     /// Begins to watch, with whatever permissions the images were opened with. One that cannot be watched
-    /// is followed when somebody says so.
-    ///
-    /// # Errors
-    ///
-    /// No descriptor to be had.
-    pub fn new(images: &[Image]) -> io::Result<GrowthWatch> {
-        let files = inotify::init(inotify::CreateFlags::CLOEXEC | inotify::CreateFlags::NONBLOCK)?;
+    /// is followed when a user says so, and the log tells that.
+    pub fn new(images: &[Image]) -> GrowthWatch {
         let mut watch = GrowthWatch {
-            files,
+            files: None,
             watched: Vec::new(),
             events: None,
             devices: Vec::new(),
@@ -71,17 +67,25 @@ impl GrowthWatch {
             };
             if let Err(error) = watching {
                 log::warn!(
-                    disk = place; "the size of the image of disk @{place} cannot be watched: {error}; use blkmqctl resize"
+                    disk = place; "the size of the image of disk @{place} cannot be watched: {error}{}; use blkmqctl resize",
+                    limit_of(&error)
                 );
             }
         }
-        Ok(watch)
+        watch
     }
 
     fn add_file(&mut self, image: &Image, place: usize) -> io::Result<()> {
+        let files = match &self.files {
+            Some(files) => files,
+            None => {
+                let flags = inotify::CreateFlags::CLOEXEC | inotify::CreateFlags::NONBLOCK;
+                self.files.insert(inotify::init(flags)?)
+            }
+        };
         // By descriptor, so that it is this file and not the one that has its name by now.
         let path = format!("/proc/self/fd/{}", image.file.as_raw_fd());
-        let id = inotify::add_watch(&self.files, path, inotify::WatchFlags::CLOSE_WRITE)?;
+        let id = inotify::add_watch(files, path, inotify::WatchFlags::CLOSE_WRITE)?;
         self.watched.push((id, place));
         Ok(())
     }
@@ -123,12 +127,9 @@ impl GrowthWatch {
 
     fn run(self, stop: &OwnedFd) {
         loop {
-            let mut fds = vec![
-                PollFd::new(stop, PollFlags::IN),
-                PollFd::new(&self.files, PollFlags::IN),
-            ];
-            if let Some(events) = &self.events {
-                fds.push(PollFd::new(events, PollFlags::IN));
+            let mut fds = vec![PollFd::new(stop, PollFlags::IN)];
+            for source in self.files.iter().chain(&self.events) {
+                fds.push(PollFd::new(source, PollFlags::IN));
             }
             match poll(&mut fds, None) {
                 Err(Errno::INTR) => continue,
@@ -151,13 +152,15 @@ impl GrowthWatch {
     /// The disks whose images may have changed since the last time, each once.
     fn changed(&self) -> Vec<&Arc<Disk>> {
         let mut changed = BTreeSet::new();
-        let mut space = [MaybeUninit::uninit(); 4096];
-        let mut reader = inotify::Reader::new(&self.files, &mut space);
-        while let Ok(event) = reader.next() {
-            let lost = event.events().contains(inotify::ReadFlags::QUEUE_OVERFLOW);
-            let of_event = |id: i32| lost || id == event.wd();
-            let of_event = self.watched.iter().filter(|(id, _)| of_event(*id));
-            changed.extend(of_event.map(|(_, place)| *place));
+        if let Some(files) = &self.files {
+            let mut space = [MaybeUninit::uninit(); 4096];
+            let mut reader = inotify::Reader::new(files, &mut space);
+            while let Ok(event) = reader.next() {
+                let lost = event.events().contains(inotify::ReadFlags::QUEUE_OVERFLOW);
+                let of_event = |id: i32| lost || id == event.wd();
+                let of_event = self.watched.iter().filter(|(id, _)| of_event(*id));
+                changed.extend(of_event.map(|(_, place)| *place));
+            }
         }
         let mut bytes = [0; EVENT_BYTES];
         while let Some(events) = &self.events {
@@ -177,6 +180,19 @@ impl GrowthWatch {
             .into_iter()
             .map(|place| &self.disks[place])
             .collect()
+    }
+}
+
+/// The limit that stands behind an error of inotify, with the words that lead to it.
+fn limit_of(error: &io::Error) -> &'static str {
+    match Errno::from_io_error(error) {
+        Some(Errno::MFILE) => {
+            " (the user's inotify instances are used up: raise fs.inotify.max_user_instances with sysctl)"
+        }
+        Some(Errno::NOSPC) => {
+            " (the user's inotify watches are used up: raise fs.inotify.max_user_watches with sysctl)"
+        }
+        _ => "",
     }
 }
 

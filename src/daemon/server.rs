@@ -22,7 +22,7 @@ use crate::mq::ids::DiskId;
 use crate::sigbus;
 
 use self::crew::Crew;
-use self::opening::{Doors, Opening};
+use self::opening::{Doors, Opening, Passed};
 use super::clock::Clock;
 use super::dedicated::DedicatedWorkers;
 use super::disk::Disk;
@@ -59,6 +59,8 @@ enum Happened {
 /// Something is missing or wrong before the first front end could be served. Nothing is left
 /// behind.
 pub fn run(config: Config) -> Result<(), StartError> {
+    // Before any other descriptor is opened.
+    let passed = Passed::claim(&config.disks)?;
     let inherited = signals::prepare();
     let listeners_from = files::allow(&config.disks);
     files::allow_large();
@@ -69,7 +71,7 @@ pub fn run(config: Config) -> Result<(), StartError> {
         images,
         growth,
         doors,
-    } = Opening::new(&config)?;
+    } = Opening::new(&config, passed)?;
     // There are sockets now, which are removed however the process ends.
     let signals = signals::Watch::new(inherited)
         .map_err(|source| system("install signal handlers", source))?;
@@ -77,8 +79,12 @@ pub fn run(config: Config) -> Result<(), StartError> {
     sigbus::install().map_err(|source| system("handle SIGBUS", source))?;
     open_fd_table().map_err(|source| system("look into /proc/self/fd", source))?;
     let owner = identity.as_ref().map(sandbox::Identity::ids);
-    let junction = Junction::new(owner);
-    let junction = junction.map_err(|source| system("create an internal socket", source))?;
+    let junction =
+        Junction::new(owner, &opening::directories(&config)).map_err(|source| StartError::System {
+            what: "create an internal socket".to_owned(),
+            source,
+            advice: "set TMPDIR to a directory that can be written to; the file there is removed at once",
+        })?;
 
     // From here on there are no files to be opened, and no rights.
     sandbox::enter(config.sandbox, identity.as_ref(), &opening::paths(&config))?;

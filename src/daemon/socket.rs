@@ -1,22 +1,23 @@
 //! The sockets front ends connect to, and the one inside the process.
 
-use std::fmt;
+mod junction;
+mod turn;
+
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
-use rustix::fs::{AtFlags, Mode, OFlags};
-use rustix::io::Errno;
+use rustix::fs::{AtFlags, Mode};
+use rustix::io::{Errno, FdFlags, fcntl_getfd, fcntl_setfd};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, sockopt};
 use rustix::process::{Gid, Uid};
-use vhost::vhost_user::Listener;
-use vmm_sys_util::tempdir::TempDir;
 
+pub use self::junction::Junction;
+use self::turn::Turn;
 use super::session::remember_socket;
 use crate::error::StartError;
 
@@ -53,9 +54,15 @@ pub struct SocketFile {
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
-        if fs::symlink_metadata(&self.path).is_ok_and(|now| (now.dev(), now.ino()) == self.identity)
-        {
-            let _ = fs::remove_file(&self.path);
+        let removed = match fs::symlink_metadata(&self.path) {
+            Ok(now) if (now.dev(), now.ino()) == self.identity => fs::remove_file(&self.path),
+            // Another socket, or none.
+            Ok(_) => Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            Err(error) => Err(error),
+        };
+        if let Err(error) = removed {
+            log::warn!("the socket {:?} cannot be removed: {error}", self.path);
         }
     }
 }
@@ -101,30 +108,18 @@ impl Door {
         Ok(Door::Listening(listener, Some(file)))
     }
 
-    /// Takes over a descriptor the parent process left open: a listening socket, or a connected one.
+    /// Serves a descriptor that the parent process left open and [`claim`] has found: a listening socket, or a
+    /// connected one.
     ///
     /// # Errors
     ///
-    /// It is not open, or not a UNIX stream socket that is listening or connected.
-    pub fn inherit(fd: i32) -> Result<Door, StartError> {
+    /// It is not a UNIX stream socket that is listening or connected.
+    pub fn inherit(socket: OwnedFd) -> Result<Door, StartError> {
+        let fd = socket.as_raw_fd();
         let bad = |why| StartError::BadFd { fd, why };
-        if fd < 0 {
-            return Err(bad("is negative"));
-        }
-        if (0..=2).contains(&fd) {
-            return Err(bad("is a standard stream"));
-        }
-        if !Path::new(&format!("/proc/self/fd/{fd}")).exists() {
-            return Err(bad("is not open"));
-        }
-        // SAFETY: the descriptor is open, is none of the standard streams, and the command line is
-        // read once, so nothing else in the process owns it. Unsafe because only the parent process
-        // knows that it is meant for us.
-        let socket = unsafe { OwnedFd::from_raw_fd(fd) };
         let outcome = classify(&socket);
         match outcome {
             Ok(listening) => {
-                let _ = rustix::io::fcntl_setfd(&socket, rustix::io::FdFlags::CLOEXEC);
                 if listening {
                     listen_ourselves(&socket).map_err(|_| bad("cannot be listened on"))?;
                 }
@@ -137,6 +132,38 @@ impl Door {
             Err(why) => Err(bad(why)),
         }
     }
+}
+
+/// Takes the descriptor `fd`, which the parent process left open for us. To be called before the process opens anything:
+/// later a number that the parent did not use may be one of ours.
+///
+/// # Errors
+///
+/// It is not open, or not the parent's to pass.
+pub fn claim(fd: i32) -> Result<OwnedFd, StartError> {
+    let bad = |why| StartError::BadFd { fd, why };
+    if fd < 0 {
+        return Err(bad("is negative"));
+    }
+    if (0..=2).contains(&fd) {
+        return Err(bad("is a standard stream"));
+    }
+    // SAFETY: the number is only asked about. Unsafe because it may be no open descriptor, which the call says.
+    let flags = fcntl_getfd(unsafe { BorrowedFd::borrow_raw(fd) });
+    match flags {
+        Err(_) => return Err(bad("is not open")),
+        // It would have been closed on the way from the parent.
+        Ok(flags) if flags.contains(FdFlags::CLOEXEC) => {
+            return Err(bad("was not passed by the parent process"));
+        }
+        Ok(_) => {}
+    }
+    // SAFETY: the descriptor is open, is none of the standard streams and none that this process opened. The
+    // command line names it once, so nothing else owns it. Unsafe because only the parent process knows that it
+    // is meant for us.
+    let socket = unsafe { OwnedFd::from_raw_fd(fd) };
+    let _ = fcntl_setfd(&socket, FdFlags::CLOEXEC);
+    Ok(socket)
 }
 
 /// Listens on `path` for one user only, the process's or `uid`. What is there already is treated as by [`Door::bind`];
@@ -179,6 +206,7 @@ fn listen(
         path: path.to_owned(),
         source,
     };
+    let _turn = Turn::take(path);
     match fs::symlink_metadata(path) {
         Ok(there) if there.file_type().is_socket() => match UnixStream::connect(path) {
             Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
@@ -332,83 +360,40 @@ impl AsFd for Stop {
     }
 }
 
-/// Where the session guard meets the crate's daemon.
-///
-/// The crate only takes connections from a listener, so there is one that nobody else can reach:
-/// its file is gone from the file system before anybody is served, and it is connected to through
-/// a descriptor of the file.
-pub struct Junction {
-    listener: Mutex<Listener>,
-    file: OwnedFd,
-}
-
-impl fmt::Debug for Junction {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Junction")
-            .field("file", &self.file)
-            .finish_non_exhaustive()
-    }
-}
-
-impl Junction {
-    /// Creates it, for a process that is to become `owner` (user and group), or stays what it is.
-    ///
-    /// # Errors
-    ///
-    /// The directory for temporary files cannot be written to.
-    pub fn new(owner: Option<(u32, u32)>) -> io::Result<Junction> {
-        // Readable by this user only, and removed when it goes out of scope.
-        let directory =
-            TempDir::new().map_err(|error| io::Error::from_raw_os_error(error.errno()))?;
-        let path = directory.as_path().join("junction");
-        let listener = UnixListener::bind(&path)?;
-        if let Some((uid, gid)) = owner {
-            // Who connects needs the right to write.
-            std::os::unix::fs::chown(&path, Some(uid), Some(gid))?;
-        }
-        let file = rustix::fs::open(&path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
-        Ok(Junction {
-            listener: Mutex::new(Listener::from(listener)),
-            file,
-        })
-    }
-
-    /// Connects, and hands the listener with that one connection waiting to `accept`.
-    ///
-    /// # Errors
-    ///
-    /// The process is out of descriptors, or `accept` fails.
-    pub fn join<E: From<io::Error>>(
-        &self,
-        accept: impl FnOnce(&mut Listener) -> Result<(), E>,
-    ) -> Result<UnixStream, E> {
-        let mut listener = self.listener.lock().unwrap_or_else(PoisonError::into_inner);
-        let ours = UnixStream::connect(format!("/proc/self/fd/{}", self.file.as_raw_fd()))?;
-        accept(&mut listener)?;
-        Ok(ours)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::io::{Read, Write};
+    use std::sync::Barrier;
+    use std::thread;
+
+    use vmm_sys_util::tempdir::TempDir;
 
     #[test]
-    fn a_junction_joins_what_connects_to_what_accepts() {
-        let junction = Junction::new(None).unwrap();
-        for _ in 0..3 {
-            let mut theirs = None;
-            let mut ours = junction
-                .join(|listener| -> io::Result<()> {
-                    theirs = listener.accept().unwrap();
-                    Ok(())
-                })
-                .unwrap();
-            ours.write_all(b"x").unwrap();
-            let mut got = [0];
-            theirs.unwrap().read_exact(&mut got).unwrap();
-            assert_eq!(&got, b"x");
+    fn of_daemons_that_start_on_one_path_one_listens() {
+        const DAEMONS: usize = 6;
+        let directory = TempDir::new().unwrap();
+        for round in 0..100 {
+            let path = directory.as_path().join(round.to_string());
+            // What a killed process left.
+            drop(UnixListener::bind(&path).unwrap());
+            let start = Barrier::new(DAEMONS);
+            let doors: Vec<_> = thread::scope(|scope| {
+                let starting: Vec<_> = (0..DAEMONS)
+                    .map(|_| {
+                        scope.spawn(|| {
+                            start.wait();
+                            Door::bind(&path)
+                        })
+                    })
+                    .collect();
+                starting
+                    .into_iter()
+                    .map(|one| one.join().unwrap())
+                    .collect()
+            });
+            let listening = doors.iter().filter(|door| door.is_ok()).count();
+            assert_eq!(listening, 1, "round {round}");
+            UnixStream::connect(&path).expect("it can be reached");
         }
     }
 
@@ -480,23 +465,27 @@ mod tests {
         let listener = UnixListener::bind(directory.as_path().join("s")).unwrap();
         let (connected, _other) = UnixStream::pair().unwrap();
         let file = fs::File::open("/dev/null").unwrap();
-        let fd = |fd: OwnedFd| std::os::fd::IntoRawFd::into_raw_fd(fd);
         assert!(matches!(
-            Door::inherit(fd(listener.into())),
+            Door::inherit(listener.into()),
             Ok(Door::Listening(_, None))
         ));
         assert!(matches!(
-            Door::inherit(fd(connected.into())),
+            Door::inherit(connected.into()),
             Ok(Door::Connected(_))
         ));
-        assert!(matches!(
-            Door::inherit(fd(file.into())),
-            Err(StartError::BadFd {
-                why: "is not a socket",
-                ..
-            })
-        ));
-        assert!(Door::inherit(-1).is_err());
-        assert!(Door::inherit(1).is_err());
+        let why = |outcome: Result<(), StartError>| match outcome {
+            Err(StartError::BadFd { why, .. }) => why,
+            outcome => panic!("{outcome:?}"),
+        };
+        assert_eq!(why(Door::inherit(file.into()).map(drop)), "is not a socket");
+        let claimed = |fd: i32| why(claim(fd).map(drop));
+        assert_eq!(claimed(-1), "is negative");
+        assert_eq!(claimed(1), "is a standard stream");
+        assert_eq!(claimed(1_000_000), "is not open");
+        let ours = fs::File::open("/dev/null").unwrap();
+        assert_eq!(
+            claimed(ours.as_raw_fd()),
+            "was not passed by the parent process"
+        );
     }
 }

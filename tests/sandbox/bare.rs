@@ -23,9 +23,14 @@ impl Bare {
     /// Starts `disks` disks after `prepare` has changed the command, and waits until each takes connections. Standard
     /// error goes nowhere unless `prepare` says something else.
     pub fn start(disks: usize, prepare: impl FnOnce(&mut Command)) -> Bare {
+        Bare::start_on("1", disks, prepare)
+    }
+
+    /// The same on so many workers.
+    pub fn start_on(workers: &str, disks: usize, prepare: impl FnOnce(&mut Command)) -> Bare {
         let dir = TempDir::new().expect("a directory");
         let mut command = Command::new(PROGRAM);
-        command.args(["--workers", "1"]).current_dir(dir.path());
+        command.args(["--workers", workers]).current_dir(dir.path());
         for disk in 0..disks {
             let socket = dir.path().join(format!("{disk}.sock"));
             command.arg("--disk").arg(format!(
@@ -46,6 +51,18 @@ impl Bare {
             });
         }
         bare
+    }
+
+    /// A daemon that is started by `command`, with sockets elsewhere.
+    pub fn of(command: &mut Command) -> Bare {
+        Bare {
+            child: command.spawn().expect("the program starts"),
+            dir: TempDir::new().expect("a directory"),
+        }
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
     }
 
     pub fn socket(&self, disk: usize) -> PathBuf {
@@ -86,6 +103,22 @@ impl Bare {
         let left = fs::read_dir(self.dir.path()).expect("there");
         let left: Vec<_> = left.map(|entry| entry.expect("an entry").path()).collect();
         assert!(left.is_empty(), "{left:?}");
+    }
+}
+
+/// Has a command run by another program that makes its surroundings: `words` before it.
+pub fn under<'a>(words: &'a [&'a str]) -> impl FnOnce(&mut Command) + use<'a> {
+    move |command| {
+        let mut outer = Command::new(words[0]);
+        outer
+            .args(&words[1..])
+            .arg(command.get_program())
+            .args(command.get_args())
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
+        outer.current_dir(command.get_current_dir().expect("given"));
+        *command = outer;
     }
 }
 

@@ -1,28 +1,10 @@
 //! Signals, and what a parent process leaves of them.
 
-use std::os::unix::net::UnixStream;
-use std::process::{Command, Stdio};
-
 use rustix::process::Signal;
+use std::os::unix::net::UnixStream;
 
-use super::bare::{Bare, wait_until};
+use super::bare::{Bare, under, wait_until};
 use super::support::*;
-
-/// Has `command` run by another program that makes its surroundings: `words` before it.
-fn under(words: &[&str]) -> impl FnOnce(&mut Command) {
-    move |command| {
-        let mut outer = Command::new(words[0]);
-        outer
-            .args(&words[1..])
-            .arg(command.get_program())
-            .args(command.get_args())
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null());
-        outer.current_dir(command.get_current_dir().expect("given"));
-        *command = outer;
-    }
-}
 
 #[test]
 fn a_hangup_ends_the_daemon_as_a_termination_does() {

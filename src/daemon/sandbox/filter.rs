@@ -85,6 +85,7 @@ const MEMORY: &[c_long] = &[
     libc::SYS_madvise,
     libc::SYS_brk,
     libc::SYS_memfd_create,
+    libc::SYS_mincore,
     libc::SYS_get_mempolicy,
 ];
 

@@ -5,7 +5,7 @@
 use std::io;
 
 use rustix::io::Errno;
-use rustix::process::{Gid, Uid, geteuid};
+use rustix::process::{Gid, Uid, geteuid, getgroups};
 use rustix::thread::{
     CapabilitySet, CapabilitySets, clear_ambient_capability_set,
     remove_capability_from_bounding_set, set_capabilities, set_no_new_privs, set_thread_groups,
@@ -22,6 +22,8 @@ pub(super) struct User {
     uid: u32,
     gid: u32,
     groups: Vec<u32>,
+    /// The group was given, and there are to be no others.
+    exactly: bool,
 }
 
 impl User {
@@ -55,6 +57,7 @@ impl User {
             uid: user.uid(),
             gid,
             groups,
+            exactly: wanted.group.is_some(),
         })
     }
 
@@ -69,13 +72,43 @@ impl User {
             source: errno.into(),
         };
         let (uid, gid) = (Uid::from_raw(self.uid), Gid::from_raw(self.gid));
-        if geteuid() == uid && !uid.is_root() {
-            return Ok(());
-        }
         let groups: Vec<Gid> = self.groups.iter().map(|gid| Gid::from_raw(*gid)).collect();
-        set_thread_groups(&groups).map_err(fail)?;
+        match set_thread_groups(&groups) {
+            // A process that is the user already may not be allowed to change its groups.
+            Err(Errno::PERM) if geteuid() == uid => self.keep_groups()?,
+            outcome => outcome.map_err(fail)?,
+        }
         set_thread_res_gid(gid, gid, gid).map_err(fail)?;
         set_thread_res_uid(uid, uid, uid).map_err(fail)
+    }
+}
+
+impl User {
+    /// The process has no right to change its groups. That is well if it has none but those it is to have.
+    fn keep_groups(&self) -> Result<(), StartError> {
+        let has = getgroups().unwrap_or_default();
+        let wanted = |gid: u32| gid == self.gid || self.groups.contains(&gid);
+        let more: Vec<String> = has
+            .iter()
+            .map(|gid| gid.as_raw())
+            .filter(|gid| !wanted(*gid))
+            .map(|gid| gid.to_string())
+            .collect();
+        if more.is_empty() {
+            return Ok(());
+        }
+        if self.exactly {
+            return Err(StartError::KeepsGroups {
+                user: self.name.clone(),
+                groups: more.join(", "),
+            });
+        }
+        log::warn!(
+            "--user {}: this process has more groups than the user ({}) and may not give them up",
+            self.name,
+            more.join(", ")
+        );
+        Ok(())
     }
 }
 

@@ -1,18 +1,17 @@
 //! All that is opened by name, with the rights of whoever started the process: images, sockets, and the
 //! connection to the daemon that the disks are taken over from. After this a sandbox may close.
 
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 
 use crate::config::{Config, DiskConfig, SocketSource};
 use crate::daemon::growth::GrowthWatch;
 use crate::daemon::sandbox::{Identity, find_group};
-use crate::daemon::socket::{Access, Door, SocketFile, listen_privately};
-use crate::daemon::takeover::{Predecessor, Trusted};
+use crate::daemon::socket::{Access, Door, SocketFile, claim, listen_privately};
+use crate::daemon::takeover::{Predecessor, Trusted, remember_directory};
 use crate::engine::disk::Image;
 use crate::error::StartError;
-
-use super::system;
 
 /// The control socket: its listener and its file.
 pub(super) type ControlDoor = (UnixListener, SocketFile);
@@ -36,9 +35,25 @@ pub(super) struct Doors {
     pub(super) control: Option<ControlDoor>,
 }
 
+/// What the parent process passed to each disk with `--fd`.
+#[derive(Debug)]
+pub(super) struct Passed(Vec<Option<OwnedFd>>);
+
+impl Passed {
+    /// Takes it. To be called before the process opens anything.
+    pub(super) fn claim(disks: &[DiskConfig]) -> Result<Passed, StartError> {
+        let passed = disks.iter().map(|disk| match disk.socket {
+            SocketSource::Path(_) => Ok(None),
+            SocketSource::Fd(fd) => claim(fd).map(Some),
+        });
+        passed.collect::<Result<_, _>>().map(Passed)
+    }
+}
+
 impl Opening {
     /// Opens it all, or nothing.
-    pub(super) fn new(config: &Config) -> Result<Opening, StartError> {
+    pub(super) fn new(config: &Config, passed: Passed) -> Result<Opening, StartError> {
+        remember_directory(config)?;
         let identity = config.user.as_ref().map(Identity::find).transpose()?;
         let access = config
             .disks
@@ -64,16 +79,17 @@ impl Opening {
         if let Some(predecessor) = &predecessor {
             predecessor.check(&config.disks, &images)?;
         }
-        let growth = GrowthWatch::new(&images)
-            .map_err(|source| system("watch the images' sizes", source))?;
+        let growth = GrowthWatch::new(&images);
         let disks = config
             .disks
             .iter()
             .zip(access)
-            .map(|(disk, access)| match &disk.socket {
+            .zip(passed.0)
+            .map(|((disk, access), passed)| match (&disk.socket, passed) {
                 _ if inherits(disk) => Ok(None),
-                SocketSource::Path(path) => Door::bind_for(path, access).map(Some),
-                SocketSource::Fd(fd) => Door::inherit(*fd).map(Some),
+                (_, Some(socket)) => Door::inherit(socket).map(Some),
+                (SocketSource::Path(path), None) => Door::bind_for(path, access).map(Some),
+                (SocketSource::Fd(_), None) => Ok(None),
             })
             .collect::<Result<Vec<_>, _>>()?;
         let inherits_control = predecessor
@@ -112,6 +128,19 @@ fn access(disk: &DiskConfig, user: Option<&Identity>) -> Result<Access, StartErr
         uid: user.map(|user| user.ids().0),
         gid: group.transpose()?.or(user.map(|user| user.ids().1)),
     })
+}
+
+/// Where a file may be made for a moment, if the directory for temporary files is not to be written to: where the
+/// sockets are, and where most systems let everybody write.
+pub(super) fn directories(config: &Config) -> Vec<&Path> {
+    let sockets = paths(config).into_iter();
+    let parents = sockets.map(|socket| match socket.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    });
+    parents
+        .chain(["/run", "/dev/shm", "/var/tmp"].map(Path::new))
+        .collect()
 }
 
 /// The sockets whose files are removed at the end.

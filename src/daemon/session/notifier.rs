@@ -49,11 +49,9 @@ impl ConfigNotifier {
                 &message.encode(),
                 SendFlags::DONTWAIT | SendFlags::NOSIGNAL,
             ) {
-                Ok(sent) => {
-                    // A stream socket of the Unix domain takes twelve bytes as a whole or not.
-                    assert_eq!(sent, HEADER_BYTES);
-                    return Ok(true);
-                }
+                Ok(HEADER_BYTES) => return Ok(true),
+                // A stream socket of the Unix domain takes twelve bytes as a whole or not.
+                Ok(_) => return Err(io::ErrorKind::WriteZero.into()),
                 Err(Errno::AGAIN) => return Ok(true),
                 Err(Errno::INTR) => {}
                 Err(errno) => return Err(errno.into()),

@@ -40,10 +40,13 @@ mod trust;
 mod wire;
 
 use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
+use std::sync::LazyLock;
 use std::time::Duration;
 
-use crate::config::SocketSource;
+use crate::config::{Config, SocketSource};
 use crate::engine::disk::{Image, ImageKind};
+use crate::error::StartError;
 
 pub use give::{ControlSocket, Giver, Offer};
 pub use take::{Beginning, Inheritance, Predecessor, TakeOverError};
@@ -59,14 +62,39 @@ const CLOSING: Duration = Duration::from_secs(2);
 /// How long the new process may take to open its images and start its workers; the guests run.
 const PREPARATION: Duration = Duration::from_secs(60);
 
+/// Where the process was started, which relative paths of sockets are in. The sandbox refuses to tell it later.
+static DIRECTORY: LazyLock<Option<PathBuf>> = LazyLock::new(|| std::env::current_dir().ok());
+
+/// Finds out where the process was started. To be called before the sandbox closes.
+///
+/// # Errors
+///
+/// It cannot be found out, because the directory was removed for example, and a socket's path is relative to it.
+pub fn remember_directory(config: &Config) -> Result<(), StartError> {
+    let disks = config.disks.iter().filter_map(|disk| match &disk.socket {
+        SocketSource::Path(path) => Some(path),
+        SocketSource::Fd(_) => None,
+    });
+    let mut paths = disks.chain(&config.control_path);
+    match (&*DIRECTORY, paths.find(|path| path.is_relative())) {
+        (None, Some(path)) => Err(StartError::Usage(format!(
+            "the socket {path:?} is relative to the current directory, which cannot be found out; give an \
+             absolute path (see --help)"
+        ))),
+        _ => Ok(()),
+    }
+}
+
 /// What both processes call a disk: its socket, as the command line gives it. A descriptor has its
 /// number in the process that was started with it.
 fn socket_name(socket: &SocketSource) -> String {
     match socket {
         // Quoted, so that any name of a file is text, and no two names are the same text.
         SocketSource::Path(path) => {
-            let absolute = std::path::absolute(path).unwrap_or_else(|_| path.clone());
-            format!("the socket {absolute:?}")
+            let path = DIRECTORY.clone().unwrap_or_default().join(path);
+            // Puts no directory before it: it is absolute.
+            let plain = std::path::absolute(&path).unwrap_or(path);
+            format!("the socket {plain:?}")
         }
         SocketSource::Fd(fd) => format!("file descriptor {fd}"),
     }
