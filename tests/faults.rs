@@ -149,11 +149,7 @@ struct Loop {
 
 impl Loop {
     fn new(bytes: u64) -> Loop {
-        let dir = tempfile::tempdir().expect("a directory");
-        let file = dir.path().join("medium");
-        let mut device = Loop::on(file, bytes);
-        device._dir = Some(dir);
-        device
+        Loop::with(bytes, &[])
     }
 
     /// On a sparse file of so many bytes.
@@ -164,8 +160,13 @@ impl Loop {
     /// One that refuses to be written to, and can be opened for writing all the same. (What `blockdev --setro` says would
     /// stay with the device.)
     fn read_only(bytes: u64) -> Loop {
+        Loop::with(bytes, &["--read-only"])
+    }
+
+    /// With more to say to losetup.
+    fn with(bytes: u64, more: &[&str]) -> Loop {
         let dir = tempfile::tempdir().expect("a directory");
-        let mut device = Loop::set_up(dir.path().join("medium"), bytes, &["--read-only"]);
+        let mut device = Loop::set_up(dir.path().join("medium"), bytes, more);
         device._dir = Some(dir);
         device
     }

@@ -29,26 +29,33 @@ fn opening_an_image_changes_nothing_in_it() {
     assert!(journal.is_empty(), "{journal:?}");
 }
 
-/// The largest file of ext4, behind whose end there is no place to try anything.
+/// Near the largest file there can be there is no place behind the end to try anything in.
 #[test]
 fn an_image_of_the_largest_size_has_discards() {
     if !may_mount() {
         return;
     }
-    let bytes: u64 = 17_592_186_040_320;
-    let mount = Mount::on("ext4", Loop::new(64 << 20), &["-b", "4096"], "defaults");
-    let image = mount.image(bytes);
-    let served = Served::start(&image, &[]);
-    let mut disk = Disk::attach(served.daemon.socket(), 1);
-    assert_ne!(disk.front.features & features::DISCARD, 0);
-    let last = bytes / 512 - 8;
-    disk.write(0, last, &[7; 4096]);
-    let blocks = || fs::metadata(&image).expect("facts").blocks();
-    let before = blocks();
-    let done = disk.clear(0, kind::DISCARD, Range::new(last, 8));
-    assert_eq!(done.status, status::OK);
-    assert!(blocks() < before, "the space is free");
-    assert_eq!(disk.read(0, last, 4096), [0; 4096]);
+    let ext4 = Mount::on("ext4", Loop::new(64 << 20), &["-b", "4096"], "defaults");
+    let mounts = [
+        (Some(ext4), 17_592_186_040_320),
+        (Mount::of("xfs", 512 << 20), i64::MAX as u64 & !4095),
+        (Mount::of("btrfs", 512 << 20), i64::MAX as u64 & !4095),
+        (Some(Mount::tmpfs(4 << 20)), i64::MAX as u64 & !4095),
+    ];
+    for (mount, bytes) in mounts {
+        let Some(mount) = mount else { continue };
+        let image = mount.image(bytes);
+        let served = Served::start(&image, &[]);
+        let mut disk = Disk::attach(served.daemon.socket(), 1);
+        assert_ne!(disk.front.features & features::DISCARD, 0);
+        let last = bytes / 512 - 16;
+        disk.write(0, last, &[7; 4096]);
+        let done = disk.clear(0, kind::DISCARD, Range::new(last, 8));
+        assert_eq!(done.status, status::OK);
+        assert_eq!(disk.read(0, last, 4096), [0; 4096], "{}", text(&image));
+        drop(disk);
+        served.daemon.stop();
+    }
 }
 
 #[test]
@@ -117,34 +124,77 @@ fn a_cloned_image_is_served_as_before() {
     if !may_mount() {
         return;
     }
-    let Some(mount) = Mount::of("xfs", 512 << 20) else {
+    for kind in ["xfs", "btrfs"] {
+        let Some(mount) = Mount::of(kind, 512 << 20) else {
+            continue;
+        };
+        let image = mount.path("disk.img");
+        fs::write(&image, vec![7; 1 << 20]).expect("an image");
+        run("sync", &["-f", text(&image)]);
+        // Cloned while it is served, and then from the start.
+        let mut fill = 0;
+        for round in 0..2 {
+            let served = Served::start(&image, &["--cache", "directsync"]);
+            if round == 0 {
+                clone(&mount, &image);
+            }
+            let log = served.daemon.stderr();
+            assert!(!log.contains("page cache"), "{log}");
+            let mut disk = Disk::attach(served.daemon.socket(), 1);
+            for sector in [1, 8, 9, 100] {
+                fill += 1;
+                disk.write(0, sector + round * 512, &[fill; 512]);
+                assert_eq!(disk.read(0, sector + round * 512, 512), [fill; 512]);
+                assert_eq!(disk.read(0, sector + round * 512 + 1, 512), [7; 512]);
+            }
+            disk.flush(0);
+            drop(disk);
+            served.daemon.stop();
+        }
+        let copy = fs::read(mount.path("clone.img")).expect("the clone");
+        assert!(copy.iter().all(|byte| *byte == 7), "the clone has changed");
+    }
+}
+
+/// Refusing it with the advice to take larger blocks would cost its guest the partition table.
+#[test]
+fn an_image_whose_device_has_larger_blocks_than_the_guest_is_served_through_the_page_cache() {
+    if !may_mount() {
         return;
-    };
-    let image = mount.path("disk.img");
-    fs::write(&image, vec![7; 1 << 20]).expect("an image");
-    run("sync", &["-f", text(&image)]);
-    // While it is served, and then from the start.
-    let mut fill = 0;
-    for round in 0..2 {
+    }
+    let blocks = ["--sector-size", "4096"];
+    for on_device in [true, false] {
+        let device = Loop::with(32 << 20, &blocks);
+        let path = device.path.clone();
+        let (mount, device) = match on_device {
+            true => (None, Some(device)),
+            false => (Some(Mount::on("ext4", device, &[], "defaults")), None),
+        };
+        let image = match &mount {
+            Some(mount) => mount.image(4 << 20),
+            None => path,
+        };
         let served = Served::start(&image, &["--cache", "directsync"]);
-        if round == 0 {
-            clone(&mount, &image);
-        }
-        let log = served.daemon.stderr();
-        assert!(!log.contains("page cache"), "{log}");
         let mut disk = Disk::attach(served.daemon.socket(), 1);
-        for sector in [1, 8, 9, 100] {
-            fill += 1;
-            disk.write(0, sector + round * 512, &[fill; 512]);
-            assert_eq!(disk.read(0, sector + round * 512, 512), [fill; 512]);
-            assert_eq!(disk.read(0, sector + round * 512 + 1, 512), [7; 512]);
+        let log = served.daemon.stderr();
+        assert!(log.contains("in units of 4096 bytes only"), "{log}");
+        assert!(!log.contains("--logical-block-size"), "{log}");
+        for sector in [1, 8, 9, 4095] {
+            disk.write(0, sector, &[1; 512]);
+            assert_eq!(disk.read(0, sector, 512), [1; 512]);
         }
+        assert_eq!(disk.read(0, 2, 512), [0; 512]);
         disk.flush(0);
         drop(disk);
         served.daemon.stop();
+        // A guest with such blocks has direct I/O.
+        let args = ["--logical-block-size", "4096"];
+        let served = Served::start(&image, &args);
+        let log = served.daemon.stderr();
+        assert!(log.contains("O_DIRECT (buffers"), "{log}");
+        served.daemon.stop();
+        drop((mount, device));
     }
-    let copy = fs::read(mount.path("clone.img")).expect("the clone");
-    assert!(copy.iter().all(|byte| *byte == 7), "the clone has changed");
 }
 
 /// A part of a shared block is written through the page cache, whatever the image is open with. Its write-back fails for

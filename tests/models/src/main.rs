@@ -198,6 +198,23 @@ fn a_failed_sync_is_remembered() {
     assert!(mine.is_some() && mine == theirs && mine == fault.errno());
 }
 
+/// Who asks after a doubt has ended knows what came of it.
+fn a_doubt_ends_with_its_answer() {
+    let fault = Arc::new(SyncFault::default());
+    fault.doubt();
+    let other = {
+        let fault = Arc::clone(&fault);
+        thread::spawn(move || {
+            fault.set(Errno(5));
+            fault.end_doubt();
+        })
+    };
+    if !fault.is_doubted() {
+        assert_eq!(fault.errno(), Some(Errno(5)));
+    }
+    other.join().unwrap();
+}
+
 /// The handler sees a range as it was registered, or leaves it out; never one's start and another's length.
 fn a_range_is_seen_whole() {
     let slot = Arc::new(Slot::default());
@@ -334,7 +351,7 @@ fn a_disk_that_fails_again_is_held_by_all() {
 }
 
 fn main() {
-    let models: [(&str, fn()); 9] = [
+    let models: [(&str, fn()); 10] = [
         ("one token is taken once", one_token_is_taken_once),
         ("a refund is one token", a_refund_is_one_token),
         (
@@ -342,6 +359,7 @@ fn main() {
             a_token_is_charged_at_one_speed,
         ),
         ("a failed sync is remembered", a_failed_sync_is_remembered),
+        ("a doubt ends with its answer", a_doubt_ends_with_its_answer),
         ("a range is seen whole", a_range_is_seen_whole),
         (
             "zeros are recorded before they are read",
