@@ -14,8 +14,9 @@ use std::time::Instant;
 use vhost_user_blkmq::engine::{Command, DiskSlot, Engine, Event, Extent, Payload, Target};
 use vhost_user_blkmq::mq::elevator::{Kind, Params};
 use vhost_user_blkmq::mq::ids::{DiskId, DriverTag, HctxId, QueueId, RequestTag, Sector};
-use vhost_user_blkmq::mq::limits::{DRIVER_TAGS, RESERVED_TAGS};
+use vhost_user_blkmq::mq::limits::DRIVER_TAGS;
 use vhost_user_blkmq::mq::request::{Op, Request, Status};
+use vhost_user_blkmq::mq::tags::TagDepth;
 use vhost_user_blkmq::mq::{Busy, Driver, HctxConfig, Mq, Parts};
 use vhost_user_blkmq::virtio::memory::MemoryTable;
 use vhost_user_blkmq::virtio::parse::{Parsed, parse};
@@ -212,7 +213,7 @@ impl Bench {
             chain_limit: 0,
         };
         let ring = Ring::new(&setup, Arc::new(table)).expect("a ring");
-        let mut mq = Mq::new(DRIVER_TAGS, RESERVED_TAGS);
+        let mut mq = Mq::new(TagDepth::for_disks(1));
         let hctx = mq.add_hctx(HctxConfig {
             disk: DiskId(0),
             queue: QueueId(0),

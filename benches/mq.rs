@@ -11,8 +11,8 @@ use std::time::Instant;
 
 use vhost_user_blkmq::mq::elevator::{Kind, Params};
 use vhost_user_blkmq::mq::ids::{DiskId, DriverTag, HctxId, QueueId, RequestTag, Sector};
-use vhost_user_blkmq::mq::limits::{DRIVER_TAGS, RESERVED_TAGS};
 use vhost_user_blkmq::mq::request::{IoPrio, Op, Request};
+use vhost_user_blkmq::mq::tags::TagDepth;
 use vhost_user_blkmq::mq::trace::Action;
 use vhost_user_blkmq::mq::{Busy, Driver, HctxConfig, Mq, Parts};
 
@@ -75,7 +75,7 @@ fn main() {
 }
 
 fn round(way: Way) -> f64 {
-    let mut mq: Mq<Payload> = Mq::new(DRIVER_TAGS, RESERVED_TAGS);
+    let mut mq: Mq<Payload> = Mq::new(TagDepth::for_disks(1));
     let hctx = mq.add_hctx(HctxConfig {
         disk: DiskId(0),
         queue: QueueId(0),

@@ -8,6 +8,8 @@
 
 #[path = "control/extremes.rs"]
 mod extremes;
+#[path = "control/limits.rs"]
+mod limits;
 #[path = "control/resize.rs"]
 mod resize;
 mod support;

@@ -16,6 +16,8 @@ mod enter;
 mod fuse;
 #[path = "faults/images.rs"]
 mod images;
+#[path = "faults/neighbours.rs"]
+mod neighbours;
 mod support;
 
 use std::fs::{self, File};

@@ -33,3 +33,5 @@ mod messages;
 mod pace;
 #[path = "hostile/rings.rs"]
 mod rings;
+#[path = "hostile/turns.rs"]
+mod turns;

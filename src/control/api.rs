@@ -3,7 +3,8 @@
 use std::fmt::Write as _;
 use std::io::Write as _;
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, TryLockError};
 
 use serde_json::json;
 
@@ -17,7 +18,7 @@ use crate::mq::limits::MAX_GROUPS;
 
 use super::change::{self, DiskChange};
 use super::http::{Request, Response};
-use super::{metrics, view};
+use super::{MAX_CONNECTIONS, metrics, view};
 
 /// Where another daemon asks for the disks.
 const TAKE_OVER: &str = "/v1/take-over";
@@ -26,12 +27,21 @@ const TAKE_OVER: &str = "/v1/take-over";
 const SWITCH: &[u8] =
     b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: blkmq-take-over\r\n\r\n";
 
+/// How many clients may wait for a scheduler to be switched: the others have connections left for everything
+/// else.
+const MAX_SWITCHES: usize = MAX_CONNECTIONS / 2;
+
 /// Answers for the process.
 #[derive(Debug)]
 pub(super) struct Api {
     roster: Arc<Roster>,
-    /// Held while something is changed, so that two changes do not mix.
-    changing: Mutex<()>,
+    /// Read while something is changed, written while all is handed over: what were changed then would be
+    /// lost.
+    handing_over: RwLock<()>,
+    /// Held while a group is looked for and made.
+    grouping: Mutex<()>,
+    /// Clients that wait for a scheduler to be switched.
+    switching: AtomicUsize,
     giver: Giver,
 }
 
@@ -44,7 +54,9 @@ impl Api {
     pub fn new(roster: Arc<Roster>, giver: Giver) -> Api {
         Api {
             roster,
-            changing: Mutex::new(()),
+            handing_over: RwLock::new(()),
+            grouping: Mutex::new(()),
+            switching: AtomicUsize::new(0),
             giver,
         }
     }
@@ -73,18 +85,8 @@ impl Api {
             }
             (["v1", "disks", name], "PATCH") => {
                 let disk = self.find(name)?;
-                let _alone = self.begin_change()?;
-                let change = DiskChange::read(&request.body, disk, roster).map_err(bad)?;
-                // It would have to end what is held, with errors for the guest.
-                if change.empties() && roster.is_held(disk) {
-                    return Err(Response::error(
-                        409,
-                        format!(
-                            "the disk is held after an error; resume it first (blkmqctl resume {name})"
-                        ),
-                    ));
-                }
-                change.apply(disk, roster);
+                let _change = self.begin_change()?;
+                self.change_disk(name, disk, &request.body)?;
                 Ok(Response::json(&view::disk(roster, disk)))
             }
             (["v1", "disks", _], _) => Err(Response::method_not_allowed("GET, PATCH")),
@@ -117,7 +119,8 @@ impl Api {
             (["v1", "groups", name], "PUT") => {
                 let name = parse_group_name(name).map_err(bad)?;
                 let limits = change::group_limits(&request.body).map_err(bad)?;
-                let _alone = self.begin_change()?;
+                let _change = self.begin_change()?;
+                let _alone = self.grouping.lock().unwrap_or_else(PoisonError::into_inner);
                 if roster.group(&name).is_none() && roster.group_names().len() >= MAX_GROUPS {
                     return Err(Response::error(
                         409,
@@ -161,7 +164,15 @@ impl Api {
         stream: UnixStream,
         request: &Request,
     ) -> Result<(), (UnixStream, Response)> {
-        let alone = self.begin_change();
+        let alone = match self.handing_over.try_write() {
+            Ok(alone) => Ok(alone),
+            Err(TryLockError::Poisoned(poisoned)) => Ok(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) => Err(Response::error(
+                409,
+                "another change is under way (a scheduler is switched when what is in flight has \
+                 ended); try again",
+            )),
+        };
         let considered = alone.and_then(|alone| {
             let offer = self.giver.consider(&stream, &request.body);
             Ok((alone, offer.map_err(|why| Response::error(409, why))?))
@@ -180,17 +191,66 @@ impl Api {
         }
     }
 
-    /// One change at a time; a second one is not made to wait, as the first may take long.
-    fn begin_change(&self) -> Result<MutexGuard<'_, ()>, Response> {
-        match self.changing.try_lock() {
+    /// Something is to be changed: not while the disks are handed over.
+    fn begin_change(&self) -> Result<RwLockReadGuard<'_, ()>, Response> {
+        match self.handing_over.try_read() {
             Ok(guard) => Ok(guard),
             Err(TryLockError::Poisoned(poisoned)) => Ok(poisoned.into_inner()),
             Err(TryLockError::WouldBlock) => Err(Response::error(
                 409,
-                "another change is under way (a scheduler is switched when what is in flight has \
-                 ended); try again",
+                "the disks are being handed over to another daemon; ask that one, or try again",
             )),
         }
+    }
+
+    /// Changes a disk. Limits and group are changed at once, whatever else is under way; while the scheduler
+    /// is switched, which can last as long as what is in flight, it cannot be switched again.
+    fn change_disk(&self, name: &str, disk: &Disk, body: &[u8]) -> Result<(), Response> {
+        let roster = &*self.roster;
+        let limiting = disk.alone_with_limits();
+        let read = || DiskChange::read(body, disk, roster).map_err(bad);
+        let mut change = read()?;
+        let switch = match change.empties() {
+            false => None,
+            true => {
+                let switch = disk.begin_switch().ok_or_else(|| {
+                    Response::error(
+                        409,
+                        "the disk's scheduler is being switched, which takes until what is in flight has \
+                         ended; try again",
+                    )
+                })?;
+                // It would have to end what is held, with errors for the guest.
+                if roster.is_held(disk) {
+                    return Err(Response::error(
+                        409,
+                        format!(
+                            "the disk is held after an error; resume it first (blkmqctl resume {name})"
+                        ),
+                    ));
+                }
+                // A switch may have ended since it was read.
+                change = read()?;
+                if self.switching.fetch_add(1, Ordering::Relaxed) >= MAX_SWITCHES {
+                    self.switching.fetch_sub(1, Ordering::Relaxed);
+                    return Err(Response::error(
+                        409,
+                        format!(
+                            "the schedulers of {MAX_SWITCHES} disks are being switched, which takes until \
+                             what is in flight there has ended; try again"
+                        ),
+                    ));
+                }
+                Some(switch)
+            }
+        };
+        change.apply_limits(disk, roster);
+        drop(limiting);
+        if let Some(switch) = switch {
+            change.apply_scheduler(disk, &switch);
+            self.switching.fetch_sub(1, Ordering::Relaxed);
+        }
+        Ok(())
     }
 
     /// A disk by its serial, by its index if no serial is the same, or by its index with an @.

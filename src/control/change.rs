@@ -8,7 +8,7 @@ use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 
 use crate::cli::tuning::{check_rate, parse_rate, scheduler, set_limit};
-use crate::daemon::disk::{Disk, Membership};
+use crate::daemon::disk::{Disk, Membership, Switch};
 use crate::daemon::roster::Roster;
 use crate::mq::elevator::Params;
 use crate::mq::limits::MAX_TRACE_EVENTS;
@@ -110,17 +110,20 @@ impl DiskChange {
         self.scheduler.is_some()
     }
 
-    /// Does it.
-    pub fn apply(self, disk: &Disk, roster: &Roster) {
-        if let Some(limits) = self.limits {
+    /// Does what is done at once.
+    pub fn apply_limits(&mut self, disk: &Disk, roster: &Roster) {
+        if let Some(limits) = self.limits.take() {
             roster.set_limits(disk, limits);
         }
-        if let Some(group) = self.group {
+        if let Some(group) = self.group.take() {
             disk.set_group(group);
         }
-        // Last, as it may take as long as what is in flight.
+    }
+
+    /// Does what may take as long as what is in flight.
+    pub fn apply_scheduler(&self, disk: &Disk, switch: &Switch<'_>) {
         if let Some(params) = self.scheduler {
-            apply_scheduler(disk, params);
+            apply_scheduler(disk, switch, params);
         }
     }
 }
@@ -149,16 +152,16 @@ fn wanted_scheduler(
     Ok((changed != current).then_some(changed))
 }
 
-fn apply_scheduler(disk: &Disk, params: Params) {
+fn apply_scheduler(disk: &Disk, switch: &Switch<'_>, params: Params) {
     let current = disk.scheduler();
     if current.kind() != params.kind() {
-        disk.set_scheduler(params);
+        switch.set(params);
         return;
     }
     // The same elevator goes on: no need to stop the disk for a number.
     for (new, old) in params.list().into_iter().zip(current.list()) {
         if new.value != old.value
-            && let Err(error) = disk.set_scheduler_param(new.name, new.value)
+            && let Err(error) = switch.set_param(new.name, new.value)
         {
             log::error!(disk = disk.id.0; "disk {}: {error}", disk.config.serial);
         }

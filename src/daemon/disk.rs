@@ -1,7 +1,7 @@
 //! A disk of the process, from its configuration to the workers that serve its queues.
 
 mod cache;
-mod dealing;
+pub mod dealing;
 mod dedicated;
 mod describe;
 mod hold;
@@ -35,7 +35,7 @@ use self::describe::{shape, space, target};
 pub use self::hold::{Changes, Holding, NotHeld};
 pub use self::resize::ResizeError;
 use self::resize::Size;
-pub use self::tuning::Membership;
+pub use self::tuning::{Membership, Switch};
 use self::usage::Usage;
 use super::dedicated::DedicatedWorkers;
 use super::faults::Hold;
@@ -68,6 +68,8 @@ pub struct Disk {
     scheduler: Mutex<Params>,
     /// Held while the workers change the scheduler.
     switching: Mutex<()>,
+    /// Held while limits are read and changed.
+    limiting: Mutex<()>,
     /// Its own limits, shared by the workers.
     throttle: Arc<Throttle>,
     group: Mutex<Option<Membership>>,
@@ -103,7 +105,11 @@ impl Disk {
         log::info!(disk = id.0; "disk {}: {}", config.serial, image.describe());
         let shape = shape(&config, &image);
         let space = space(&config, &image, &shape);
-        let dealt = Mutex::new(dealing::at_first(id.index(), config.num_queues, &workers));
+        let dealt = Mutex::new(dealing::at_first(
+            id.index(),
+            config.num_queues,
+            workers.len(),
+        ));
         let disk = Disk {
             id,
             write_through: Arc::new(AtomicBool::new(config.cache.is_write_through())),
@@ -124,6 +130,7 @@ impl Disk {
             dedicated: Dedicated::from(dedicated),
             scheduler: Mutex::new(Params::None),
             switching: Mutex::new(()),
+            limiting: Mutex::new(()),
             queues: Mutex::new(QueuesInUse {
                 started: BTreeSet::new(),
                 polled: BTreeSet::new(),

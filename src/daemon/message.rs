@@ -92,7 +92,7 @@ pub enum Message {
     },
     /// Begin to serve a ring.
     Start(Box<StartRing>, Reply<Result<(), RingError>>),
-    /// Finish what the ring has in flight, then let go of it. Answers the next avail index, `None`
+    /// Finish what the ring has in flight, without regard to limits, then let go of it. Answers the next avail index, `None`
     /// for a ring that was not started.
     Stop(RingId, Reply<Option<u16>>),
     /// Take requests, or stop taking them; a disabled ring is answered when nothing is in flight.
@@ -111,8 +111,8 @@ pub enum Message {
     /// Take nothing more of the disk, and answer when nothing is in flight; where its rings are then.
     /// The disk stays so until it is released.
     Hold(DiskId, Reply<HeldRings>),
-    /// Go on with a disk that was held, under its own limits and its group's.
-    Release(DiskId, Arc<Throttle>, Option<Arc<Throttle>>, Reply<()>),
+    /// Go on with a disk that was held.
+    Release(DiskId, Reply<()>),
     /// The queue map changed: this many vCPUs use the ring.
     SetCtxs(RingId, u16, Reply<()>),
     /// Freeze the disk's rings, use another elevator, thaw.

@@ -80,6 +80,15 @@ impl Seat {
     }
 }
 
+/// The most that a worker will have to serve at a time.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Load {
+    /// Virtqueues.
+    pub rings: u16,
+    /// The disks they belong to.
+    pub disks: u16,
+}
+
 /// The CPUs this process may use.
 ///
 /// # Errors

@@ -22,7 +22,7 @@ use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
 use crate::mq::ids::{QueueId, RingId};
 use crate::mq::limits::MAX_RING_SIZE;
-use crate::virtio::ring::RingSetup;
+use crate::virtio::ring::{RingError, RingSetup};
 
 use super::dirty::Unlogged;
 use super::message::{FdRole, Message, Reply, StartRing};
@@ -150,6 +150,10 @@ impl Vring {
             Some(Ok(())) => own.running = true,
             Some(Err(error)) => {
                 log::warn!(disk = link.ring.disk.0; "{}: not started: {error}", link.ring);
+                if error == RingError::TooMany {
+                    // Its guest would wait for it.
+                    link.session.give_up();
+                }
                 disk.queue_stopped(link.ring.queue);
                 disk.leave_image();
             }

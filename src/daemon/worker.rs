@@ -11,6 +11,7 @@
 
 mod coalesce;
 mod control;
+mod debt;
 mod driver;
 mod faults;
 mod hold;
@@ -36,7 +37,7 @@ use crate::config::OnTimeout;
 use crate::engine::{DiskSlot, Engine, Errno, Event, Waker};
 use crate::mq::Mq;
 use crate::mq::ids::{DiskId, DriverTag, HctxId, WorkerId};
-use crate::mq::limits::{DRIVER_TAGS, RESERVED_TAGS};
+use crate::mq::tags::TagDepth;
 use crate::sigbus;
 use crate::virtio::pool::SegmentPool;
 use crate::virtio::receipt::GuestIo;
@@ -47,6 +48,7 @@ use self::control::Pending;
 use self::driver::EngineDriver;
 use self::faults::{Care, failed};
 pub use self::hold::{HeldRings, WaitsAfterError};
+use self::intake::{Intake, Taken};
 use self::port::Port;
 use self::spin::Spin;
 use self::traced::Named;
@@ -54,7 +56,7 @@ use self::watchdog::Watchdog;
 use super::clock::Clock;
 use super::dirty::DiskLog;
 use super::message::{Message, WorkerHandle};
-use super::placement::Seat;
+use super::placement::{Load, Seat};
 use super::report::QueueReport;
 
 /// A worker that finds nothing reads the clock once in this many turns: the reading would be most of
@@ -77,6 +79,10 @@ struct WorkerDisk {
     /// Room for its long requests. Each disk has its own, so that none can keep others waiting; made
     /// with the first ring.
     pool: Option<SegmentPool>,
+    /// What was taken of it in a turn.
+    taken: Taken,
+    /// Nothing is taken before this time: what the disk was let do beyond its limits is paid for first.
+    owes_until_ns: u64,
 }
 
 impl WorkerDisk {
@@ -102,8 +108,12 @@ struct Worker {
     hot: Vec<HctxId>,
     /// Ports of which something is taken in this turn; empty between turns.
     busy: Vec<HctxId>,
+    /// How much is taken in this turn.
+    intake: Intake,
     /// Ports with used elements nobody was told about.
     touched: Vec<HctxId>,
+    /// Some disk has something to pay for.
+    indebted: bool,
     /// Some disk's calls may be late.
     coalesces: bool,
     /// Ports whose calls are.
@@ -134,8 +144,8 @@ struct Worker {
 /// How a worker is to work.
 #[derive(Clone, Copy, Debug)]
 pub struct WorkerOptions {
-    /// The most virtqueues it will be given.
-    pub rings: u16,
+    /// The most it will be given.
+    pub load: Load,
     /// Its io_uring can do what it needs and nothing else.
     pub restricted: bool,
     /// The longest it looks before it sleeps, in microseconds.
@@ -186,10 +196,11 @@ pub fn spawn(
 
 fn make_engine(options: WorkerOptions) -> io::Result<(Engine, Waker)> {
     // A kick to watch and a call and an err fd to write to for each.
-    let watches = options.rings.saturating_mul(2);
+    let watches = options.load.rings.saturating_mul(2);
+    let depth = TagDepth::for_disks(options.load.disks).total();
     let mut engine = match options.restricted {
-        true => Engine::new(DRIVER_TAGS, watches)?,
-        false => Engine::unrestricted(DRIVER_TAGS, watches)?,
+        true => Engine::new(depth, watches)?,
+        false => Engine::unrestricted(depth, watches)?,
     };
     let waker = Waker::new()?;
     engine.watch_waker(&waker)?;
@@ -203,17 +214,20 @@ impl Worker {
         inbox: Receiver<Message>,
         options: WorkerOptions,
     ) -> Worker {
+        let depth = TagDepth::for_disks(options.load.disks);
         Worker {
             id,
             engine,
-            mq: Mq::new(DRIVER_TAGS, RESERVED_TAGS),
+            mq: Mq::new(depth),
             disks: Vec::new(),
             slots: Vec::new(),
             ports: Vec::new(),
             polled: Vec::new(),
             hot: Vec::new(),
             busy: Vec::new(),
+            intake: Intake::default(),
             touched: Vec::new(),
+            indebted: false,
             coalesces: false,
             held_back: Vec::new(),
             starving: false,
@@ -226,7 +240,7 @@ impl Worker {
             named: Named::default(),
             spin: Spin::new(options.poll_us),
             empty_turns: 0,
-            watchdog: Watchdog::new(options.timeout_s, options.on_timeout, DRIVER_TAGS),
+            watchdog: Watchdog::new(options.timeout_s, options.on_timeout, depth.total()),
             clock: options.clock,
             now_ns: 0,
             losses: LOOK_FOR_LOSSES,

@@ -78,6 +78,8 @@ pub(super) struct Hctx<P> {
     pub flush: FlushMachine,
     pub dispatch_busy: u32,
     pub quiesced: bool,
+    /// What it holds goes out without regard to limits and past the elevator.
+    pub ending: bool,
     /// Ordinary driver tags held.
     pub held: u16,
     /// Counted among the tag set's active hctxs.
@@ -120,6 +122,7 @@ impl<P> Hctx<P> {
             flush: FlushMachine::default(),
             dispatch_busy: 0,
             quiesced: false,
+            ending: false,
             held: 0,
             active: false,
             used_tags: false,
@@ -144,17 +147,6 @@ impl<P> Hctx<P> {
     pub fn flush_is_first(&self) -> bool {
         let first = self.leftovers.front();
         first.is_some_and(|tag| self.table.get(tag).request.op == Op::Flush)
-    }
-
-    /// Changes how many vCPUs are mapped here. What is staged moves to the leftovers, in the order
-    /// it would have been flushed; the ctxs' counts begin anew.
-    pub fn set_ctxs(&mut self, count: u16) {
-        let mut staged = self.ctxs.take_all(&mut self.table);
-        self.leftovers.append(&mut self.table, &mut staged);
-        self.ctxs = Ctxs::new(count);
-        self.config.ctxs = count;
-        let ctxs = &self.ctxs;
-        self.table.reassign(|request| ctxs.of(request));
     }
 
     /// Takes a request into the table and the plug. The plug is flushed first when it is long or
@@ -284,6 +276,12 @@ impl<P> Hctx<P> {
             self.stats.staged += 1;
             return;
         }
+        if self.ending {
+            self.leftovers.push_back(&mut self.table, tag);
+            self.stats.staged += 1;
+            below.trace(Action::Inserted, self.id, tag, &request);
+            return;
+        }
         // To fill a gap between two that wait changes the account.
         self.account(below);
         let id = RequestId { hctx: self.id, tag };
@@ -328,7 +326,7 @@ impl<P> Hctx<P> {
             }
             one_by_one = true;
         }
-        if below.queue.elevator.is_some() {
+        if below.queue.elevator.is_some() && !self.ending {
             self.feed_elevator(below);
             return Want::Nothing;
         }

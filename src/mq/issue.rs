@@ -32,22 +32,23 @@ impl<P> Hctx<P> {
             self.join_flush(tag, below);
             return Issue::Joined;
         }
-        if let Err(RetryAt(until)) = below.take_budget(request) {
+        if let Err(RetryAt(until)) = below.take_budget(request, self.ending) {
             self.stats.throttled += 1;
             return Issue::Throttled(until);
         }
         if !self.active {
             self.active = true;
-            below.tags.hctx_activated();
+            below.tags.hctx_activated(&mut below.queue.share);
         }
         self.used_tags = true;
         let owner = RequestId { hctx: self.id, tag };
-        let reserved = match request.op {
-            Op::Flush => below.tags.get_reserved(owner),
+        let share = &mut below.queue.share;
+        let for_flush = match request.op {
+            Op::Flush => below.tags.get_for_flush(share, owner),
             _ => None,
         };
-        let ordinary = reserved.is_none();
-        let Some(driver_tag) = reserved.or_else(|| below.tags.get(owner, self.held)) else {
+        let ordinary = for_flush.is_none();
+        let Some(driver_tag) = for_flush.or_else(|| below.tags.get(share, owner, self.held)) else {
             below.put_budget(request);
             return Issue::NoTag;
         };
@@ -64,6 +65,7 @@ impl<P> Hctx<P> {
             }
             Err(busy) => {
                 below.tags.put(driver_tag);
+                below.tags.credit(&mut below.queue.share, ordinary);
                 below.put_budget(request);
                 below.trace(Action::Requeued, self.id, tag, request);
                 Issue::Busy(busy)

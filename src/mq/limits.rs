@@ -26,11 +26,25 @@ pub const BIG_REQUESTS: u16 = 64;
 /// Ranges in one discard or write-zeroes request (`max_discard_seg`, virtio 1.3, section 5.2.4).
 pub const MAX_RANGES: u16 = 32;
 
-/// Driver tags of one worker: the most operations its engine has in flight.
+/// Driver tags of one worker that serves a few disks: the most operations its engine has in flight. One
+/// that serves many has more ([`super::tags::TagDepth`]).
 pub const DRIVER_TAGS: u16 = 256;
 
-/// Driver tags only flushes may take, so that a flood of writes cannot keep a flush out.
-pub const RESERVED_TAGS: u16 = 8;
+/// Driver tags of a worker that each of its disks can always have, up to four disks ...
+pub const DISK_TAGS: u16 = 32;
+
+/// ... and however many there are.
+pub const MIN_DISK_TAGS: u16 = 2;
+
+/// Driver tags that only flushes may take, so that a flood of writes cannot keep a flush out: divided among
+/// the worker's disks ...
+pub const DISK_FLUSH_TAGS: u16 = 8;
+
+/// ... with so many for each disk at least.
+pub const MIN_DISK_FLUSH_TAGS: u16 = 1;
+
+/// Driver tags of a worker that any of its disks can take, at least.
+pub const SHARED_TAGS: u16 = 128;
 
 /// Requests a plug holds before it is flushed (`BLK_MAX_REQUEST_COUNT`, block/blk-mq.c).
 pub const PLUG_REQUESTS: usize = 32;
@@ -44,8 +58,9 @@ pub const MAX_MERGED_BYTES: u64 = 1024 * 1024;
 /// How far a merge looks back among staged requests (blk_mq_attempt_bio_merge, block/blk-mq-sched.c).
 pub const MERGE_LOOKBACK: usize = 8;
 
-/// How many hctxs one worker serves at most, over all disks.
-pub const MAX_HCTXS: u16 = 4096;
+/// How many hctxs one worker serves at most, over all disks: each has a call and an err fd in the engine's
+/// table, whose places have numbers of 16 bits.
+pub const MAX_HCTXS: u16 = 16384;
 
 /// Most events one worker keeps of a trace.
 pub const MAX_TRACE_EVENTS: usize = 128 * 1024;
@@ -57,7 +72,7 @@ const _: () = {
     assert!(MAX_RING_SIZE.is_power_of_two());
     assert!(INLINE_SEGMENTS < MAX_SEGMENTS);
     assert!(MAX_RANGES <= MAX_SEGMENTS);
-    assert!(RESERVED_TAGS < DRIVER_TAGS);
+    assert!(DISK_TAGS + DISK_FLUSH_TAGS + SHARED_TAGS <= DRIVER_TAGS);
     assert!(MAX_MERGED_BYTES < u32::MAX as u64);
     assert!(IOV_MAX <= MAX_SEGMENTS);
 };

@@ -20,6 +20,7 @@ mod issue;
 pub mod limits;
 pub mod map;
 mod merge;
+mod overdue;
 pub mod qos;
 mod queue;
 pub mod request;
@@ -38,13 +39,14 @@ use std::collections::{BinaryHeap, VecDeque};
 
 pub use self::hctx::{Busy, Driver, HctxConfig};
 use self::hctx::{Hctx, Want};
-use self::ids::{DiskId, DriverTag, HctxId, RequestTag, RingId};
+use self::ids::{DiskId, DriverTag, HctxId, RequestTag};
 use self::limits::ACTIVITY_DECAY_NS;
+pub use self::overdue::Overdue;
 use self::queue::{Below, RequestQueue};
 use self::request::{Request, Status};
 use self::stats::{HctxStats, HctxTimes};
 pub use self::table::Parts;
-use self::tags::TagSet;
+use self::tags::{Returned, TagDepth, TagSet};
 use self::trace::Trace;
 
 /// Stands for no hctx: there are fewer than [`limits::MAX_HCTXS`].
@@ -62,23 +64,6 @@ enum Place {
     Delayed,
 }
 
-/// A request the engine has had for too long.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Overdue {
-    /// Where it came from.
-    pub ring: RingId,
-    /// Which one it is there.
-    pub tag: RequestTag,
-    /// Which one it is for the engine.
-    pub driver_tag: DriverTag,
-    /// What it asks for.
-    pub request: Request,
-    /// When the engine took it.
-    pub issued_ns: u64,
-    /// How long that is ago.
-    pub age_ns: u64,
-}
-
 /// One worker's blk-mq.
 #[derive(Debug)]
 pub struct Mq<P> {
@@ -88,6 +73,8 @@ pub struct Mq<P> {
     tags: TagSet,
     runnable: VecDeque<HctxId>,
     waiting: VecDeque<HctxId>,
+    /// Those of them that are not asked; empty between two runs.
+    passed_over: VecDeque<HctxId>,
     /// Earliest first, and of those with one time the one that waits longest: all that wait for one
     /// bucket are told the same time.
     delayed: BinaryHeap<Reverse<(u64, u64, HctxId)>>,
@@ -110,14 +97,15 @@ struct Member<P> {
 }
 
 impl<P> Mq<P> {
-    /// With `depth` driver tags, of which `reserved` are for flushes.
-    pub fn new(depth: u16, reserved: u16) -> Self {
+    /// With so many driver tags.
+    pub fn new(depth: TagDepth) -> Self {
         Mq {
             hctxs: Vec::new(),
             queues: Vec::new(),
-            tags: TagSet::new(depth, reserved),
+            tags: TagSet::new(depth),
             runnable: VecDeque::new(),
             waiting: VecDeque::new(),
+            passed_over: VecDeque::new(),
             delayed: BinaryHeap::new(),
             delays: 0,
             completed_since_run: false,
@@ -129,7 +117,12 @@ impl<P> Mq<P> {
         }
     }
 
-    /// Adds an hctx; the only place, with [`Self::remove_hctx`], where memory is allocated.
+    /// Whether there are as many hctxs as there can be.
+    pub fn is_full(&self) -> bool {
+        self.hctxs.len() >= usize::from(limits::MAX_HCTXS) && self.hctxs.iter().all(Option::is_some)
+    }
+
+    /// Adds an hctx, unless [`Self::is_full`]; the only place, with [`Self::remove_hctx`], where memory is allocated.
     pub fn add_hctx(&mut self, config: HctxConfig) -> HctxId {
         let free = self.hctxs.iter().position(Option::is_none);
         let index = free.unwrap_or(self.hctxs.len());
@@ -146,11 +139,17 @@ impl<P> Mq<P> {
             Some(index) => self.hctxs[index] = member,
             None => self.hctxs.push(member),
         }
-        self.queue_of(config.disk).add_member(id, config.ring_size);
+        let queue = self.queues[config.disk.index()].as_mut();
+        let queue = queue.expect("made above");
+        if queue.members.is_empty() {
+            self.tags.seat(&mut queue.share);
+        }
+        queue.add_member(id, config.ring_size);
         // Each hctx is in at most one of the lists, so this is all they ever need.
         let count = self.hctxs.len();
         self.runnable.reserve(count);
         self.waiting.reserve(count);
+        self.passed_over.reserve(count);
         self.delayed.reserve(count);
         id
     }
@@ -164,15 +163,19 @@ impl<P> Mq<P> {
             0,
             "hctx {id} removed while in use"
         );
-        if member.hctx.active {
-            self.tags.hctx_idled();
-        }
         self.runnable.retain(|other| *other != id);
         self.waiting.retain(|other| *other != id);
         self.delayed.retain(|Reverse((_, _, other))| *other != id);
         let config = member.hctx.config;
-        self.queue_of(config.disk)
-            .remove_member(id, config.ring_size);
+        let queue = self.queues[config.disk.index()].as_mut();
+        let queue = queue.expect("made with its first hctx");
+        if member.hctx.active {
+            self.tags.hctx_idled(&mut queue.share);
+        }
+        queue.remove_member(id, config.ring_size);
+        if queue.members.is_empty() {
+            self.tags.unseat(&mut queue.share);
+        }
         (member.hctx.stats, Box::new(member.hctx.times))
     }
 
@@ -216,16 +219,21 @@ impl<P> Mq<P> {
             let hctx = &mut member.hctx;
             if hctx.active && !hctx.used_tags && hctx.held == 0 && !hctx.has_work() {
                 hctx.active = false;
-                self.tags.hctx_idled();
+                let queue = self.queues[hctx.config.disk.index()].as_mut();
+                let share = &mut queue.expect("made with its first hctx").share;
+                self.tags.hctx_idled(share);
             }
             hctx.used_tags = false;
         }
     }
 
-    /// How many driver tags one hctx may hold now.
+    /// How many requests of an hctx would get a driver tag now, or a few less.
     #[inline]
-    pub fn fair_share(&self) -> u16 {
-        self.tags.fair_share()
+    pub fn room(&self, id: HctxId) -> u16 {
+        let hctx = self.hctx(id);
+        let queue = self.queues[hctx.config.disk.index()].as_ref();
+        let share = &queue.expect("made with its first hctx").share;
+        self.tags.room(share, hctx.held)
     }
 
     /// When the worker has to take a turn even if nothing happens, on the same clock.
@@ -308,17 +316,15 @@ impl<P> Mq<P> {
         result: Result<(), Status>,
         mut finish: impl FnMut(HctxId, P, Status, u64),
     ) {
-        let Some(owner) = self.tags.put(tag) else {
+        let Some(Returned { owner, ordinary }) = self.tags.put(tag) else {
             self.stale_completions += 1;
             return;
         };
         self.completed_since_run = true;
-        let reserved = self.tags.is_reserved(tag);
         let mut nobody = ();
         let (hctx, mut below) = self.split(owner.hctx, &mut nobody);
-        if !reserved {
-            hctx.held -= 1;
-        }
+        below.tags.credit(&mut below.queue.share, ordinary);
+        hctx.held -= u16::from(ordinary);
         let mut want = hctx.complete(owner.tag, result, &mut below, |payload, status, read| {
             finish(owner.hctx, payload, status, read);
         });
@@ -333,27 +339,6 @@ impl<P> Mq<P> {
         self.place(owner.hctx, want);
     }
 
-    /// The requests the engine has had for `limit_ns` or longer (the kernel's timeout worker scans
-    /// the tags in the same way).
-    pub fn overdue(&self, limit_ns: u64) -> impl Iterator<Item = Overdue> {
-        self.tags.taken().filter_map(move |(driver_tag, id)| {
-            let hctx = self.hctx(id.hctx);
-            let entry = hctx.table.get(id.tag);
-            let age_ns = self.now_ns.saturating_sub(entry.issued_ns);
-            (age_ns >= limit_ns).then_some(Overdue {
-                ring: RingId {
-                    disk: hctx.config.disk,
-                    queue: hctx.config.queue,
-                },
-                tag: id.tag,
-                driver_tag,
-                request: entry.request,
-                issued_ns: entry.issued_ns,
-                age_ns,
-            })
-        })
-    }
-
     /// Stops dispatching (blk_mq_quiesce_queue). Completions and insertions go on.
     pub fn quiesce(&mut self, id: HctxId) {
         self.member(id).hctx.quiesced = true;
@@ -365,16 +350,6 @@ impl<P> Mq<P> {
         hctx.quiesced = false;
         let (disk, has_work) = (hctx.config.disk, hctx.has_work());
         if has_work || self.queue_of(disk).elevator_waits() {
-            self.place(id, Want::Run);
-        }
-    }
-
-    /// Changes how many vCPUs are mapped to an hctx, and with it its number of ctxs.
-    pub fn set_ctxs(&mut self, id: HctxId, count: u16) {
-        self.fold();
-        let hctx = &mut self.member(id).hctx;
-        hctx.set_ctxs(count);
-        if hctx.has_work() {
             self.place(id, Want::Run);
         }
     }

@@ -269,6 +269,23 @@ impl Throttle {
         })
     }
 
+    /// Charges a request that is issued whatever the buckets hold. What they lack they owe.
+    pub fn owe(&self, now_ns: u64, op: Op, bytes: u64) {
+        if let Some(price) = Price::of(op, bytes) {
+            for (bucket, tokens) in self.asked(self.limited(), price) {
+                bucket.owe(ticks(now_ns), tokens);
+            }
+        }
+    }
+
+    /// When all buckets admit something, if one does not at `now_ns`.
+    pub fn owes_until(&self, now_ns: u64) -> Option<RetryAt> {
+        let buckets = self.buckets.iter();
+        buckets
+            .filter_map(|bucket| bucket.check(ticks(now_ns)).err())
+            .max()
+    }
+
     /// Takes back what an admitted request was charged: the engine refused it, and it will ask
     /// again. The buckets are then as if it had not asked. Refund the disk and its group, each.
     #[inline]

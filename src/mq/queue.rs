@@ -10,7 +10,7 @@ use super::merge::Merged;
 use super::qos::{RetryAt, Throttle};
 use super::request::Request;
 use super::table::Table;
-use super::tags::TagSet;
+use super::tags::{TagSet, TagShare};
 use super::trace::{Action, Trace};
 
 /// One disk's share of a worker.
@@ -25,10 +25,13 @@ pub(super) struct RequestQueue {
     /// Those of the group of disks it belongs to.
     pub group: Option<Arc<Throttle>>,
     pub account: Account,
-    /// The sum of the members' ring sizes: as many requests can wait in the elevator.
-    pub depth: u16,
+    /// Its driver tags.
+    pub share: TagShare,
+    /// The sum of the members' ring sizes: as many requests can wait in the elevator. Of 64 rings of 1024
+    /// entries it is more than 16 bits have.
+    pub depth: u32,
     /// Requests the elevator's async limit is for, from insertion to completion.
-    async_held: u16,
+    async_held: u32,
 }
 
 impl RequestQueue {
@@ -40,6 +43,7 @@ impl RequestQueue {
             throttle: None,
             group: None,
             account: Account::new(),
+            share: TagShare::default(),
             depth: 0,
             async_held: 0,
         }
@@ -47,22 +51,46 @@ impl RequestQueue {
 
     pub fn add_member(&mut self, hctx: HctxId, ring_size: u16) {
         self.members.push(hctx);
-        self.depth = self.depth.saturating_add(ring_size);
+        self.depth += u32::from(ring_size);
+        let room = self.room();
         if let Some(elevator) = &mut self.elevator {
-            elevator.reserve(usize::from(self.depth));
+            elevator.reserve(room);
         }
     }
 
     pub fn remove_member(&mut self, hctx: HctxId, ring_size: u16) {
         self.members.retain(|other| *other != hctx);
-        self.depth = self.depth.saturating_sub(ring_size);
+        self.depth -= u32::from(ring_size);
+    }
+
+    /// How many requests there can be at a time.
+    fn room(&self) -> usize {
+        usize::try_from(self.depth).expect("as many entries have been allocated")
     }
 
     /// Puts another elevator in place. The disk is frozen: nothing waits and nothing is in flight.
     pub fn set_elevator(&mut self, params: Params) {
         assert_eq!(self.account.in_flight(), [0, 0], "the disk is frozen");
-        self.elevator = Elevator::new(params, usize::from(self.depth));
+        self.elevator = Elevator::new(params, self.room());
         self.async_held = 0;
+    }
+
+    /// The limits that hold for it.
+    pub fn throttles(&self) -> impl Iterator<Item = &Throttle> {
+        let both = [&self.throttle, &self.group].into_iter().flatten();
+        both.map(|throttle| &**throttle)
+    }
+
+    /// Takes what an hctx has in the elevator out of it.
+    pub fn take_out(&mut self, hctx: HctxId, mut each: impl FnMut(RequestTag) -> Request) {
+        let Some(elevator) = &mut self.elevator else {
+            return;
+        };
+        let mut tags = Vec::new();
+        elevator.take_hctx(hctx, |id| tags.push(id.tag));
+        for tag in tags {
+            self.async_held -= u32::from(elevator.is_async(&each(tag)));
+        }
     }
 
     /// Whether the elevator holds requests.
@@ -121,18 +149,25 @@ pub(super) struct Below<'a, D> {
 }
 
 impl<D> Below<'_, D> {
-    /// The budget: tokens of the disk and of its group, all or none (blk_mq_get_dispatch_budget).
+    /// The budget: tokens of the disk and of its group, all or none (blk_mq_get_dispatch_budget). What is
+    /// ending has it always, and owes what it lacks.
     #[inline]
-    pub fn take_budget(&mut self, request: &Request) -> Result<(), RetryAt> {
+    pub fn take_budget(&mut self, request: &Request, ending: bool) -> Result<(), RetryAt> {
         if self.queue.throttle.is_none() && self.queue.group.is_none() {
             return Ok(());
         }
-        self.take_tokens(request)
+        self.take_tokens(request, ending)
     }
 
     /// Apart from [`Self::take_budget`], so that a disk without limits pays for no call.
-    fn take_tokens(&mut self, request: &Request) -> Result<(), RetryAt> {
+    fn take_tokens(&mut self, request: &Request, ending: bool) -> Result<(), RetryAt> {
         let (now_ns, op, bytes) = (self.now_ns, request.op, request.bytes);
+        if ending {
+            for throttle in self.queue.throttles() {
+                throttle.owe(now_ns, op, bytes);
+            }
+            return Ok(());
+        }
         match (&self.queue.throttle, &self.queue.group) {
             (None, None) => Ok(()),
             (Some(one), None) | (None, Some(one)) => one.try_take(now_ns, op, bytes),
@@ -142,10 +177,7 @@ impl<D> Below<'_, D> {
 
     /// Gives back what was taken for a request that was not issued (blk_mq_put_dispatch_budget).
     pub fn put_budget(&mut self, request: &Request) {
-        let RequestQueue {
-            throttle, group, ..
-        } = &self.queue;
-        for throttle in [throttle, group].into_iter().flatten() {
+        for throttle in self.queue.throttles() {
             throttle.refund(request.op, request.bytes);
         }
     }

@@ -7,6 +7,7 @@ use super::hctx::{Hctx, Want};
 use super::ids::{DriverTag, HctxId, RequestTag};
 use super::queue::Below;
 use super::request::{Op, Request};
+use super::tags::Returned;
 use super::trace::Action;
 
 impl<P> Mq<P> {
@@ -22,17 +23,15 @@ impl<P> Mq<P> {
     ///
     /// A completion nobody waits for is counted and ignored, as by [`Self::complete`].
     pub fn requeue(&mut self, tag: DriverTag) {
-        let Some(owner) = self.tags.put(tag) else {
+        let Some(Returned { owner, ordinary }) = self.tags.put(tag) else {
             self.stale_completions += 1;
             return;
         };
         self.completed_since_run = true;
-        let reserved = self.tags.is_reserved(tag);
         let mut nobody = ();
         let (hctx, mut below) = self.split(owner.hctx, &mut nobody);
-        if !reserved {
-            hctx.held -= 1;
-        }
+        below.tags.credit(&mut below.queue.share, ordinary);
+        hctx.held -= u16::from(ordinary);
         hctx.requeue(owner.tag, &mut below);
         if below.queue.elevator.is_some() {
             self.wake_staged(owner.hctx);

@@ -25,8 +25,16 @@ impl<P> Mq<P> {
                 let Some(id) = self.waiting.pop_front() else {
                     break;
                 };
+                if self.gets_no_tag(id) {
+                    self.passed_over.push_back(id);
+                    continue;
+                }
                 self.member(id).place = Place::Nowhere;
                 self.dispatch(id, driver);
+            }
+            // Who was not asked has waited longer than who was.
+            while let Some(id) = self.passed_over.pop_back() {
+                self.waiting.push_front(id);
             }
         }
         for _ in 0..self.runnable.len() {
@@ -36,6 +44,18 @@ impl<P> Mq<P> {
             self.member(id).place = Place::Nowhere;
             self.dispatch(id, driver);
         }
+    }
+
+    /// Whether an hctx need not be asked, because its disk holds all the tags that it may. A disk whose
+    /// requests do not come back can have many of those.
+    fn gets_no_tag(&mut self, id: HctxId) -> bool {
+        let hctx = self.hctx(id);
+        let (disk, held, flushes) = (hctx.config.disk, hctx.held, hctx.flush_is_first());
+        let queue = self.queues[disk.index()].as_ref();
+        let queue = queue.expect("made with its first hctx");
+        // What an elevator gives out may be of another hctx.
+        let held = if queue.elevator.is_some() { 0 } else { held };
+        !flushes && !self.tags.may_get(&queue.share, held)
     }
 
     /// Whether [`Self::run`] has something to do now.
@@ -65,12 +85,13 @@ impl<P> Mq<P> {
     fn dispatch_elevator(&mut self, disk: DiskId, driver: &mut impl Driver<P>) -> Want {
         loop {
             let now_ns = self.now_ns;
-            let exhausted = self.tags.is_exhausted();
-            let elevator = self.elevator_of(disk).expect("it has requests");
+            let queue = self.queues[disk.index()].as_mut();
+            let queue = queue.expect("it has an elevator");
+            let elevator = queue.elevator.as_mut().expect("it has requests");
             if elevator.is_empty() {
                 return Want::Nothing;
             }
-            if exhausted {
+            if !self.tags.may_get(&queue.share, 0) {
                 return Want::Completion;
             }
             let Some(next) = elevator.dispatch(now_ns) else {
@@ -124,11 +145,10 @@ impl<P> Mq<P> {
     }
 
     fn put(&mut self, id: HctxId, want: Want) {
-        // With nothing in flight no completion will come to wake anybody.
+        // A disk with tags of its own waits for completions of its own: another's may never come. Without
+        // anything in flight none will come to wake it.
         let want = match want {
-            Want::Completion if self.tags.in_use() == 0 => {
-                Want::At(self.now_ns + RESOURCE_DELAY_NS)
-            }
+            Want::Completion if !self.is_woken(id) => Want::At(self.now_ns + RESOURCE_DELAY_NS),
             other => other,
         };
         let delays = self.delays;
@@ -159,6 +179,13 @@ impl<P> Mq<P> {
                 self.delays += 1;
             }
         }
+    }
+
+    /// Whether a completion will come for who waits for one.
+    fn is_woken(&mut self, id: HctxId) -> bool {
+        let disk = self.hctx(id).config.disk;
+        let share = &self.queue_of(disk).share;
+        share.in_use() > 0 || !share.has_part() && self.tags.in_use() > 0
     }
 
     /// Runs the other hctxs of the disk that have requests waiting for the elevator to take them.

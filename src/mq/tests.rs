@@ -6,9 +6,22 @@ use super::qos::{Directions, Limits, Rate, Throttle};
 use super::request::{IoPrio, Op};
 use super::*;
 
+mod ending;
 mod exhaustive;
+mod guarantee;
+mod many;
 mod merging;
 mod sharing;
+
+/// Driver tags for so many disks, each of which has a part and one tag for flushes.
+fn tags(disks: u16, of_disk: u16, shared: u16) -> TagDepth {
+    TagDepth {
+        disks,
+        of_disk,
+        of_disk_flushes: 1,
+        shared,
+    }
+}
 
 /// What was handed to the engine, and how it is to behave.
 #[derive(Default)]
@@ -43,7 +56,7 @@ struct Bench {
 impl Bench {
     fn new(depth: u16) -> Bench {
         Bench {
-            mq: Mq::new(depth, 1),
+            mq: Mq::new(tags(1, 0, depth - 1)),
             below: Below::default(),
             done: Vec::new(),
         }
@@ -367,12 +380,12 @@ fn an_hctx_that_falls_silent_gives_its_share_back() {
     bench.mq.start_turn(0);
     bench.drain(quiet, &[(0, read(0))]);
     bench.complete(0, Ok(()));
-    assert_eq!(bench.mq.tags().fair_share(), 16);
+    assert_eq!(bench.mq.room(quiet), 16);
     bench.drain(flood, &[(0, read(0))]);
-    assert_eq!(bench.mq.tags().fair_share(), 8);
+    assert_eq!(bench.mq.room(quiet), 8);
     bench.mq.start_turn(ACTIVITY_DECAY_NS);
     bench.mq.start_turn(2 * ACTIVITY_DECAY_NS);
-    assert_eq!(bench.mq.tags().fair_share(), 16, "only the flood is left");
+    assert_eq!(bench.mq.room(quiet), 15, "only the flood is left, with one");
 }
 
 #[test]

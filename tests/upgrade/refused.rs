@@ -266,7 +266,7 @@ fn formats_that_are_not_read_and_second_takers_are_refused() {
         Some(&body),
     );
     let error = change.expect_err("not now").to_string();
-    assert!(error.contains("another change is under way"), "{error}");
+    assert!(error.contains("are being handed over"), "{error}");
 }
 
 #[test]

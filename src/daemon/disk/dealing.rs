@@ -10,8 +10,8 @@ use crate::mq::ids::QueueId;
 use crate::virtio::memory::MemoryTable;
 
 /// The worker of each queue at first, when no memory is known.
-pub(super) fn at_first(disk: usize, queues: u16, workers: &[WorkerHandle]) -> Vec<usize> {
-    deal(queues, disk, &vec![None; workers.len()], &[])
+pub fn at_first(disk: usize, queues: u16, workers: usize) -> Vec<usize> {
+    deal(queues, disk, &vec![None; workers], &[])
 }
 
 impl Disk {

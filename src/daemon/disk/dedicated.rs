@@ -90,7 +90,7 @@ mod tests {
     use crate::config::Config;
     use crate::daemon::clock::Clock;
     use crate::daemon::disk::worker_id;
-    use crate::daemon::placement::Seat;
+    use crate::daemon::placement::{Load, Seat};
     use crate::daemon::worker::{WorkerOptions, spawn};
     use crate::engine::disk::Image;
     use crate::mq::ids::{DiskId, QueueId};
@@ -103,7 +103,7 @@ mod tests {
     impl Workers {
         fn start(count: usize) -> Workers {
             let options = WorkerOptions {
-                rings: 8,
+                load: Load { rings: 8, disks: 1 },
                 restricted: true,
                 poll_us: 0,
                 timeout_s: 0,

@@ -3,7 +3,6 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::Instant;
 
@@ -82,10 +81,7 @@ impl Disk {
 
     /// Goes on after [`Disk::hold`].
     pub fn release(&self) {
-        let group = self.group().map(|group| group.throttle);
-        self.tell_workers(|done| {
-            Message::Release(self.id, Arc::clone(&self.throttle), group.clone(), done)
-        });
+        self.tell_workers(|done| Message::Release(self.id, done));
     }
 
     /// Whether the guest was promised that writes are durable when they complete, by its own choice or

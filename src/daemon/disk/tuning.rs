@@ -1,6 +1,6 @@
 //! What can be changed about a disk while it is served: its elevator, its limits, its group.
 
-use std::sync::{Arc, MutexGuard, PoisonError};
+use std::sync::{Arc, MutexGuard, PoisonError, TryLockError};
 
 use crate::config::Scheduler;
 use crate::mq::elevator::{Kind, ParamError, Params};
@@ -18,20 +18,21 @@ pub struct Membership {
     pub throttle: Arc<Throttle>,
 }
 
-impl Disk {
-    /// The elevator it has, with its parameters.
-    pub fn scheduler(&self) -> Params {
-        *self.lock_scheduler()
-    }
+/// A change of a disk's elevator. There is one at a time.
+#[derive(Debug)]
+pub struct Switch<'a> {
+    disk: &'a Disk,
+    _alone: MutexGuard<'a, ()>,
+}
 
+impl Switch<'_> {
     /// Gives the disk another elevator, on all workers, while requests may be in flight: each
     /// worker finishes what it has first. Returns when the last one has changed.
-    pub fn set_scheduler(&self, params: Params) {
-        // Not the lock of the value, which whoever looks at the disk takes: a switch lasts as long as
-        // the requests in flight.
-        let _one_at_a_time = self.lock_switching();
-        self.tell_workers(|done| Message::SetScheduler(self.id, params, done));
-        *self.lock_scheduler() = params;
+    pub fn set(&self, params: Params) {
+        let id = self.disk.id;
+        self.disk
+            .tell_workers(|done| Message::SetScheduler(id, params, done));
+        *self.disk.lock_scheduler() = params;
     }
 
     /// Changes one parameter of the elevator, by its name in sysfs, on all workers.
@@ -39,25 +40,61 @@ impl Disk {
     /// # Errors
     ///
     /// The elevator has no such parameter, or not with that value.
-    pub fn set_scheduler_param(&self, name: &str, value: u64) -> Result<(), ParamError> {
-        let _one_at_a_time = self.lock_switching();
+    pub fn set_param(&self, name: &str, value: u64) -> Result<(), ParamError> {
         // Checked here once; what holds here holds on each worker.
-        self.lock_scheduler().set(name, value)?;
-        for worker in self.workers() {
+        self.disk.lock_scheduler().set(name, value)?;
+        for worker in self.disk.workers() {
             let name = name.to_owned();
             if let Ok(outcome) =
-                worker.ask(|done| Message::SetSchedulerParam(self.id, name, value, done))
+                worker.ask(|done| Message::SetSchedulerParam(self.disk.id, name, value, done))
             {
                 outcome?;
             }
         }
         Ok(())
     }
+}
 
+impl Disk {
+    /// The elevator it has, with its parameters.
+    pub fn scheduler(&self) -> Params {
+        *self.lock_scheduler()
+    }
+
+    /// Gives the disk another elevator, see [`Switch::set`], when no other change of it is under way.
+    pub fn set_scheduler(&self, params: Params) {
+        Switch {
+            disk: self,
+            _alone: self.lock_switching(),
+        }
+        .set(params);
+    }
+
+    /// No change of the elevator is under way while this is held.
     pub(super) fn lock_switching(&self) -> MutexGuard<'_, ()> {
         self.switching
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Begins to change the elevator; nothing, if it is being changed, which can last as long as what is in
+    /// flight.
+    pub fn begin_switch(&self) -> Option<Switch<'_>> {
+        let alone = match self.switching.try_lock() {
+            Ok(alone) => alone,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => return None,
+        };
+        Some(Switch {
+            disk: self,
+            _alone: alone,
+        })
+    }
+
+    /// Held while limits or the group are read and then changed: for a moment, and not while the elevator
+    /// is.
+    pub fn alone_with_limits(&self) -> MutexGuard<'_, ()> {
+        self.limiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn lock_scheduler(&self) -> MutexGuard<'_, Params> {

@@ -6,9 +6,9 @@ use std::thread::JoinHandle;
 use crate::config::Config;
 use crate::daemon::clock::Clock;
 use crate::daemon::dedicated;
-use crate::daemon::disk::worker_id;
+use crate::daemon::disk::{dealing, worker_id};
 use crate::daemon::message::WorkerHandle;
-use crate::daemon::placement::{self, Nodes, Seat};
+use crate::daemon::placement::{self, Load, Nodes, Seat};
 use crate::daemon::worker::{self, WorkerOptions};
 use crate::error::StartError;
 use crate::mq::limits::MAX_HCTXS;
@@ -29,16 +29,9 @@ impl Crew {
         seats: Vec<Seat>,
         clock: Clock,
     ) -> Result<Crew, StartError> {
-        let (queues, count) = (queues(config), seats.len());
-        let several = seats.iter().any(|seat| seat.node != seats[0].node);
-        // Each disk begins with another worker, so one may get a queue of each disk more than its
-        // share. On several nodes the memory of the guests may bring all queues to the workers of one.
-        let share = if several { queues } else { queues / count };
-        let rings = u16::try_from(share + config.disks.len())
-            .unwrap_or(MAX_HCTXS)
-            .min(MAX_HCTXS);
+        let loads = loads(config, &seats);
         let options = WorkerOptions {
-            rings,
+            load: Load::default(),
             restricted: config.sandbox.io_uring,
             poll_us: config.poll_us,
             timeout_s: config.timeout_s,
@@ -55,6 +48,10 @@ impl Crew {
                 let node = seat.node.map(|node| format!(", node {node}"));
                 log::info!("worker {index}: CPU {cpus}{}", node.unwrap_or_default());
             }
+            let options = WorkerOptions {
+                load: loads[index],
+                ..options
+            };
             let spawned = worker::spawn(worker_id(index), options, seat);
             let (handle, thread) = spawned.map_err(|source| StartError::System {
                 what: format!("start worker {index}"),
@@ -74,7 +71,10 @@ impl Crew {
     fn start_dedicated(&mut self, config: &Config, options: WorkerOptions) {
         let rings = config.disks.iter().map(|disk| disk.num_queues).max();
         let options = WorkerOptions {
-            rings: rings.unwrap_or(1),
+            load: Load {
+                rings: rings.unwrap_or(1),
+                disks: 1,
+            },
             ..options
         };
         let seat = Seat {
@@ -117,6 +117,29 @@ impl Crew {
             let _ = thread.join();
         }
     }
+}
+
+/// The most that each worker will have to serve. Disks offer more queues than guests use, so there may be
+/// more than a worker can have: then it is a ring too many that is refused.
+fn loads(config: &Config, seats: &[Seat]) -> Vec<Load> {
+    let mut loads = vec![Load::default(); seats.len()];
+    let several = seats.iter().any(|seat| seat.node != seats[0].node);
+    for (index, disk) in config.disks.iter().enumerate() {
+        let mut rings = vec![0_u16; seats.len()];
+        if several {
+            // The guest's memory may bring all queues to the workers of one node.
+            rings.fill(disk.num_queues);
+        } else {
+            for worker in dealing::at_first(index, disk.num_queues, seats.len()) {
+                rings[worker] += 1;
+            }
+        }
+        for (load, rings) in loads.iter_mut().zip(rings) {
+            load.rings = load.rings.saturating_add(rings).min(MAX_HCTXS);
+            load.disks += u16::from(rings > 0);
+        }
+    }
+    loads
 }
 
 fn queues(config: &Config) -> usize {

@@ -16,6 +16,7 @@ use super::super::report::WorkerReport;
 use super::coalesce::Patience;
 use super::faults::Care;
 use super::hold::HeldRings;
+use super::intake::Taken;
 use super::port::Port;
 use super::tally::report_of;
 use super::{LOOK_FOR_LOSSES, Worker, WorkerDisk, heat, open_port};
@@ -88,6 +89,8 @@ impl Worker {
                         care: Care::new(on_error, hold),
                         patience: coalesce.map(Patience::from),
                         pool: None,
+                        taken: Taken::default(),
+                        owes_until_ns: 0,
                     });
                 }));
             }
@@ -107,6 +110,9 @@ impl Worker {
                     if enabled {
                         port.was_enabled = true;
                         heat(&mut self.hot, port, hctx);
+                        let (disk, ends) = (port.id.disk, port.gates.is_draining());
+                        self.mq.set_ending(hctx, ends);
+                        self.pay_first(disk);
                         done.send(());
                     } else {
                         self.let_end(hctx);
@@ -134,8 +140,8 @@ impl Worker {
             }
             Message::Resize(disk, size_bytes, done) => done.send(self.resize(disk, size_bytes)),
             Message::Hold(disk, done) => self.hold(disk, done),
-            Message::Release(disk, throttle, group, done) => {
-                self.release(disk, throttle, group);
+            Message::Release(disk, done) => {
+                self.release(disk);
                 done.send(());
             }
             Message::SetCtxs(ring, ctxs, done) => {
@@ -146,10 +152,12 @@ impl Worker {
             }
             Message::SetGroup(disk, group, done) => {
                 self.mq.set_group(disk, group);
+                self.review_debts();
                 done.send(());
             }
             Message::LimitsChanged(done) => {
                 self.mq.limits_changed();
+                self.review_debts();
                 done.send(());
             }
             Message::StartTrace(events, actions, done) => {
@@ -208,8 +216,10 @@ impl Worker {
             if let Some(port) = port.as_mut().filter(|port| port.id.disk == disk) {
                 port.gates.frozen = false;
                 heat(&mut self.hot, port, HctxId(index));
+                self.mq.set_ending(HctxId(index), port.gates.is_draining());
             }
         }
+        self.pay_first(disk);
     }
 
     pub(super) fn is_freezing(&self, disk: DiskId) -> bool {
@@ -287,11 +297,14 @@ impl Worker {
             .all(|(hctx, port)| port.id.disk != disk || self.mq.in_flight(hctx) == 0)
     }
 
-    /// Whether nothing is in flight, what the daemon before has left included.
+    /// Whether nothing is in flight, what the daemon before has left included. Of a ring that has been stopped
+    /// meanwhile nothing is.
     fn is_drained(&self, hctx: HctxId) -> bool {
         // What a held disk owes stays in the record, for the next process.
         let owes = |port: &Port| port.owes() && !self.held.contains(&port.id.disk);
-        self.mq.in_flight(hctx) == 0 && !self.ports[hctx.index()].as_ref().is_some_and(owes)
+        self.ports[hctx.index()]
+            .as_ref()
+            .is_none_or(|port| self.mq.in_flight(hctx) == 0 && !owes(port))
     }
 
     #[cold]
@@ -300,7 +313,10 @@ impl Worker {
         self.notify();
         self.commit();
         match pending {
-            Pending::Stop(hctx, done) => done.send(Some(self.stop(hctx))),
+            Pending::Stop(hctx, done) => {
+                let is_there = self.ports[hctx.index()].is_some();
+                done.send(is_there.then(|| self.stop(hctx)));
+            }
             Pending::Disable(_, done) => done.send(()),
             Pending::Memory(disk, memory, done) => {
                 self.change_memory(disk, &memory);
@@ -335,10 +351,6 @@ impl Worker {
         self.hot.retain(|other| *other != hctx);
         self.touched.retain(|other| *other != hctx);
         self.held_back.retain(|other| *other != hctx);
-        // A ring that is disabled and then stopped has both waiting for it at most once each, and
-        // the first was answered when nothing was in flight, as now.
-        self.pending
-            .retain(|p| !matches!(p, Pending::Disable(other, _) if *other == hctx));
         let port = self.ports[hctx.index()].take().expect("the port exists");
         let ctx = self.mq.ctx_stats(hctx).to_vec();
         let (stats, times) = self.mq.remove_hctx(hctx);

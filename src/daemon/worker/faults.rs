@@ -210,11 +210,12 @@ impl Worker {
         self.ports().map(|(hctx, _)| hctx).collect()
     }
 
-    /// A ring that is to be empty: what is held of it goes on.
+    /// A ring that is to be empty: what is held of it goes on, and limits do not keep it waiting.
     pub(super) fn let_end(&mut self, hctx: HctxId) {
         if self.mq.is_quiesced(hctx) {
             self.mq.unquiesce(hctx);
         }
+        self.mq.set_ending(hctx, true);
     }
 
     /// A new ring of a disk that is held waits like the others.

@@ -4,10 +4,7 @@
 //! called for before the answer, rings that take nothing are not armed for kicks, and kicks are never
 //! read from their eventfd, so they are still there for whoever serves the rings next.
 
-use std::sync::Arc;
-
 use crate::mq::ids::{DiskId, QueueId};
-use crate::mq::qos::Throttle;
 
 use super::super::message::Reply;
 use super::Worker;
@@ -22,8 +19,7 @@ pub type HeldRings = Result<Vec<(QueueId, u16)>, WaitsAfterError>;
 pub struct WaitsAfterError;
 
 impl Worker {
-    /// Begins to hold a disk: no more is taken, and what was taken goes out without regard to limits,
-    /// so that it does not take longer than the disk does.
+    /// Begins to hold a disk: no more is taken.
     pub(super) fn hold(&mut self, disk: DiskId, done: Reply<HeldRings>) {
         if let Some(care) = self.care_of(disk) {
             care.hands_over = true;
@@ -31,8 +27,6 @@ impl Worker {
                 return done.send(Err(WaitsAfterError));
             }
         }
-        self.mq.set_throttle(disk, None);
-        self.mq.set_group(disk, None);
         self.freeze(Pending::Hold(disk, done));
     }
 
@@ -47,18 +41,11 @@ impl Worker {
         done.send(Ok(rings.collect()));
     }
 
-    /// Goes on where it was held, or gives up waiting for it to be. Its limits are these again.
-    pub(super) fn release(
-        &mut self,
-        disk: DiskId,
-        throttle: Arc<Throttle>,
-        group: Option<Arc<Throttle>>,
-    ) {
+    /// Goes on where it was held, or gives up waiting for it to be.
+    pub(super) fn release(&mut self, disk: DiskId) {
         self.held.retain(|held| *held != disk);
         self.pending
             .retain(|pending| !matches!(pending, Pending::Hold(held, _) if *held == disk));
-        self.mq.set_throttle(disk, Some(throttle));
-        self.mq.set_group(disk, group);
         if let Some(care) = self.care_of(disk) {
             care.hands_over = false;
         }

@@ -30,9 +30,40 @@ const _: () = assert!((FETCH_DESCRIPTOR as usize) < AHEAD);
 /// How many rings ahead of the one that is looked at the lines of their indices are asked for.
 const FETCH_RING: usize = 8;
 
-/// How many descriptors of long or odd chains are taken from a ring in a turn: some tens of microseconds
-/// of other rings' time.
-const TURN_DESCRIPTORS: u32 = 4096;
+/// How much is taken of all disks together in a turn, as chains and the descriptors of those that are long or
+/// odd: some hundreds of microseconds of the worker's time at most.
+const TURN_WORK: u32 = 4096;
+
+/// How much is taken of each disk, however many there are.
+const DISK_WORK: u32 = 128;
+
+/// How much was taken of a disk in a turn.
+#[derive(Debug, Default)]
+pub(super) struct Taken {
+    turn: u32,
+    work: u32,
+}
+
+/// What a turn takes. Each disk that has something has the same share, so that one with many rings gets no
+/// more than one with few; the rings of a disk that has used its share up are served in turn, from one turn
+/// of the worker to the next.
+#[derive(Debug, Default)]
+pub(super) struct Intake {
+    turn: u32,
+    /// The share of a disk.
+    share: u32,
+    /// Some disk has used it up.
+    used_up: bool,
+    /// Rings that go behind the others; empty between turns.
+    behind: Vec<HctxId>,
+}
+
+impl Intake {
+    /// Makes room for so many rings.
+    pub fn reserve(&mut self, rings: usize) {
+        self.behind.reserve(rings);
+    }
+}
 
 /// How a slice of a drain ended.
 enum Slice {
@@ -40,7 +71,7 @@ enum Slice {
     Whole,
     /// The next chain has more segments than there is room for now.
     NoRoom,
-    /// All that the ring may have in a turn.
+    /// All that its disk may have in a turn.
     Enough,
 }
 
@@ -48,6 +79,8 @@ impl Worker {
     /// Takes what is available on every hot ring. One drain is one plug.
     pub(super) fn drain(&mut self) -> bool {
         let mut busy = mem::take(&mut self.busy);
+        let mut disks = 0;
+        self.intake.turn = self.intake.turn.wrapping_add(1);
         for at in 0..self.hot.len() {
             if let Some(later) = self.hot.get(at + FETCH_RING) {
                 open_port(&mut self.ports, *later).ring.fetch_available();
@@ -57,11 +90,22 @@ impl Worker {
             if port.no_room || !port.is_open() && !port.must_resume() {
                 continue;
             }
+            if self.indebted {
+                let (disk, ends) = (port.id.disk, port.gates.is_draining());
+                if !ends && self.owes(disk) {
+                    continue;
+                }
+            }
+            let port = open_port(&mut self.ports, hctx);
             match port.ring.available() {
                 Ok(0) => {}
                 Ok(_) => {
                     busy.push(hctx);
-                    port.ring.start_walk();
+                    let taken = &mut open_disk(&mut self.disks, port.id.disk).taken;
+                    if taken.turn != self.intake.turn {
+                        (taken.turn, taken.work) = (self.intake.turn, 0);
+                        disks += 1;
+                    }
                     (0..FETCH_DESCRIPTOR).for_each(|after| port.ring.fetch_descriptor(after));
                 }
                 Err(error) => self.break_ring(hctx, &error),
@@ -77,6 +121,7 @@ impl Worker {
             (0..FETCH_HEADER).for_each(|after| ring.fetch_header(after));
         }
         let found = !busy.is_empty();
+        self.intake.share = (TURN_WORK / disks.max(1)).max(DISK_WORK);
         // A slice of each in turn: large requests that the engine serves at once keep nobody waiting
         // for longer than one of them takes.
         while !busy.is_empty() {
@@ -89,7 +134,26 @@ impl Worker {
             });
         }
         self.busy = busy;
+        if mem::take(&mut self.intake.used_up) {
+            self.line_up();
+        }
         found
+    }
+
+    /// Rings of which something was taken go behind those that had nothing of this turn.
+    #[cold]
+    fn line_up(&mut self) {
+        let Worker {
+            hot, ports, intake, ..
+        } = self;
+        hot.retain(|hctx| {
+            let served = open_port(ports, *hctx).turn == intake.turn;
+            if served {
+                intake.behind.push(*hctx);
+            }
+            !served
+        });
+        hot.append(&mut intake.behind);
     }
 
     /// Takes a slice of the chains of a ring that were seen; true if there are more.
@@ -133,18 +197,23 @@ impl Worker {
             polled: &self.polled,
         };
         let pool = disk.pool.as_mut().expect("made with the first ring");
-        let (mut left, mut bytes_left) = match port.inline {
-            true => (SLICE.min(self.mq.fair_share()), SLICE_BYTES),
+        let (slice, mut bytes_left) = match port.inline {
+            true => (self.mq.room(hctx).clamp(1, SLICE), SLICE_BYTES),
             false => (u16::MAX, u64::MAX),
         };
+        let mut left = slice;
+        let allowed = self.intake.share.saturating_sub(disk.taken.work);
+        port.ring.start_walk();
         let outcome = loop {
             if left == 0 || bytes_left == 0 {
                 break Ok(Slice::Whole);
             }
-            if port.ring.walked() >= TURN_DESCRIPTORS {
+            if port.ring.walked() + u32::from(slice - left) >= allowed {
+                self.intake.used_up = true;
                 break Ok(Slice::Enough);
             }
             left -= 1;
+            port.turn = self.intake.turn;
             port.ring.fetch_descriptor(FETCH_DESCRIPTOR);
             port.ring.fetch_table(FETCH_TABLE);
             port.ring.fetch_header(FETCH_HEADER);
@@ -182,6 +251,7 @@ impl Worker {
                 Err(error) => break Err(error),
             }
         };
+        disk.taken.work += port.ring.walked() + u32::from(slice - left);
         self.mq.unplug(hctx, &mut driver);
         outcome
     }

@@ -59,6 +59,8 @@ pub(super) struct Port {
     pub inline: bool,
     /// The front end has enabled it, at the latest now.
     pub was_enabled: bool,
+    /// The last turn in which something was taken from it.
+    pub turn: u32,
     pub stats: RingStats,
 }
 

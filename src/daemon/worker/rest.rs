@@ -4,6 +4,7 @@ use std::fmt::Write as _;
 use std::io;
 use std::time::Duration;
 
+use super::debt::owes;
 use super::spin::Awaited;
 use super::{Worker, open_port};
 use crate::fatal::{self, Line};
@@ -88,6 +89,7 @@ impl Worker {
     /// stay hot, and so do those that wait for room.
     fn arm(&mut self) -> bool {
         let mut more = false;
+        let (owing, disks) = (self.indebted, &self.disks);
         let ports = &mut self.ports;
         self.hot.retain(|hctx| {
             let port = open_port(ports, *hctx);
@@ -95,7 +97,8 @@ impl Worker {
                 port.hot = false;
                 return false;
             }
-            if port.no_room {
+            let gated = owing && !port.gates.is_draining() && owes(disks, port.id.disk);
+            if port.no_room || gated {
                 return true;
             }
             // What was seen and is left for the next turn brings no kick.
@@ -112,11 +115,12 @@ impl Worker {
         more
     }
 
-    fn timeout(&self) -> Option<Duration> {
+    fn timeout(&mut self) -> Option<Duration> {
         let deadlines = [
             self.mq.next_deadline_ns(),
             self.watchdog.next_ns(&self.mq),
             self.next_call_ns(),
+            self.next_paid_ns(),
         ];
         let deadline = deadlines
             .into_iter()

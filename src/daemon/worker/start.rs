@@ -24,6 +24,9 @@ impl Worker {
             ctxs,
         } = start;
         assert!(self.find(id).is_none(), "{id} is started twice");
+        if self.mq.is_full() {
+            return Err(RingError::TooMany);
+        }
         let mut ring = Ring::new(&setup, memory)?;
         if let Some(record) = inflight {
             ring.track(record)?;
@@ -48,6 +51,7 @@ impl Worker {
             // A port is on each list at most once.
             self.hot.reserve(self.ports.len());
             self.busy.reserve(self.ports.len());
+            self.intake.reserve(self.ports.len());
             self.touched.reserve(self.ports.len());
             self.held_back.reserve(self.ports.len());
         }
@@ -71,9 +75,11 @@ impl Worker {
             no_room: false,
             inline: false,
             was_enabled: enabled,
+            turn: 0,
             stats: RingStats::default(),
         });
         self.join_hold(hctx);
+        self.pay_first(id.disk);
         self.log_ring(hctx);
         self.losses = LOOK_FOR_LOSSES;
         self.set_fd(hctx, FdRole::Kick, kick);

@@ -10,6 +10,7 @@ use crate::mq::ids::{HctxId, QueueId, RequestTag, Sector};
 use crate::mq::qos::{Limits, Rate, Throttle};
 use crate::mq::request::{IoPrio, Status};
 use crate::mq::stats::HctxStats;
+use crate::mq::tags::TagDepth;
 use crate::mq::{HctxConfig, Mq};
 
 mod power;
@@ -181,8 +182,14 @@ impl World {
             unknown: random.below(30),
             flush_fails: random.below(100),
         };
-        let mut engine = SimEngine::new(tags + 2, random.next(), faults);
         let disks = 1 + u16::try_from(random.below(3)).unwrap();
+        let depth = TagDepth {
+            disks,
+            of_disk: u16::try_from(random.below(3)).unwrap(),
+            of_disk_flushes: 1,
+            shared: tags,
+        };
+        let mut engine = SimEngine::new(depth.total(), random.next(), faults);
         let mut rings = Vec::new();
         for disk in 0..disks {
             let bad = random.below(8);
@@ -197,7 +204,7 @@ impl World {
                 recounted: false,
             }));
         }
-        let mut mq = Mq::new(tags + 2, 2);
+        let mut mq = Mq::new(depth);
         let throttles: Vec<_> = (0..disks).map(|_| Arc::default()).collect();
         for (disk, throttle) in (0..).map(DiskId).zip(&throttles) {
             mq.set_throttle(disk, Some(Arc::clone(throttle)));

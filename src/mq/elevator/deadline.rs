@@ -205,8 +205,9 @@ impl Deadline {
         request.op != Op::Read
     }
 
-    pub(super) fn async_limit(&self, depth: u16) -> u16 {
-        self.params.async_depth.unwrap_or(depth).min(depth).max(1)
+    pub(super) fn async_limit(&self, depth: u32) -> u32 {
+        let limit = self.params.async_depth.map_or(depth, u32::from);
+        limit.min(depth).max(1)
     }
 
     /// What a class would dispatch. With an age in nanoseconds, only what came at least that long

@@ -81,7 +81,7 @@ const BUCKETS: usize = 8;
 /// So many of the buckets are within the target.
 const GOOD_BUCKETS: u16 = 4;
 /// The share of tags for requests nobody waits for, in percent.
-const ASYNC_PERCENT: u32 = 75;
+const ASYNC_PERCENT: u64 = 75;
 
 /// Samples since the last percentile was taken.
 #[derive(Clone, Debug, Default)]
@@ -339,9 +339,9 @@ impl Kyber {
         request.op != Op::Read && !request.fua
     }
 
-    pub(super) fn async_limit(&self, depth: u16) -> u16 {
-        let limit = u32::from(depth) * ASYNC_PERCENT / 100;
-        u16::try_from(limit).unwrap_or(depth).max(1)
+    pub(super) fn async_limit(&self, depth: u32) -> u32 {
+        let limit = u64::from(depth) * ASYNC_PERCENT / 100;
+        u32::try_from(limit).unwrap_or(depth).max(1)
     }
 
     pub(super) fn drain(&mut self, mut each: impl FnMut(RequestId)) {

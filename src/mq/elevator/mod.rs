@@ -227,7 +227,7 @@ impl Elevator {
     }
 
     /// How many of `depth` tags asynchronous requests may hold; at least one.
-    pub fn async_limit(&self, depth: u16) -> u16 {
+    pub fn async_limit(&self, depth: u32) -> u32 {
         each!(self, e => e.async_limit(depth))
     }
 

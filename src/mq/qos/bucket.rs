@@ -226,6 +226,22 @@ impl Bucket {
         }
     }
 
+    /// Takes tokens whether it admits or not.
+    pub fn owe(&self, now: u64, tokens: u64) {
+        let mut word = self.word.load(Ordering::Acquire);
+        loop {
+            let speed = self.slot(word).load();
+            if !speed.is_limit() {
+                return;
+            }
+            let next = full_at(word).max(now).saturating_add(speed.cost(tokens));
+            match self.exchange(word, with_full_at(word, next.min(LAST))) {
+                Ok(()) => return,
+                Err(other) => word = other,
+            }
+        }
+    }
+
     /// Puts back tokens that were taken. What is more than it holds is lost.
     #[inline]
     pub fn refund(&self, tokens: u64) {

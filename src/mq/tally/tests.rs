@@ -1,6 +1,7 @@
 use super::super::hist::Histogram;
 use super::super::ids::{DriverTag, QueueId, RequestTag, Sector};
 use super::super::request::{IoPrio, Status};
+use super::super::tags::TagDepth;
 use super::super::{Busy, Driver, HctxConfig, Parts};
 use super::*;
 
@@ -53,7 +54,7 @@ const OPS: [Op; 4] = [Op::Read, Op::Write, Op::Discard, Op::WriteZeroes];
 #[test]
 fn runs_come_to_what_counting_each_request_comes_to() {
     let mut random = Random(1);
-    let mut mq: Mq<()> = Mq::new(64, 1);
+    let mut mq: Mq<()> = Mq::new(TagDepth::for_disks(1));
     let mut below = Taken(Vec::new());
     let ids: Vec<HctxId> = [1, 3]
         .into_iter()
@@ -158,7 +159,7 @@ fn runs_come_to_what_counting_each_request_comes_to() {
 
 #[test]
 fn a_disk_without_iostats_counts_nothing() {
-    let mut mq: Mq<()> = Mq::new(8, 1);
+    let mut mq: Mq<()> = Mq::new(TagDepth::for_disks(1));
     let mut below = Taken(Vec::new());
     let config = HctxConfig {
         disk: DiskId(0),

@@ -74,6 +74,7 @@ type Taken = (DriverTag, Request, Vec<u32>);
 struct Engine {
     path: Path,
     friendly: bool,
+    /// All there are.
     tags: u16,
     refusals: u8,
     quiesced: [bool; 2],
@@ -114,7 +115,7 @@ impl Driver<u32> for Engine {
             }
         }
         assert_eq!(end, request.end(), "{parts:?}");
-        assert!(self.taken.len() < usize::from(self.tags) + 1);
+        assert!(self.taken.len() < usize::from(self.tags));
         let flushing = |t: &&Taken| t.1.op == Op::Flush && t.2[0] / 10 == hctx;
         if request.op == Op::Flush {
             assert!(self.taken.iter().find(flushing).is_none(), "two flushes");
@@ -165,7 +166,9 @@ struct World<'a> {
 
 impl<'a> World<'a> {
     fn new(plan: &'a Plan, path: Path) -> Self {
-        let mut mq = Mq::new(plan.tags + 1, 1);
+        let disks = plan.disks.iter().collect::<HashSet<_>>().len();
+        let disks = u16::try_from(disks).expect("two at most");
+        let mut mq = Mq::new(tags(disks, 0, plan.tags));
         let hctxs = [0, 1].map(|at| {
             mq.add_hctx(HctxConfig {
                 disk: DiskId(plan.disks[at]),
@@ -187,7 +190,7 @@ impl<'a> World<'a> {
             engine: Engine {
                 path,
                 friendly: false,
-                tags: plan.tags,
+                tags: plan.tags + disks,
                 refusals: plan.refusals,
                 quiesced: [false; 2],
                 requests: plan.requests.clone(),

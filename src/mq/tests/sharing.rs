@@ -121,7 +121,7 @@ fn is_stream(payload: u32) -> bool {
 /// dispatched while both had something waiting, its share of the requests that ended, and how many
 /// of its requests were merged, in percent.
 fn stream_beside_flood(ctxs: u16, flood_regions: &[u64]) -> [u64; 3] {
-    let mut mq = Mq::new(256, 8);
+    let mut mq = Mq::new(TagDepth::for_disks(1));
     let id = mq.add_hctx(HctxConfig {
         disk: DiskId(0),
         queue: QueueId(0),
@@ -190,7 +190,7 @@ fn a_stream_beside_a_flood_has_a_ctx_of_its_own() {
 /// What a quiet disk (one request at a time) gets beside one that floods, on one worker with `tags`
 /// driver tags: its median and 99th percentile in microseconds, and its requests for each thousand.
 fn quiet_beside_flood(tags: u16, depth: u16, fair: bool) -> [u64; 3] {
-    let mut mq = Mq::new(tags + 8, 8);
+    let mut mq = Mq::new(super::tags(2, 0, tags));
     let hctxs = [0, 1].map(|disk| {
         mq.add_hctx(HctxConfig {
             disk: DiskId(disk),
@@ -204,7 +204,6 @@ fn quiet_beside_flood(tags: u16, depth: u16, fair: bool) -> [u64; 3] {
     let mut free: Vec<u16> = (0..depth).collect();
     let mut quiet_free = true;
     let (mut quiet, mut ended) = (Vec::new(), 0);
-    let mut unfair = false;
     while ended < 40_000 {
         while let Some(tag) = free.pop() {
             worker.plug(hctxs[0], tag, tag.into(), read(random.below(1 << 20) * 100));
@@ -215,10 +214,8 @@ fn quiet_beside_flood(tags: u16, depth: u16, fair: bool) -> [u64; 3] {
         }
         worker.mq.unplug(hctxs[1], &mut worker.device);
         worker.mq.run(&mut worker.device);
-        if !fair && !unfair && worker.mq.tags.fair_share() < tags {
-            // Both have begun to use tags; from here on the set believes that one does.
-            worker.mq.tags.hctx_idled();
-            unfair = true;
+        if !fair {
+            worker.mq.tags.be_unfair();
         }
         worker.reap();
         for (payload, took_ns) in worker.ended.drain(..) {
@@ -257,4 +254,37 @@ fn a_quiet_disk_beside_a_flood_keeps_its_share_of_the_tags() {
             assert!(fair[1] * 2 <= unfair[1], "{fair:?} {unfair:?}");
         }
     }
+}
+
+#[test]
+fn who_waits_for_a_tag_keeps_its_place_behind_a_disk_that_takes_each_that_comes() {
+    let mut bench = Bench::new(2);
+    bench.mq = Mq::new(tags(3, 0, 2));
+    let ids = [0, 1, 2].map(|disk| {
+        bench.mq.add_hctx(HctxConfig {
+            disk: DiskId(disk),
+            queue: QueueId(0),
+            ring_size: 64,
+            ctxs: 1,
+        })
+    });
+    for id in ids {
+        let ten: Vec<_> = (0..10)
+            .map(|tag| (tag, read(u64::from(tag) * 100)))
+            .collect();
+        bench.drain(id, &ten);
+    }
+    for _ in 0..9 {
+        bench.mq.tags.be_unfair();
+        bench.complete(0, Ok(()));
+        bench.run();
+    }
+    let ended = |id: HctxId| {
+        bench
+            .done
+            .iter()
+            .filter(|done| done.0 / 100 == u32::from(id.0))
+            .count()
+    };
+    assert!(ids.iter().all(|id| ended(*id) >= 2), "{:?}", bench.done);
 }

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::mq::limits::MAX_RING_SIZE;
+use crate::mq::limits::{MAX_HCTXS, MAX_RING_SIZE};
 use crate::virtio::inflight::InflightError;
 
 /// The parts of a split ring (section 2.7).
@@ -26,7 +26,7 @@ impl fmt::Display for RingPart {
     }
 }
 
-/// Why a ring cannot be set up, or cannot go on. All but the first five come from what the guest
+/// Why a ring cannot be set up, or cannot go on. All but the first six come from what the guest
 /// or its front end did meanwhile, and mean that the ring is broken: nothing more can be taken from it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum RingError {
@@ -61,6 +61,9 @@ pub enum RingError {
         /// Its bytes.
         len: u64,
     },
+    /// The worker has as many rings as it can have.
+    #[error("its worker serves {MAX_HCTXS} rings, which is the most")]
+    TooMany,
     /// The front end's dirty log was truncated.
     #[error("the file of the dirty log was made shorter")]
     LogLost,

@@ -184,7 +184,13 @@ impl History {
 
 impl World {
     pub fn new(seed: String, random: u64, setup: Setup) -> World {
-        let mut engine = SimEngine::new(setup.tags + 1, random, setup.faults);
+        let depth = TagDepth {
+            disks: 1,
+            of_disk: 0,
+            of_disk_flushes: 1,
+            shared: setup.tags,
+        };
+        let mut engine = SimEngine::new(depth.total(), random, setup.faults);
         engine.add_disk(
             setup.sectors as u64,
             setup.direct,
@@ -197,7 +203,7 @@ impl World {
             _ => Honesty::Honest,
         };
         engine.disks[0].media = Some(Media::new(setup.sectors, honesty));
-        let mut mq = Mq::new(setup.tags + 1, 1);
+        let mut mq = Mq::new(depth);
         let rings = (0..setup.rings)
             .map(|queue| Ring {
                 hctx: mq.add_hctx(HctxConfig {
