@@ -203,6 +203,10 @@ impl Worker {
         };
         let mut left = slice;
         let allowed = self.intake.share.saturating_sub(disk.taken.work);
+        if allowed == 0 {
+            self.intake.used_up = true;
+            return Ok(Slice::Enough);
+        }
         port.ring.start_walk();
         let outcome = loop {
             if left == 0 || bytes_left == 0 {
