@@ -24,7 +24,7 @@ use super::files;
 use super::session::{
     CarriedSession, ConfigNotifier, Guard, LogKeeper, PrimeError, Served, SessionEnd, SessionLimits,
 };
-use super::socket::{Door, Junction, SocketFile, Stop};
+use super::socket::{Door, Junction, SocketFile, Stop, pass_descriptors};
 use super::takeover::Beginning;
 use super::takeover::rest::{AtRest, CarriedListener, RestPlace, RestingSession, Verdict, Woken};
 use super::vring::{GuestMemory, SessionState, bind};
@@ -48,6 +48,20 @@ pub struct DiskServer {
 struct Listening {
     listener: UnixListener,
     file: Option<SocketFile>,
+}
+
+impl Listening {
+    /// Says whether descriptors can be sent on a connection that waits for its turn. They cannot while this process
+    /// listens: nothing would judge them, and one of them may be the other end of the session that is being served,
+    /// which would never end. A front end sends none before it was answered.
+    ///
+    /// Another process may take the listener over that does not know of it, and a descriptor of the command line may be
+    /// used by one after us.
+    fn pass_descriptors(&self, pass: bool) {
+        if self.file.is_some() {
+            pass_descriptors(&self.listener, pass);
+        }
+    }
 }
 
 impl DiskServer {
@@ -88,6 +102,9 @@ impl DiskServer {
                 log::info!(disk = self.disk.id.0; "listening on file descriptor {fd}")
             }
         }
+        if let Some(door) = &door {
+            door.pass_descriptors(false);
+        }
         let mut verdict = Verdict::GoOn;
         if let Some(session) = session {
             verdict = self.carry_on(session, &mut door);
@@ -109,10 +126,17 @@ impl DiskServer {
                 Woken::Stopped => return Verdict::GoOn,
                 Woken::Wished => {
                     let with = Self::at_rest(Some(open), None);
-                    self.rest.rest(self.disk.id, with)
+                    let verdict = self.rest.rest(self.disk.id, with);
+                    if verdict != Verdict::Leave {
+                        open.pass_descriptors(false);
+                    }
+                    verdict
                 }
                 Woken::Readable => match open.listener.accept() {
-                    Ok((stream, _)) => self.serve(stream, door),
+                    Ok((stream, _)) => {
+                        pass_descriptors(&stream, true);
+                        self.serve(stream, door)
+                    }
                     Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => Verdict::GoOn,
                     Err(error) => {
                         log::error!(disk = self.disk.id.0; "disk {}: cannot accept: {error}", self.disk.config.serial);
@@ -155,7 +179,11 @@ impl DiskServer {
             match session.guard.serve() {
                 Served::AtRest => {
                     let with = Self::at_rest(door.as_ref(), Some(&session));
-                    match self.rest.rest(self.disk.id, with) {
+                    let verdict = self.rest.rest(self.disk.id, with);
+                    if let (Some(door), false) = (&door, verdict == Verdict::Leave) {
+                        door.pass_descriptors(false);
+                    }
+                    match verdict {
                         Verdict::GoOn => {}
                         Verdict::Leave => {
                             // The other process keeps the notes of the guest from now on.
@@ -195,6 +223,7 @@ impl DiskServer {
 
     fn at_rest(door: Option<&Listening>, session: Option<&Session>) -> io::Result<AtRest> {
         let carry = |door: &Listening| {
+            door.pass_descriptors(true);
             Ok::<_, io::Error>(CarriedListener {
                 socket: door.listener.as_fd().try_clone_to_owned()?,
                 file: door.file.as_ref().map(SocketFile::identity),

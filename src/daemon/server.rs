@@ -232,6 +232,9 @@ impl Service {
                 control = Some(theirs);
             }
             inherited = inheritance.take(self.roster.disks())?;
+            if let Some((_, file)) = &mut control {
+                file.adopt();
+            }
         }
         inherited.resize_with(doors.len(), || None);
         let beginnings = inherited.into_iter().zip(doors).map(|(theirs, door)| {

@@ -50,10 +50,15 @@ pub struct Access {
 pub struct SocketFile {
     path: PathBuf,
     identity: (u64, u64),
+    /// Not while it is still another process's.
+    ours: bool,
 }
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
+        if !self.ours {
+            return;
+        }
         let removed = match fs::symlink_metadata(&self.path) {
             Ok(now) if (now.dev(), now.ino()) == self.identity => fs::remove_file(&self.path),
             // Another socket, or none.
@@ -68,12 +73,19 @@ impl Drop for SocketFile {
 }
 
 impl SocketFile {
-    /// The file at `path` that somebody else made, known by its device and inode.
+    /// The file at `path` of a process that has not handed it over yet, known by its device and inode. It stays where
+    /// it is until [`SocketFile::adopt`].
     pub fn inherited(path: &Path, identity: (u64, u64)) -> SocketFile {
         SocketFile {
             path: path.to_owned(),
             identity,
+            ours: false,
         }
+    }
+
+    /// The file is this process's from now on.
+    pub fn adopt(&mut self) {
+        self.ours = true;
     }
 
     /// Its device and inode.
@@ -197,6 +209,25 @@ pub fn listen_ourselves(socket: &impl AsFd) -> io::Result<()> {
     remember_socket(socket)
 }
 
+/// Says whether descriptors can be sent to `socket` (`SO_PASSRIGHTS`, since Linux 6.16; kernels before let them pass).
+/// A connection has what its listener had when it was made.
+pub fn pass_descriptors(socket: &impl AsFd, pass: bool) {
+    /// include/uapi/asm-generic/socket.h; the crates do not have it yet.
+    const SO_PASSRIGHTS: libc::c_int = 83;
+    let value = libc::c_int::from(pass);
+    // SAFETY: the kernel reads one int from `value`, which outlives the call, and keeps no reference to it. The
+    // descriptor is open as long as `socket` is borrowed. An error, of a kernel that does not know of it, changes nothing.
+    let _ = unsafe {
+        libc::setsockopt(
+            socket.as_fd().as_raw_fd(),
+            libc::SOL_SOCKET,
+            SO_PASSRIGHTS,
+            (&raw const value).cast(),
+            4,
+        )
+    };
+}
+
 fn listen(
     path: &Path,
     option: &'static str,
@@ -234,6 +265,7 @@ fn listen(
     let file = SocketFile {
         path: path.to_owned(),
         identity: (bound.dev(), bound.ino()),
+        ours: true,
     };
     Ok((listener, file))
 }
@@ -408,6 +440,20 @@ mod tests {
         fs::write(&path, "another").unwrap();
         drop(door);
         assert!(path.exists());
+    }
+
+    #[test]
+    fn a_file_that_is_not_handed_over_yet_is_left_where_it_is() {
+        let directory = tempfile::TempDir::new().unwrap();
+        let path = directory.path().join("s");
+        let (_listener, file) = listen_privately(&path, "--control-path", None).unwrap();
+        drop(SocketFile::inherited(&path, file.identity()));
+        assert!(path.exists(), "the take-over failed");
+        let mut theirs = SocketFile::inherited(&path, file.identity());
+        file.leave();
+        theirs.adopt();
+        drop(theirs);
+        assert!(!path.exists());
     }
 
     #[test]

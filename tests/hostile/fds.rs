@@ -350,6 +350,28 @@ attacks! {
         }
     }
 
+    /// The same on a connection that waits for its turn, which nobody reads before the session has ended.
+    fn its_own_connection_on_one_that_waits(stage) {
+        let release = rustix::system::uname();
+        let release = release.release().to_string_lossy();
+        let mut numbers = release.split('.').map_while(|text| text.parse::<u32>().ok());
+        if (numbers.next(), numbers.next()) < (Some(6), Some(16)) {
+            println!("skipped: Linux {release} cannot keep descriptors from a socket");
+            return;
+        }
+        let (front, waiting) = (stage.front(), stage.connect());
+        hide(&waiting, front.socket()).expect_err("it is kept out");
+        drop((front, waiting));
+        // A front end that had to wait sends its memory when it is served.
+        let front = stage.front();
+        let attached = std::thread::scope(|scope| {
+            let waits = scope.spawn(|| stage.attach(1));
+            drop(front);
+            waits.join()
+        });
+        attached.expect("it is served").read(0, 0, 4096);
+    }
+
     /// A socket that listens holds the connections that wait there, with what was sent on them.
     fn a_socket_that_listens_as_a_call(stage) {
         let path = stage.daemon.dir().join("listener");

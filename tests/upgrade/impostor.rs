@@ -399,6 +399,44 @@ fn descriptors_that_are_not_what_they_are_said_to_be_are_refused() {
 }
 
 #[test]
+fn an_old_daemon_that_dies_on_the_way_is_an_error_and_its_sockets_are_left() {
+    let trap = Trap::new();
+    let facts = json!({ "version": "1", "control": false, "disks": [trap.facts(0)] });
+    let state = json!({ "groups": {}, "disks": 1, "control": null });
+    let socket = &trap.disks[0].0;
+    for step in 0..5 {
+        let listener = UnixListener::bind(socket).expect("it is free");
+        let file = std::fs::metadata(socket).expect("a socket");
+        let listening = json!({ "socket": 0, "file": [file.dev(), file.ino()] });
+        let line = play(&trap, |impostor| {
+            if step >= 1 {
+                impostor.say(2, &facts);
+            }
+            if step >= 2 {
+                assert_eq!(impostor.hear(), Some(3), "ready");
+            }
+            if step >= 3 {
+                impostor.say(4, &state);
+            }
+            if step >= 4 {
+                // It does not wait for the answer.
+                let disk = disk_state(&trap.name(0), listening.clone());
+                impostor.0.shutdown(std::net::Shutdown::Read).expect("open");
+                impostor.say_with(5, &disk, &[listener.as_fd()]);
+            }
+        });
+        assert!(
+            line.contains("it ended") || line.contains("does not listen"),
+            "{line}"
+        );
+        assert!(socket.exists(), "step {step}");
+        for path in [socket, &trap.control] {
+            std::fs::remove_file(path).expect("the last one's");
+        }
+    }
+}
+
+#[test]
 fn control_characters_of_the_other_daemon_are_not_shown() {
     let trap = Trap::new();
     let evil = "\u{1b}[2J\r\nvhost-user-blkmq: all is well";

@@ -56,6 +56,10 @@ fn a_new_daemon_that_does_not_fit_is_refused_and_the_old_one_serves_on() {
                 line.contains("cannot take over from the daemon at") && line.contains(part),
                 "{line}"
             );
+            // Whoever connects next finds the old daemon.
+            for socket in [lineage.daemon.socket(), &lineage.control()] {
+                UnixStream::connect(socket).expect(part);
+            }
             progress();
         }
         let socket = lineage.daemon.socket().to_owned();

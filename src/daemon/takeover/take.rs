@@ -294,7 +294,7 @@ impl Inheritance {
     /// # Errors
     ///
     /// The other gave up waiting, or is gone. The disks are not ours.
-    pub fn take(self, disks: &[Arc<Disk>]) -> Result<Vec<Option<Beginning>>, TakeOverError> {
+    pub fn take(mut self, disks: &[Arc<Disk>]) -> Result<Vec<Option<Beginning>>, TakeOverError> {
         let taken = Frame {
             kind: Kind::Taken,
             json: Vec::new(),
@@ -311,11 +311,15 @@ impl Inheritance {
                 disk.release();
             }
         }
-        let doors = self.beginnings.iter().flatten().map(|b| b.door.as_ref());
-        for door in doors.flatten() {
-            if let Door::Listening(listener, _) = door
-                && let Err(error) = listen_ourselves(listener)
-            {
+        let doors = self.beginnings.iter_mut().flatten();
+        for door in doors.filter_map(|beginning| beginning.door.as_mut()) {
+            let Door::Listening(listener, file) = door else {
+                continue;
+            };
+            if let Some(file) = file {
+                file.adopt();
+            }
+            if let Err(error) = listen_ourselves(listener) {
                 log::warn!("a socket that was taken over cannot be listened on anew: {error}");
             }
         }
