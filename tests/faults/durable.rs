@@ -80,39 +80,57 @@ fn syncs(fuse: &FuseMount) -> usize {
     journal.iter().filter(is_sync).count()
 }
 
-/// FUSE accepts RWF_DSYNC with an asynchronous direct write and drops it.
+fn number(name: &str, otherwise: u64) -> u64 {
+    std::env::var(name).map_or(otherwise, |text| text.parse().expect("a number"))
+}
+
+/// FUSE accepts RWF_DSYNC with an asynchronous direct write and drops it. `BLKMQ_ROUNDS=n` for more than one round of each
+/// kind, `BLKMQ_SEED=n` for one again.
 #[test]
 fn a_durable_write_on_fuse_survives_a_power_cut_of_its_server() {
-    let seed = 8;
-    for (cache, through) in [
-        ("directsync", ""),
-        ("writethrough", ""),
-        ("none", "by the guest's choice"),
-        ("none", "for a driver that cannot flush"),
-    ] {
-        let Some(fuse) = FuseMount::new(&[("disk.img", IMAGE as u64)]) else {
-            return;
-        };
-        let mut rng = Rng::new(seed);
-        let served = Served::start(&fuse.path("disk.img"), &["--cache", cache]);
-        let mut setup = Setup::default();
-        if through == "for a driver that cannot flush" {
-            setup.features &= !(features::FLUSH | features::CONFIG_WCE);
+    let now = std::time::SystemTime::UNIX_EPOCH.elapsed();
+    let seed = number("BLKMQ_SEED", now.map_or(0, |time| time.as_secs()));
+    println!("BLKMQ_SEED={seed}");
+    for round in 0..number("BLKMQ_ROUNDS", 1) {
+        for (cache, through) in [
+            ("directsync", ""),
+            ("writethrough", ""),
+            ("none", "by the guest's choice"),
+            ("none", "for a driver that cannot flush"),
+        ] {
+            if !power_cuts((cache, through), seed + round) {
+                return;
+            }
         }
-        let mut disk = Disk::attach_with(served.daemon.socket(), &setup, 1, QueueSetup::default())
-            .expect("a session");
-        if through == "by the guest's choice" {
-            let chosen = disk.front.set_config(BlkConfig::WRITEBACK_AT, &[0]);
-            chosen.expect("write-through");
-        }
-        let before = fuse.reached();
-        let done = write_through(&mut disk, &fuse, &mut rng, 200);
-        assert!(fuse.reached() - before >= 200);
-        assert!(syncs(&fuse) > 0, "{cache} {through}: no sync came");
-        check_power_cuts(&fuse, &done, &mut rng, 100);
-        drop(disk);
-        served.daemon.stop();
     }
+}
+
+/// False where FUSE cannot be mounted.
+fn power_cuts((cache, through): (&str, &str), seed: u64) -> bool {
+    let Some(fuse) = FuseMount::new(&[("disk.img", IMAGE as u64)]) else {
+        return false;
+    };
+    let mut rng = Rng::new(seed);
+    let served = Served::start(&fuse.path("disk.img"), &["--cache", cache]);
+    let mut setup = Setup::default();
+    if through == "for a driver that cannot flush" {
+        setup.features &= !(features::FLUSH | features::CONFIG_WCE);
+    }
+    let queue = QueueSetup::default();
+    let attached = Disk::attach_with(served.daemon.socket(), &setup, 1, queue);
+    let mut disk = attached.expect("a session");
+    if through == "by the guest's choice" {
+        let chosen = disk.front.set_config(BlkConfig::WRITEBACK_AT, &[0]);
+        chosen.expect("write-through");
+    }
+    let before = fuse.reached();
+    let done = write_through(&mut disk, &fuse, &mut rng, 200);
+    assert!(fuse.reached() - before >= 200);
+    assert!(syncs(&fuse) > 0, "{cache} {through}: no sync came");
+    check_power_cuts(&fuse, &done, &mut rng, 100);
+    drop(disk);
+    served.daemon.stop();
+    true
 }
 
 /// How many flushes a block device has done: field 16 of its statistics (Documentation/block/stat.rst).
