@@ -13,6 +13,8 @@ mod held;
 mod impostor;
 #[path = "upgrade/last_release.rs"]
 mod last_release;
+#[path = "upgrade/promises.rs"]
+mod promises;
 #[path = "upgrade/refused.rs"]
 mod refused;
 mod support;

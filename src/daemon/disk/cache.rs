@@ -121,7 +121,7 @@ impl Disk {
         if write_through && !self.lock_cache().chosen {
             self.choose(true)?;
             log::info!(
-                "disk {}: its guest goes on with write-through",
+                disk = self.id.0; "disk {}: its guest goes on with write-through",
                 self.config.serial
             );
         }
@@ -199,13 +199,13 @@ impl Disk {
         drop(cache);
         if arrives {
             log::info!(
-                "disk {serial}: a guest arrives that ran elsewhere and has write-back here; if it chose \
+                disk = self.id.0; "disk {serial}: a guest arrives that ran elsewhere and has write-back here; if it chose \
                  write-through there, start this daemon with --cache directsync or writethrough"
             );
         }
         if unknown {
             log::warn!(
-                "disk {serial}: the guest ran before this daemon served it, and whether it chose \
+                disk = self.id.0; "disk {serial}: the guest ran before this daemon served it, and whether it chose \
                  write-through is not known: it has write-through until its driver starts anew"
             );
             let changed = self.change_cache(|cache| cache.cautious = true);

@@ -55,7 +55,9 @@ impl Vring {
         };
         (own.kick, own.call) = (kick, call);
         drop(own);
-        log::info!("{}: goes on after a snapshot", self.link.ring);
+        log::info!(
+            disk = self.link.ring.disk.0; "{}: goes on after a snapshot", self.link.ring
+        );
         self.inner.set_queue_ready(true);
         self.start();
     }

@@ -244,7 +244,7 @@ impl Worker {
                     port.ring.put_used(used);
                     port.stats.answered += 1;
                     if let Some(odd) = pool.take_odd() {
-                        log::warn!("{}: {odd}; this is said once", port.id);
+                        log::warn!(disk = port.id.disk.0; "{}: {odd}; this is said once", port.id);
                     }
                     touch(&mut self.touched, port, hctx);
                 }
