@@ -334,7 +334,9 @@ impl<P> Mq<P> {
             if below.queue.elevator_waits() || hctx.has_work() {
                 want = Want::Run;
             }
-            self.wake_staged(owner.hctx);
+            if below.queue.members.len() > 1 {
+                self.wake_staged(owner.hctx);
+            }
         }
         self.place(owner.hctx, want);
     }

@@ -235,14 +235,19 @@ impl TagSet {
     /// Takes an ordinary tag for an hctx that holds `held` of them.
     #[inline]
     pub fn get(&mut self, share: &mut TagShare, owner: RequestId, held: u16) -> Option<DriverTag> {
-        let beyond = share.held >= share.part;
-        if beyond && !self.may_share(share, held) {
-            return None;
+        if share.held >= share.part {
+            self.take_shared(share, held)?;
         }
+        // Where the disk's part is not used up, or the shared one was not, one is free.
         let index = self.free.pop()?;
-        self.shared_left -= u16::from(beyond);
         share.held += 1;
         Some(self.take(index, owner, Use::Ordinary))
+    }
+
+    /// Counts one that is shared as taken.
+    #[inline]
+    fn take_shared(&mut self, share: &TagShare, held: u16) -> Option<()> {
+        self.may_share(share, held).then(|| self.shared_left -= 1)
     }
 
     /// Takes a tag of the part that the disk's flushes have.
@@ -291,7 +296,9 @@ impl TagSet {
             return;
         }
         share.held -= 1;
-        self.shared_left += u16::from(share.held >= share.part);
+        if share.held >= share.part {
+            self.shared_left += 1;
+        }
     }
 
     /// Whose a tag is; `None` if it is nobody's any more.

@@ -6,9 +6,6 @@
 
 use super::store::NONE;
 
-/// More levels than a tree of all slots that have a number can have.
-const LEVELS: usize = 48;
-
 /// One tree of those that share a [`Sorted`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Root(u32);
@@ -26,6 +23,8 @@ struct Node {
     order: u64,
     /// Left and right.
     child: [u32; 2],
+    /// Above it; of the root's, none.
+    parent: u32,
     /// By how many levels the right subtree is deeper than the left one: −1, 0 or 1.
     lean: i8,
 }
@@ -34,22 +33,6 @@ impl Node {
     #[inline]
     fn key(&self) -> (u64, u64) {
         (self.sector, self.order)
-    }
-}
-
-/// On which side each node of a way was left: a bit for each, set for the right.
-#[derive(Clone, Copy, Debug)]
-struct Sides(u64);
-
-impl Sides {
-    #[inline]
-    fn set(&mut self, at: usize, right: bool) {
-        self.0 = self.0 & !(1 << at) | u64::from(right) << at;
-    }
-
-    #[inline]
-    fn at(self, at: usize) -> bool {
-        self.0 >> at & 1 != 0
     }
 }
 
@@ -64,8 +47,6 @@ fn toward(right: bool) -> i8 {
 pub(super) struct Sorted {
     nodes: Vec<Node>,
     order: u64,
-    /// The nodes on the way down to the one at hand; beyond that nothing that means anything.
-    way: [u32; LEVELS],
 }
 
 impl Sorted {
@@ -73,7 +54,6 @@ impl Sorted {
         let mut sorted = Sorted {
             nodes: Vec::new(),
             order: 0,
-            way: [NONE; LEVELS],
         };
         sorted.reserve(capacity);
         sorted
@@ -85,6 +65,7 @@ impl Sorted {
             sector: 0,
             order: 0,
             child: [NONE; 2],
+            parent: NONE,
             lean: 0,
         };
         if capacity > self.nodes.len() {
@@ -102,143 +83,149 @@ impl Sorted {
         &mut self.nodes[slot as usize]
     }
 
+    /// Puts `below`, which may be none, under `of`.
     #[inline]
-    fn child(&self, of: u32, right: bool) -> u32 {
-        self.node(of).child[usize::from(right)]
+    fn hang(&mut self, of: u32, right: bool, below: u32) {
+        self.node_mut(of).child[usize::from(right)] = below;
+        if below != NONE {
+            self.node_mut(below).parent = of;
+        }
     }
 
+    /// Puts `new`, which may be none, in the place of `old` under `parent`, or at the root.
     #[inline]
-    fn set_child(&mut self, of: u32, right: bool, child: u32) {
-        self.node_mut(of).child[usize::from(right)] = child;
-    }
-
-    /// Puts `child` where the first `depth` nodes of the way lead: under the last of them, or at the root.
-    #[inline]
-    fn hang(&mut self, root: &mut Root, depth: usize, sides: Sides, child: u32) {
-        match depth.checked_sub(1) {
-            Some(last) => self.set_child(self.way[last], sides.at(last), child),
-            None => root.0 = child,
+    fn replace(&mut self, root: &mut Root, parent: u32, old: u32, new: u32) {
+        if parent != NONE {
+            let right = self.node(parent).child[1] == old;
+            self.hang(parent, right, new);
+            return;
+        }
+        root.0 = new;
+        if new != NONE {
+            self.node_mut(new).parent = NONE;
         }
     }
 
     /// Adds `slot`, after all that begin at the same sector.
     pub fn insert(&mut self, root: &mut Root, slot: u32, sector: u64) {
+        let (mut parent, mut right, mut at) = (NONE, false, root.0);
+        while at != NONE {
+            let node = self.node(at);
+            // It came last: among equals it goes to the right.
+            right = node.sector <= sector;
+            parent = at;
+            at = node.child[usize::from(right)];
+        }
         self.order += 1;
         *self.node_mut(slot) = Node {
             sector,
             order: self.order,
             child: [NONE; 2],
+            parent,
             lean: 0,
         };
-        let (mut depth, mut sides) = (0, Sides(0));
-        let mut at = root.0;
-        while at != NONE {
-            // It came last: among equals it goes to the right.
-            let right = self.node(at).sector <= sector;
-            self.way[depth] = at;
-            sides.set(depth, right);
-            depth += 1;
-            at = self.child(at, right);
+        if parent == NONE {
+            root.0 = slot;
+            return;
         }
-        self.hang(root, depth, sides, slot);
-        while depth > 0 {
-            depth -= 1;
-            let (at, right) = (self.way[depth], sides.at(depth));
+        self.node_mut(parent).child[usize::from(right)] = slot;
+        let mut at = parent;
+        loop {
+            let node = self.node_mut(at);
             let toward = toward(right);
-            let lean = &mut self.node_mut(at).lean;
-            if *lean == toward {
-                let (top, _) = self.rotate(at, right);
-                self.hang(root, depth, sides, top);
+            if node.lean == toward {
+                self.rotate(root, at, right);
                 return;
             }
-            *lean += toward;
-            if *lean == 0 {
-                // It has become as deep as the other side: nothing above changes.
+            node.lean += toward;
+            let (lean, above) = (node.lean, node.parent);
+            // If it has become as deep as the other side, nothing above changes.
+            if lean == 0 || above == NONE {
                 return;
             }
+            right = self.node(above).child[1] == at;
+            at = above;
         }
     }
 
     /// Removes `slot`, which is in this tree.
     pub fn remove(&mut self, root: &mut Root, slot: u32) {
         let node = *self.node(slot);
-        let (mut depth, mut sides) = (0, Sides(0));
-        let mut at = root.0;
-        while at != slot {
-            let right = self.node(at).key() < node.key();
-            self.way[depth] = at;
-            sides.set(depth, right);
-            depth += 1;
-            at = self.child(at, right);
-        }
+        // Which side of which node has lost a level.
+        let (mut at, mut right);
         match node.child {
-            [NONE, below] | [below, NONE] => self.hang(root, depth, sides, below),
-            [_, right] => {
+            [NONE, below] | [below, NONE] => {
+                at = node.parent;
+                right = at != NONE && self.node(at).child[1] == slot;
+                self.replace(root, at, slot, below);
+            }
+            [left, first] => {
                 // The next one takes its place.
-                let place = depth;
-                sides.set(depth, true);
-                depth += 1;
-                let mut next = right;
-                while self.child(next, false) != NONE {
-                    self.way[depth] = next;
-                    sides.set(depth, false);
-                    depth += 1;
-                    next = self.child(next, false);
+                let mut next = first;
+                while self.node(next).child[0] != NONE {
+                    next = self.node(next).child[0];
                 }
-                self.way[place] = next;
-                let below = self.child(next, true);
-                let heir = self.node_mut(next);
-                (heir.child, heir.lean) = (node.child, node.lean);
-                self.hang(root, depth, sides, below);
-                self.hang(root, place, sides, next);
+                (at, right) = (next, true);
+                if next != first {
+                    let Node { child, parent, .. } = *self.node(next);
+                    (at, right) = (parent, false);
+                    self.hang(parent, false, child[1]);
+                    self.hang(next, true, first);
+                }
+                self.hang(next, false, left);
+                self.node_mut(next).lean = node.lean;
+                self.replace(root, node.parent, slot, next);
             }
         }
-        while depth > 0 {
-            depth -= 1;
-            let (at, right) = (self.way[depth], sides.at(depth));
-            let toward = toward(right);
-            let lean = &mut self.node_mut(at).lean;
-            if *lean == -toward {
-                let (top, is_lower) = self.rotate(at, !right);
-                self.hang(root, depth, sides, top);
+        while at != NONE {
+            let node = self.node_mut(at);
+            let (toward, lean, above) = (toward(right), node.lean, node.parent);
+            let mut top = at;
+            if lean == -toward {
+                let is_lower;
+                (top, is_lower) = self.rotate(root, at, !right);
                 if !is_lower {
                     return;
                 }
-                continue;
+            } else {
+                node.lean -= toward;
+                if lean == 0 {
+                    // The other side is as deep as it was: nothing above changes.
+                    return;
+                }
             }
-            *lean -= toward;
-            if *lean != 0 {
-                // The other side is as deep as it was: nothing above changes.
-                return;
-            }
+            right = above != NONE && self.node(above).child[1] == top;
+            at = above;
         }
     }
 
     /// Mends a node whose subtree on one side is two levels deeper than the other: the node that takes its
     /// place, and whether the whole has become a level lower.
-    fn rotate(&mut self, at: u32, right: bool) -> (u32, bool) {
+    fn rotate(&mut self, root: &mut Root, at: u32, right: bool) -> (u32, bool) {
         let toward = toward(right);
-        let deep = self.child(at, right);
-        if self.node(deep).lean * toward >= 0 {
-            let even = self.node(deep).lean == 0;
-            let inner = self.child(deep, !right);
-            self.set_child(at, right, inner);
-            self.set_child(deep, !right, at);
+        let Node { child, parent, .. } = *self.node(at);
+        let deep = child[usize::from(right)];
+        let Node { child, lean, .. } = *self.node(deep);
+        let inner = child[usize::from(!right)];
+        if lean != -toward {
+            self.hang(at, right, inner);
+            self.hang(deep, !right, at);
+            self.replace(root, parent, at, deep);
+            let even = lean == 0;
             self.node_mut(at).lean = if even { toward } else { 0 };
             self.node_mut(deep).lean = if even { -toward } else { 0 };
             return (deep, !even);
         }
-        let top = self.child(deep, !right);
-        let lean = self.node(top).lean * toward;
-        let (near, far) = (self.child(top, !right), self.child(top, right));
-        self.set_child(at, right, near);
-        self.set_child(deep, !right, far);
-        self.set_child(top, !right, at);
-        self.set_child(top, right, deep);
-        self.node_mut(at).lean = if lean == 1 { -toward } else { 0 };
-        self.node_mut(deep).lean = if lean == -1 { toward } else { 0 };
-        self.node_mut(top).lean = 0;
-        (top, true)
+        let Node { child, lean, .. } = *self.node(inner);
+        self.hang(at, right, child[usize::from(!right)]);
+        self.hang(deep, !right, child[usize::from(right)]);
+        self.hang(inner, !right, at);
+        self.hang(inner, right, deep);
+        self.replace(root, parent, at, inner);
+        self.node_mut(at).lean = if lean == toward { -toward } else { 0 };
+        self.node_mut(deep).lean = if lean == -toward { toward } else { 0 };
+        self.node_mut(inner).lean = 0;
+        (inner, true)
     }
 
     /// The first that begins at or after `sector`.
@@ -287,6 +274,9 @@ mod tests {
         out.push(at);
         let right = in_order(sorted, node.child[1], out);
         assert!((-1..=1).contains(&node.lean));
+        for child in node.child.into_iter().filter(|child| *child != NONE) {
+            assert_eq!(sorted.node(child).parent, at);
+        }
         assert_eq!(right - left, i32::from(node.lean), "below {at}");
         left.max(right) + 1
     }
