@@ -375,6 +375,25 @@ fn nothing_is_left_to_do(path: &str, text: &str) -> Vec<String> {
         .collect()
 }
 
+/// A log line about a disk names it as a key-value, by which the lines of each disk are limited (src/logging.rs).
+fn log_lines_name_their_disk(path: &str, text: &str) -> Vec<String> {
+    if !path.starts_with("src/") {
+        return Vec::new();
+    }
+    ["error!(", "warn!(", "info!("]
+        .iter()
+        .flat_map(|level| text.match_indices(level))
+        .filter(|(at, level)| {
+            let said = text[at + level.len()..].trim_start();
+            said.starts_with("\"disk {")
+        })
+        .map(|(at, _)| {
+            let line = line_of(text, at);
+            format!("{path}:{line}: a line about a disk without `disk = its number;`")
+        })
+        .collect()
+}
+
 /// No file knows the machine it was written on.
 fn no_machine_is_named(path: &str, text: &str) -> Vec<String> {
     // In parts, so that this file does not name what it looks for.
@@ -550,6 +569,11 @@ fn held_unsafe_is_argued() {
 #[test]
 fn held_files_are_short() {
     hold(files_are_short);
+}
+
+#[test]
+fn held_log_lines_name_their_disk() {
+    hold(log_lines_name_their_disk);
 }
 
 #[test]
@@ -798,6 +822,15 @@ fn files_are_short_can_fail() {
         &format!("{long}\n#[cfg(test)]\nmod tests {{\n{long}}}\n"),
     );
     passes(files_are_short, "src/a/tests.rs", &format!("{long}{long}"));
+}
+
+#[test]
+fn log_lines_name_their_disk_can_fail() {
+    let line = "log::warn!(\n    \"disk {}: gone\", serial);";
+    fails(log_lines_name_their_disk, "src/a.rs", line);
+    let named = "log::warn!(disk = id.0; \"disk {}: gone\", serial);";
+    passes(log_lines_name_their_disk, "src/a.rs", named);
+    passes(log_lines_name_their_disk, "tests/a.rs", line);
 }
 
 #[test]

@@ -193,7 +193,7 @@ impl DiskServer {
                         Verdict::MakeWay => {
                             session.guard.close();
                             let end = SessionEnd::MadeWay;
-                            log::warn!("disk {serial}: the session was closed: {end}");
+                            log::warn!(disk = self.disk.id.0; "disk {serial}: the session was closed: {end}");
                             break Verdict::GoOn;
                         }
                     }

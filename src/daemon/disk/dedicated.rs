@@ -66,7 +66,7 @@ impl Disk {
             joined.map_err(gone)?;
         }
         log::info!(
-            "disk {}: its guest's memory may keep a worker waiting; worker {} serves this disk alone",
+            disk = self.id.0; "disk {}: its guest's memory may keep a worker waiting; worker {} serves this disk alone",
             self.config.serial,
             worker.id()
         );
