@@ -1,7 +1,6 @@
 //! What an image is taken for: what is found out about it when it is opened, and what it turns out to be later.
 
 use std::fs::{self, File};
-use std::os::unix::fs::MetadataExt;
 use std::process::Command;
 
 use crate::fuse::FuseMount;
