@@ -4,6 +4,8 @@ use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
+use rustix::process::{Resource, Rlimit};
+
 use super::support::*;
 use super::{Lineage, MIB, under_load};
 
@@ -271,6 +273,42 @@ fn formats_that_are_not_read_and_second_takers_are_refused() {
     );
     let error = change.expect_err("not now").to_string();
     assert!(error.contains("are being handed over"), "{error}");
+}
+
+/// Not even with `--close-unready` does a session pay for what the daemon lacks.
+#[test]
+fn a_daemon_that_is_out_of_descriptors_serves_on_and_closes_no_session() {
+    let mut lineage = Lineage::start(Spec::image(64 * MIB), &[]);
+    let mut disk = Disk::attach(lineage.daemon.socket(), 4);
+    let limit = |daemon: &Daemon, files: Option<u64>| {
+        let pid = rustix::process::Pid::from_raw(daemon.pid() as i32);
+        let now = rustix::process::prlimit(
+            pid,
+            Resource::Nofile,
+            Rlimit {
+                current: files,
+                maximum: Some(4096),
+            },
+        );
+        now.expect("its limits can be changed");
+    };
+    let open = std::fs::read_dir(format!("/proc/{}/fd", lineage.daemon.pid()));
+    let open = open.expect("it runs").count() as u64;
+    under_load(&mut disk, |progress| {
+        // Enough for the new daemon's connection, and for a part of what it asks for.
+        for more in [1, 2, 4, 8] {
+            limit(&lineage.daemon, Some(open + more));
+            let spec = lineage.spec.clone().args(["--close-unready"]);
+            let line = refused(&lineage, &spec);
+            assert!(line.contains("Too many open files"), "{line}");
+            progress();
+        }
+        limit(&lineage.daemon, Some(4096));
+        let said = lineage.daemon.stderr();
+        assert!(!said.contains("the session was closed"), "{said}");
+        lineage.upgrade(&[]);
+        progress();
+    });
 }
 
 #[test]

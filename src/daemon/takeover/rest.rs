@@ -109,6 +109,8 @@ enum Place {
     AtRest(AtRest),
     /// It cannot be carried, and why.
     Unable(String),
+    /// This process has not what it takes to carry it; its front end is not to blame.
+    Failed(String),
     /// The thread has ended; nothing of the disk is left to carry.
     Gone,
 }
@@ -178,6 +180,7 @@ impl RestPlace {
         if state.phase == Phase::Resting {
             state.places[disk.index()] = match with {
                 Ok(with) => Place::AtRest(with),
+                Err(error) if error.raw_os_error().is_some() => Place::Failed(error.to_string()),
                 Err(error) => Place::Unable(error.to_string()),
             };
             self.changed.notify_all();
@@ -231,8 +234,10 @@ impl RestPlace {
                 u16::try_from(at).ok().map(DiskId)
             };
             let unable = place(|place| matches!(place, Place::Unable(_)));
-            if let Some(disk) = unable.filter(|_| close_until.is_none() && !state.makes_way)
-                && let Place::Unable(why) = &state.places[disk.index()]
+            let failed = place(|place| matches!(place, Place::Failed(_)));
+            let refused = unable.filter(|_| close_until.is_none() && !state.makes_way);
+            if let Some(disk) = failed.or(refused)
+                && let Place::Unable(why) | Place::Failed(why) = &state.places[disk.index()]
             {
                 return Err((disk, format!("cannot be carried: {why}")));
             }
@@ -262,7 +267,9 @@ impl RestPlace {
             .iter_mut()
             .map(|place| match place {
                 Place::AtRest(with) => std::mem::take(with),
-                Place::Busy | Place::Unable(_) | Place::Gone => AtRest::default(),
+                Place::Busy | Place::Unable(_) | Place::Failed(_) | Place::Gone => {
+                    AtRest::default()
+                }
             })
             .collect())
     }
