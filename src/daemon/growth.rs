@@ -22,6 +22,8 @@ use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType, recv};
 
 use crate::engine::disk::{Image, ImageKind};
 
+use crate::mq::ids::DiskId;
+
 use super::disk::{Disk, ResizeError};
 use super::socket::Stop;
 
@@ -126,6 +128,7 @@ impl GrowthWatch {
     }
 
     fn run(self, stop: &OwnedFd) {
+        let mut looks = Vec::new();
         loop {
             let mut fds = vec![PollFd::new(stop, PollFlags::IN)];
             for source in self.files.iter().chain(&self.events) {
@@ -138,11 +141,25 @@ impl GrowthWatch {
                 Ok(_) => {}
             }
             for disk in self.changed() {
-                match disk.follow_image() {
-                    // Said in the log when it is noticed.
-                    Ok(_) | Err(ResizeError::Shrinks { .. }) => {}
+                if !disk.image().file_system.is_remote() {
+                    follow(disk);
+                    continue;
+                }
+                // The answer may never come, and others are not to wait for it. A second look waits for the
+                // first one, and sees all that a third would.
+                looks.retain(|(_, look): &(DiskId, JoinHandle<()>)| !look.is_finished());
+                if looks.iter().filter(|(id, _)| *id == disk.id).count() == 2 {
+                    continue;
+                }
+                let (id, disk) = (disk.id, Arc::clone(disk));
+                let look = thread::Builder::new()
+                    .name("growth-remote".to_owned())
+                    .stack_size(STACK_BYTES)
+                    .spawn(move || follow(&disk));
+                match look {
+                    Ok(look) => looks.push((id, look)),
                     Err(error) => {
-                        log::warn!(disk = disk.id.0; "disk {}: {error}", disk.config.serial)
+                        log::warn!("no thread can be started to look at an image's size: {error}");
                     }
                 }
             }
@@ -193,6 +210,16 @@ fn limit_of(error: &io::Error) -> &'static str {
             " (the user's inotify watches are used up: raise fs.inotify.max_user_watches with sysctl)"
         }
         _ => "",
+    }
+}
+
+fn follow(disk: &Disk) {
+    match disk.follow_image() {
+        // Said in the log when it is noticed.
+        Ok(_) | Err(ResizeError::Shrinks { .. }) => {}
+        Err(error) => {
+            log::warn!(disk = disk.id.0; "disk {}: {error}", disk.config.serial);
+        }
     }
 }
 

@@ -63,8 +63,7 @@ use super::report::QueueReport;
 /// what such a turn costs.
 const CLOCK_TURNS: u32 = 16;
 
-/// As a count of losses that was seen: rings have come since. Until there has been a loss it is the
-/// right count anyway.
+/// As a count of losses that was seen: rings have come since. Without any loss it is right.
 const LOOK_FOR_LOSSES: u64 = 0;
 
 /// A disk, as far as a worker needs to know it.
@@ -258,6 +257,7 @@ impl Worker {
             self.now_ns = self.clock.now_ns();
         }
         self.mq.start_turn(self.now_ns);
+        self.engine.set_time(self.now_ns);
         let completed = self.reap();
         self.publish();
         let arrived = self.drain();

@@ -1,10 +1,12 @@
 //! The engine: slots, ring, watches and calls put together.
 
 mod copying;
+mod ending;
 mod fds;
 mod lost;
 mod polled;
 mod sending;
+mod waiting;
 
 use std::collections::VecDeque;
 use std::io;
@@ -18,6 +20,7 @@ use self::copying::Small;
 use self::lost::fields;
 use self::polled::Polled;
 use self::sending::Batch;
+use self::waiting::{Threads, Turn};
 use super::memory::Memory;
 use super::slot::{Next, Slot, Stage};
 use super::start::start;
@@ -32,6 +35,8 @@ const KIND_SLOT: u64 = 1 << 56;
 const KIND_WATCH: u64 = 2 << 56;
 const KIND_CALL: u64 = 3 << 56;
 const KIND_CANCEL: u64 = 4 << 56;
+/// Nothing, for the kernel threads to do.
+const KIND_NUDGE: u64 = 5 << 56;
 const KIND_MASK: u64 = 0xff << 56;
 
 fn user_data(kind: u64, generation: u32, index: u16) -> u64 {
@@ -56,6 +61,11 @@ pub struct Engine {
     small: VecDeque<Small>,
     /// Slots of larger ones that are not done, in the order in which they have their turns.
     copying: VecDeque<u16>,
+    /// Slots of large transfers that wait for a turn.
+    large: VecDeque<u16>,
+    turn: Turn,
+    threads: Threads,
+    now_ns: u64,
     /// Slots whose next step the ring had no room for.
     unsent: Vec<u16>,
     /// Calls and watches the ring had no room for.
@@ -114,6 +124,10 @@ impl Engine {
             ready: Vec::with_capacity(usize::from(depth)),
             small: VecDeque::with_capacity(usize::from(depth)),
             copying: VecDeque::with_capacity(usize::from(depth)),
+            large: VecDeque::with_capacity(usize::from(depth)),
+            turn: Turn::NEW,
+            threads: Threads::default(),
+            now_ns: 0,
             unsent: Vec::with_capacity(usize::from(depth)),
             unsent_fds: false,
             in_flight: 0,
@@ -238,6 +252,7 @@ impl Engine {
     /// Makes a system call only when the kernel says that it keeps something back for us.
     pub fn reap(&mut self, on: &mut impl FnMut(Event)) -> io::Result<usize> {
         self.ring.run_task_work(&mut self.counters)?;
+        self.begin_turn();
         if self.has_copies() {
             self.copy_on();
         }
@@ -283,6 +298,7 @@ impl Engine {
     /// Whether [`Self::reap`] has something to report without a system call.
     pub fn has_events(&mut self) -> bool {
         self.has_copies()
+            || !self.large.is_empty()
             || self.polls_now()
             || !self.ready.is_empty()
             || self.ring.has_completions()
@@ -301,7 +317,8 @@ impl Engine {
         // The kernel had no room: look again soon.
         let sooner = short.then_some(Duration::from_millis(1));
         let sooner = sooner.or_else(|| self.pause_polling());
-        let timeout = [sooner, timeout].into_iter().flatten().min();
+        let timeout = [sooner, self.pause_for_threads(), timeout];
+        let timeout = timeout.into_iter().flatten().min();
         self.ring.wait(timeout, &mut self.counters)
     }
 
@@ -314,56 +331,9 @@ impl Engine {
             KIND_SLOT => self.apply_to_slot(generation, index, res, on),
             KIND_WATCH => self.apply_to_watch(generation, index, (res, flags), on),
             KIND_CALL => self.apply_to_call(generation, index, res, on),
+            KIND_NUDGE => self.nudged(),
             _ => {}
         }
-    }
-
-    #[inline]
-    fn apply_to_slot(&mut self, generation: u32, index: u16, res: i32, on: &mut impl FnMut(Event)) {
-        let slot = match self.slots.get_mut(usize::from(index)) {
-            Some(s) if s.in_kernel() && u32::from(s.generation) == generation => s,
-            _ => {
-                self.counters.stale += 1;
-                return;
-            }
-        };
-        let disk = self
-            .disks
-            .get_mut(slot.disk)
-            .expect("a disk with requests in flight stays");
-        match slot.on_cqe(res, disk, self.memory.extents(index), &mut self.counters) {
-            Next::Done(result) => self.done(index, result, on),
-            Next::Copy => self.copying.push_back(index),
-            Next::Issue => {
-                if !self.send(index) {
-                    self.unsent.push(index);
-                }
-            }
-        }
-    }
-
-    /// Frees a slot that never got on its way, or is done.
-    #[inline]
-    fn release(&mut self, index: u16) {
-        if let Some(bounce) = self.slots[usize::from(index)].release() {
-            self.memory.put_bounce(bounce);
-        }
-    }
-
-    #[inline]
-    fn done(&mut self, index: u16, result: Result<u64, Errno>, on: &mut impl FnMut(Event)) {
-        self.release(index);
-        let slot = &self.slots[usize::from(index)];
-        let tag = DriverTag {
-            index,
-            generation: slot.generation,
-        };
-        self.disks
-            .get_mut(slot.disk)
-            .expect("a disk with requests in flight stays")
-            .in_flight -= 1;
-        self.in_flight -= 1;
-        on(Event::Done { tag, result });
     }
 }
 

@@ -20,6 +20,7 @@
 
 pub mod disk;
 mod driver;
+mod lane;
 pub mod mapping;
 mod memory;
 mod prefetch;
@@ -69,6 +70,20 @@ pub const COPY_TURN_BYTES: u64 = 128 * 1024;
 /// A copy of so many bytes at most goes before all larger ones.
 pub const COPY_SMALL_BYTES: u64 = 16 * 1024;
 
+/// The most that one transfer moves at a time past the page cache, in bytes. The submitting call looks up each
+/// of its pages, which takes some 100 µs.
+pub const DIRECT_PIECE_BYTES: u32 = 4 * 1024 * 1024;
+
+/// The same through the page cache, where the submitting call copies: about 50 µs.
+pub const CACHED_PIECE_BYTES: u32 = 256 * 1024;
+
+/// How much the submitting calls of one turn copy, in bytes, give or take a piece. What is beyond, and not
+/// small, waits for the next turn.
+pub const TURN_BYTES: u32 = 1024 * 1024;
+
+/// How many bytes past the page cache cost the submitting call as much as one that it copies.
+pub const DIRECT_PER_CACHED: u32 = 16;
+
 /// How much zeroing by writing does at a time, in bytes.
 pub const ZERO_BYTES: u32 = 1024 * 1024;
 
@@ -80,6 +95,11 @@ const _: () = {
     assert!(BOUNCE_BYTES.is_multiple_of(4096) && ZERO_BYTES.is_multiple_of(4096));
     assert!(IOV_MAX <= MAX_SEGMENTS);
     assert!(MAX_RANGES <= 256);
+    // A piece ends where every device's blocks do.
+    assert!(
+        DIRECT_PIECE_BYTES.is_multiple_of(BOUNCE_BYTES)
+            && (CACHED_PIECE_BYTES as u64) > COPY_SMALL_BYTES
+    );
 };
 
 /// A disk of this engine, as [`Engine::add_disk`] numbers it.
@@ -214,6 +234,12 @@ pub struct EngineCounters {
     pub continued: u64,
     /// Operations tried again after `EAGAIN` or `EINTR`.
     pub retried: u64,
+    /// Transfers that could not go on without waiting, and were given to a kernel thread.
+    pub punted: u64,
+    /// Operations that the kernel gave up because it could start no thread, and that were tried again.
+    pub threadless: u64,
+    /// Steps that waited in the engine because their disk has enough of them with the kernel.
+    pub waited: u64,
     /// Discarded ranges the disk had no way to discard.
     pub discards_ignored: u64,
     /// Ranges zeroed by writing, because the disk had no shorter way.

@@ -12,7 +12,7 @@ use libc::iovec;
 
 use self::media::{Effect, Media};
 pub(super) use self::random::Random;
-use self::sqe::Sqe;
+pub(super) use self::sqe::Sqe;
 use super::disk::filesystem::FileSystem;
 use super::memory::Memory;
 use super::slot::{Next, Slot, Stage};
@@ -119,6 +119,7 @@ impl SimEngine {
             direct,
             memory_align: 512,
             offset_align: 512,
+            granularity: 0,
             block_device,
             ignore_flush: false,
             io_poll: IoPoll::Never,

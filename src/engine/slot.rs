@@ -6,6 +6,7 @@
 mod belief;
 mod copying;
 mod lost;
+mod ranges;
 mod segments;
 mod sqe;
 mod ways;
@@ -15,10 +16,11 @@ use std::ptr::{self, NonNull};
 use libc::iovec;
 
 use self::ways::is_refusal;
+use super::lane::Kind;
 use super::mapping::Since;
 use super::memory::Bounce;
-use super::target::{Abilities, Disk, Target};
-use super::{BOUNCE_BYTES, EngineCounters, Errno, Extent, RETRIES};
+use super::target::{Disk, Target};
+use super::{EngineCounters, Errno, Extent, RETRIES};
 use crate::mq::request::Op;
 
 /// What the slot waits for.
@@ -94,6 +96,16 @@ pub(super) struct Slot {
     too_fine: Option<(usize, usize)>,
     /// Let a kernel thread do it, because trying without blocking did not work.
     punt: bool,
+    /// The transfer under way is refused rather than waited for (`RWF_NOWAIT`).
+    nowait: bool,
+    /// The watchdog asked the kernel to give it up.
+    pub(super) cancelled: bool,
+    /// The step under way counts as one of these of its disk.
+    pub(super) lane: Option<Kind>,
+    /// When the step under way was given to the kernel.
+    pub(super) sent_ns: u64,
+    /// The bytes of the range that the step under way works on.
+    pub(super) step: u64,
     attempts: u8,
     /// The error whose meaning the witness is asked for; 0: a success is in doubt.
     error: i32,
@@ -131,6 +143,11 @@ impl Slot {
             wants_bounce: false,
             too_fine: None,
             punt: false,
+            nowait: false,
+            cancelled: false,
+            lane: None,
+            sent_ns: 0,
+            step: 0,
             attempts: 0,
             error: 0,
             range: 0,
@@ -159,6 +176,7 @@ impl Slot {
         self.wants_bounce = false;
         self.too_fine = None;
         self.punt = false;
+        self.cancelled = false;
         self.attempts = 0;
         self.total = bytes;
         self.done = 0;
@@ -186,23 +204,6 @@ impl Slot {
         self.fua = fua;
         self.bounce = bounce;
         self.stage = Stage::Transfer;
-    }
-
-    /// Makes it a discard or write-zeroes of `count` ranges.
-    pub(super) fn start_ranges(
-        &mut self,
-        extents: &[Extent],
-        count: u16,
-        fua: bool,
-        unmap: bool,
-        can: Abilities,
-        counters: &mut EngineCounters,
-    ) -> Next {
-        self.ranges = count;
-        self.range = 0;
-        self.fua = fua;
-        self.unmap = unmap;
-        self.next_range(None, extents, can, counters)
     }
 
     /// Makes it a flush.
@@ -235,7 +236,10 @@ impl Slot {
     ) -> Next {
         if self.delayed {
             self.delayed = false;
-            return Next::Issue;
+            return match self.cancelled {
+                true => Next::Done(Err(Errno(libc::ECANCELED))),
+                false => Next::Issue,
+            };
         }
         self.announced_is_over(disk);
         let Ok(moved) = u32::try_from(res) else {
@@ -260,6 +264,10 @@ impl Slot {
             }
             Stage::Range(_) => {
                 self.progressed();
+                self.done += self.step;
+                if self.done < extents[usize::from(self.range)].len {
+                    return Next::Issue;
+                }
                 self.range += 1;
                 self.next_range(None, extents, disk.can, counters)
             }
@@ -301,9 +309,8 @@ impl Slot {
         if self.done == self.total {
             return self.finish(disk);
         }
-        if self.bounce.is_none() || moved < u64::from(BOUNCE_BYTES) {
-            counters.continued += 1;
-        }
+        // What goes in pieces was no partial transfer.
+        counters.continued += u64::from(moved < self.step.min(left));
         self.advance(moved);
         Next::Issue
     }
@@ -317,6 +324,9 @@ impl Slot {
     ) -> Next {
         if self.stage == Stage::Transfer && self.is_refused_in_this_way(errno, disk) {
             return Next::Issue;
+        }
+        if let Some(next) = self.is_to_wait(errno, disk, counters) {
+            return next;
         }
         if errno == libc::EAGAIN || errno == libc::EINTR {
             if self.attempts == RETRIES {
@@ -347,57 +357,6 @@ impl Slot {
             }
             _ => self.ends(errno, disk, extents),
         }
-    }
-
-    /// Goes on with the range `self.range`, in the first way that comes after `tried`; finishes when
-    /// there is no range left.
-    fn next_range(
-        &mut self,
-        tried: Option<Method>,
-        extents: &[Extent],
-        can: Abilities,
-        counters: &mut EngineCounters,
-    ) -> Next {
-        let methods: &[Method] = match (self.op, self.unmap) {
-            (Op::Discard, _) => &[Method::Discard, Method::Punch],
-            (_, true) => &[
-                Method::Punch,
-                Method::ZeroRange,
-                Method::Zero,
-                Method::Write,
-            ],
-            // The guest wants to keep the space: no punching.
-            (_, false) => &[Method::ZeroRange, Method::Zero, Method::Write],
-        };
-        let after = |tried| {
-            methods
-                .iter()
-                .position(|m| *m == tried)
-                .map_or(0, |i| i + 1)
-        };
-        let mut first = tried.map_or(0, after);
-        self.done = 0;
-        while self.range < self.ranges {
-            if extents[usize::from(self.range)].len > 0 {
-                if let Some(method) = methods[first..].iter().find(|m| can.allows(**m)) {
-                    self.stage = Stage::Range(*method);
-                    counters.zeroes_written += u64::from(*method == Method::Write);
-                    return match method {
-                        Method::Zero => Next::Copy,
-                        _ => Next::Issue,
-                    };
-                }
-                // A discard is a hint: without a way to do it, it is done.
-                counters.discards_ignored += 1;
-            }
-            self.range += 1;
-            first = 0;
-        }
-        if self.fua {
-            self.stage = Stage::Sync;
-            return Next::Issue;
-        }
-        Next::Done(Ok(self.total))
     }
 }
 

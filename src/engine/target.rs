@@ -7,8 +7,12 @@ use std::sync::Arc;
 use rustix::fs::{OFlags, SeekFrom, fcntl_setfl, seek};
 
 use super::disk::filesystem::FileSystem;
+use super::lane::{CALLS, Kind, Lane, Pace, RANGES, REMOTE_CALLS};
 use super::mapping::{Mapping, Medium};
-use super::{BOUNCE_BYTES, SyncFault, memory};
+use super::{
+    BOUNCE_BYTES, CACHED_PIECE_BYTES, COPY_SMALL_BYTES, DIRECT_PER_CACHED, DIRECT_PIECE_BYTES,
+    SyncFault, memory,
+};
 
 /// A regular file or a block device.
 #[derive(Debug)]
@@ -25,6 +29,8 @@ pub struct FileTarget {
     pub memory_align: u32,
     /// What `O_DIRECT` demands of positions and lengths, in bytes; a power of two.
     pub offset_align: u32,
+    /// Nothing smaller than this is freed by a discard, in bytes; 0: not known.
+    pub granularity: u32,
     /// A block device, which can be discarded in another way than a file can.
     pub block_device: bool,
     /// Flush and FUA do nothing (cache mode "unsafe", or a medium that forgets everything anyway).
@@ -90,6 +96,17 @@ pub(super) struct Disk {
     pub(super) registered: bool,
     /// Whether its syncs can be believed.
     pub(super) sync_fault: Arc<SyncFault>,
+    /// Its steps in kernel threads.
+    pub(super) calls: Lane,
+    /// Its discards and zeroes.
+    pub(super) ranges: Lane,
+    pub(super) pace: Pace,
+    /// The kernel could start no thread for one of its steps, and the log said so.
+    pub(super) threadless: bool,
+    /// The most that is moved at a time.
+    pub(super) piece_bytes: u32,
+    /// The most that is moved without regard to how much the turn has moved already.
+    pub(super) small_bytes: u64,
 }
 
 /// What a file system or device may refuse to do.
@@ -109,9 +126,25 @@ pub(super) struct Abilities {
     pub(super) poll: bool,
     /// `O_DIRECT`, if the image was opened with it.
     pub(super) direct: bool,
+    /// `RWF_NOWAIT`: what cannot go on without waiting is refused, rather than waited for by whoever
+    /// submits it.
+    pub(super) nowait: bool,
 }
 
 impl Disk {
+    /// Whether it is read and written past the page cache.
+    pub(super) fn is_direct(&self) -> bool {
+        self.can.direct && matches!(&self.target, Target::File(file) if file.direct)
+    }
+
+    /// The steps that count together with those of this kind.
+    pub(super) fn lane(&mut self, kind: Kind) -> &mut Lane {
+        match kind {
+            Kind::Call => &mut self.calls,
+            Kind::Range => &mut self.ranges,
+        }
+    }
+
     pub(super) fn new(index: u16, target: Target) -> io::Result<Self> {
         let (mut is_mapped, mut allocates) = (false, true);
         let (fd, block_device) = match &target {
@@ -128,13 +161,17 @@ impl Disk {
             }
             Target::Null { .. } => (-1, false),
         };
-        let (align, dsync) = match &target {
+        let (align, dsync, remote, direct, granularity) = match &target {
             Target::File(file) => (
                 (file.memory_align as usize, file.offset_align as usize),
                 file.file_system.keeps_dsync(),
+                file.file_system.is_remote(),
+                file.direct,
+                file.granularity,
             ),
-            Target::Null { .. } => ((1, 1), true),
+            Target::Null { .. } => ((1, 1), true, false, false, 0),
         };
+        let (piece_bytes, small_bytes) = pieces(direct);
         Ok(Disk {
             target,
             index,
@@ -148,10 +185,17 @@ impl Disk {
                 zero: is_mapped,
                 poll: true,
                 direct: true,
+                nowait: !remote,
             },
             align,
             registered: false,
             sync_fault: Arc::default(),
+            calls: Lane::new(if remote { REMOTE_CALLS } else { CALLS }),
+            ranges: Lane::new(RANGES),
+            pace: Pace::new(granularity.into()),
+            threadless: false,
+            piece_bytes,
+            small_bytes,
         })
     }
 }
@@ -170,6 +214,7 @@ impl Disk {
         }
         // The open file is all workers', and so is the flag.
         let left = fcntl_setfl(&file.file, OFlags::empty());
+        (self.piece_bytes, self.small_bytes) = pieces(false);
         log::warn!(
             "O_DIRECT wants more of offsets than it did: the image is served through the host's page cache \
              from now on"
@@ -187,6 +232,17 @@ impl Disk {
             }
             _ => false,
         }
+    }
+}
+
+/// The most that is moved at a time, and the most that no turn is awaited for, in bytes.
+fn pieces(direct: bool) -> (u32, u64) {
+    match direct {
+        true => (
+            DIRECT_PIECE_BYTES,
+            COPY_SMALL_BYTES * u64::from(DIRECT_PER_CACHED),
+        ),
+        false => (CACHED_PIECE_BYTES, COPY_SMALL_BYTES),
     }
 }
 

@@ -87,6 +87,7 @@ impl Image {
             direct,
             memory_align: 512,
             offset_align: 512,
+            granularity: 0,
             block_device: false,
             ignore_flush: false,
             io_poll: IoPoll::Never,
@@ -962,6 +963,7 @@ fn a_request_that_hangs_can_be_given_up() {
             direct: false,
             memory_align: 1,
             offset_align: 1,
+            granularity: 0,
             block_device: false,
             ignore_flush: false,
             io_poll: IoPoll::Never,
@@ -1206,6 +1208,7 @@ fn an_older_kernels_ring_does_the_same() {
                 silent_writes: all,
                 polled: false,
                 restricted: all,
+                ..Ask::ALL
             };
             let mut engine = Engine::asking(4, 8, ask).unwrap();
             let image = Image::new(On::Buffered, 1 << 20);

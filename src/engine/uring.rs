@@ -20,6 +20,7 @@ use self::refusal::Refusals;
 use self::unsent::Entries;
 pub(super) use self::unsent::NOWHERE;
 use super::EngineCounters;
+use crate::mq::limits::DRIVER_TAGS;
 use crate::sigbus::Losses;
 
 /// How many completions are taken out of the ring at a time.
@@ -36,10 +37,13 @@ pub(super) struct Ask {
     pub(super) polled: bool,
     /// The ring can do what the engine does, and nothing else.
     pub(super) restricted: bool,
+    /// The most kernel threads that wait for files and devices.
+    pub(super) threads: u32,
 }
 
 impl Ask {
     pub(super) const ALL: Ask = Ask {
+        threads: DRIVER_TAGS as u32,
         skipped_modes: 0,
         fixed_files: true,
         silent_writes: true,
@@ -131,6 +135,14 @@ impl Ring {
             .copied()
             .find(|files| ask.fixed_files && ring.submitter().register_files_sparse(*files).is_ok())
             .unwrap_or(0);
+        // Threads for all that can be with the kernel at a time; by default there are four for each CPU. 0: those
+        // for other than files are as many as the user may have.
+        if let Err(error) = ring
+            .submitter()
+            .register_iowq_max_workers(&mut [ask.threads, 0])
+        {
+            log::debug!("the kernel threads of io_uring stay as few as they are: {error}");
+        }
         if ask.restricted {
             restrict(&ring).map_err(unrestricted)?;
         }

@@ -11,6 +11,10 @@ use crate::virtio::abi::ID_BYTES;
 use crate::virtio::config_space::{self, ConfigSpace};
 use crate::virtio::shape::{DiskShape, RangeLimits};
 
+/// The longest range that a guest is offered, in sectors: 64 MiB. Longer ones are done as well, for guests that
+/// were offered more by an older daemon, but what takes long is better known to the guest as several requests.
+const OFFERED_RANGE_SECTORS: u32 = (64 << 20) / 512;
+
 /// What an engine needs to know of the image, with a descriptor of its own.
 pub(super) fn target(config: &DiskConfig, image: &Image) -> io::Result<Target> {
     if image.kind == ImageKind::Null {
@@ -25,6 +29,7 @@ pub(super) fn target(config: &DiskConfig, image: &Image) -> io::Result<Target> {
         direct: image.direct,
         memory_align: image.dio_mem_align,
         offset_align: image.dio_offset_align,
+        granularity: image.discard.granularity_bytes,
         block_device: image.kind == ImageKind::BlockDevice,
         // Memory forgets everything with the host, and there is nothing that a flush could change.
         ignore_flush: config.cache.ignores_flush()
@@ -70,6 +75,7 @@ pub(super) fn space(config: &DiskConfig, image: &Image, shape: &DiskShape) -> Co
     let block = config.logical_block_size;
     let blocks = |bytes: u32| bytes / block;
     let (discard, zeroes) = (shape.discard, shape.write_zeroes);
+    let offered = |limits: RangeLimits| limits.max_sectors.min(OFFERED_RANGE_SECTORS);
     ConfigSpace {
         capacity: shape.capacity.0,
         // Any segment length is taken.
@@ -86,13 +92,13 @@ pub(super) fn space(config: &DiskConfig, image: &Image, shape: &DiskShape) -> Co
         },
         writeback: true,
         num_queues: config.num_queues,
-        max_discard_sectors: discard.map_or(0, |limits| limits.max_sectors),
+        max_discard_sectors: discard.map_or(0, offered),
         max_discard_seg: discard.map_or(0, |limits| u32::from(limits.max_ranges)),
         discard_sector_alignment: match discard {
             Some(_) => (image.discard.granularity_bytes.max(block)) / 512,
             None => 0,
         },
-        max_write_zeroes_sectors: zeroes.map_or(0, |limits| limits.max_sectors),
+        max_write_zeroes_sectors: zeroes.map_or(0, offered),
         max_write_zeroes_seg: zeroes.map_or(0, |limits| u32::from(limits.max_ranges)),
         write_zeroes_may_unmap: zeroes.is_some() && image.write_zeroes.may_unmap,
     }

@@ -135,7 +135,9 @@ impl Engine {
     /// Asks the kernel to give up a command. If it does, the command's [`Event::Done`] comes with
     /// `ECANCELED`; I/O that a device has taken cannot be given up, and ends when it ends.
     pub fn cancel_rq(&mut self, tag: DriverTag) {
-        self.cancel(user_data(KIND_SLOT, u32::from(tag.generation), tag.index));
+        if !self.give_up(tag) {
+            self.cancel(user_data(KIND_SLOT, u32::from(tag.generation), tag.index));
+        }
     }
 
     /// Makes the kernel let go of an entry's fd. Its last completion is ignored by generation.

@@ -30,9 +30,21 @@ impl Engine {
         self.ring.is_refused()
     }
 
-    /// Prepares the slot's next step; false if the ring takes none now.
+    /// Prepares the slot's next step, or has it wait for its turn; false if the ring takes none now.
     #[inline]
     pub(super) fn send(&mut self, index: u16) -> bool {
+        let slot = &self.slots[usize::from(index)];
+        let disk = self
+            .disks
+            .get(slot.disk)
+            .expect("a disk with requests in flight stays");
+        if slot.needs_lane(disk) {
+            if !self.enter_lane(index) {
+                return true;
+            }
+        } else if slot.left() > disk.small_bytes && !self.takes_turn(index) {
+            return true;
+        }
         let slot = &mut self.slots[usize::from(index)];
         if slot.wants_bounce {
             let Some(bounce) = self.memory.take_bounce(slot.disk) else {

@@ -40,6 +40,7 @@ fn engine_on(file: &File, mapping: &Arc<Mapping>) -> (Engine, DiskSlot) {
         direct: false,
         memory_align: 1,
         offset_align: 1,
+        granularity: 0,
         block_device: false,
         ignore_flush: !mapping.medium().needs_sync(),
         io_poll: IoPoll::Never,

@@ -104,7 +104,7 @@ impl Media {
                 Effect::Write {
                     id,
                     sectors: first..first + bytes.len() / SECTOR,
-                    durable: sqe.rw_flags != 0,
+                    durable: sqe.rw_flags & libc::RWF_DSYNC.cast_unsigned() != 0,
                 }
             }
             opcode::Fallocate::CODE | opcode::UringCmd16::CODE => {

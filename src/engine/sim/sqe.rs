@@ -4,7 +4,7 @@ use io_uring::{opcode, squeue};
 use libc::iovec;
 
 /// The fields of a submission entry that we use (struct io_uring_sqe, uapi/linux/io_uring.h).
-pub(super) struct Sqe {
+pub(in crate::engine) struct Sqe {
     pub opcode: u8,
     pub off: u64,
     addr: usize,
@@ -29,6 +29,13 @@ impl Sqe {
             rw_flags: word(28),
             addr3: long(48),
         }
+    }
+
+    /// Whether a kernel thread does it from the first (IOSQE_ASYNC).
+    pub fn is_async(entry: &squeue::Entry) -> bool {
+        // SAFETY: as in `of`. Unsafe as there.
+        let raw: &[u8; 64] = unsafe { &*std::ptr::from_ref(entry).cast() };
+        raw[1] & squeue::Flags::ASYNC.bits() != 0
     }
 
     /// A write, as opposed to a read.

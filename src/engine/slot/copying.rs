@@ -208,7 +208,7 @@ impl Slot {
             && !self.delayed
         {
             let extent = extents[usize::from(self.range)];
-            mapping.discards(extent.offset, extent.len);
+            mapping.discards(extent.offset + self.done, self.step);
             self.discarding = true;
         }
     }

@@ -56,6 +56,26 @@ impl Slot {
         (unit(addresses), unit(lengths))
     }
 
+    /// How many of the first `most` segments are one piece of `piece_bytes` at most, and its bytes. A first segment
+    /// that is longer is a piece in part.
+    #[cold]
+    pub(super) fn cut(&self, most: u32, piece_bytes: u64) -> (u32, u64) {
+        let (mut count, mut bytes) = (0, 0);
+        while count < most {
+            // SAFETY: `segments` has `most` at least (`start_transfer`'s contract). Unsafe as in `advance`.
+            let len = unsafe { (*self.segments.add(count as usize)).iov_len } as u64;
+            if bytes + len > piece_bytes {
+                break;
+            }
+            bytes += len;
+            count += 1;
+        }
+        match count {
+            0 => (1, piece_bytes),
+            _ => (count, bytes),
+        }
+    }
+
     /// The bytes of the next bounced piece.
     pub(super) fn piece(&self) -> u32 {
         u32::try_from(self.total - self.done).map_or(BOUNCE_BYTES, |left| left.min(BOUNCE_BYTES))

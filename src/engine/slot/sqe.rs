@@ -25,9 +25,6 @@ macro_rules! on_file {
     };
 }
 
-/// The most one `read` or `write` moves, in bytes (the kernel's `MAX_RW_COUNT`).
-const MAX_RW_BYTES: u32 = 0x7fff_f000;
-
 /// `_IO(0x12, 0)` of uapi/linux/blkdev.h: discard as an io_uring command, since Linux 6.12.
 const BLOCK_URING_CMD_DISCARD: u32 = 0x1200;
 
@@ -82,7 +79,8 @@ impl Slot {
                     .build()
             }
         };
-        if self.punt {
+        // On a file that cannot promise not to wait, whoever submits must not even try.
+        if self.punt || !disk.can.nowait {
             entry.flags(squeue::Flags::ASYNC)
         } else {
             entry
@@ -100,35 +98,51 @@ impl Slot {
     fn transfer_sqe(&mut self, file: &FileTarget, disk: &Disk) -> squeue::Entry {
         debug_assert!(self.offset + self.total <= file.size_bytes);
         let offset = self.offset + self.done;
-        let mut rw_flags = 0;
+        // A read through the page cache waits for its pages in the ring, and no one else waits for it.
+        self.nowait = disk.can.nowait
+            && !self.punt
+            && !self.polled
+            && (self.op == Op::Write || disk.is_direct());
+        let mut rw_flags = if self.nowait { libc::RWF_NOWAIT } else { 0 };
         if self.fua {
             if disk.can.dsync {
-                rw_flags = libc::RWF_DSYNC;
+                rw_flags |= libc::RWF_DSYNC;
             } else {
                 self.unsynced = true;
             }
         }
+        let left = self.total - self.done;
+        self.step = left;
+        let mut vectors = self.segment_count.min(u32::from(IOV_MAX));
         let single = if let Some(bounce) = self.bounce {
             let piece = self.piece();
             if self.op == Op::Write {
                 self.copy_bounced(piece as usize, false);
             }
+            self.step = piece.into();
             Some((bounce.base.as_ptr(), piece))
-        } else if self.segment_count == 1 {
-            // SAFETY: one segment is there (`start_transfer`'s contract). Unsafe as in `advance`.
-            let segment = unsafe { *self.segments };
-            let len = u32::try_from(segment.iov_len)
-                .unwrap_or(u32::MAX)
-                .min(MAX_RW_BYTES);
-            Some((segment.iov_base.cast::<u8>(), len))
         } else {
-            None
+            if left > u64::from(disk.piece_bytes) {
+                (vectors, self.step) = self.cut(vectors, disk.piece_bytes.into());
+            }
+            // SAFETY: one segment is there (`start_transfer`'s contract). Unsafe as in `advance`.
+            let first = unsafe { *self.segments };
+            (vectors == 1).then(|| {
+                let len = first.iov_len.min(disk.piece_bytes as usize);
+                (
+                    first.iov_base.cast::<u8>(),
+                    u32::try_from(len).expect("a piece"),
+                )
+            })
         };
-        let vectors = self.segment_count.min(u32::from(IOV_MAX));
         on_file!(disk, |fd| match (self.op, single) {
-            (Op::Read, Some((buf, len))) => opcode::Read::new(fd, buf, len).offset(offset).build(),
+            (Op::Read, Some((buf, len))) => opcode::Read::new(fd, buf, len)
+                .offset(offset)
+                .rw_flags(rw_flags)
+                .build(),
             (Op::Read, None) => opcode::Readv::new(fd, self.segments, vectors)
                 .offset(offset)
+                .rw_flags(rw_flags)
                 .build(),
             (_, Some((buf, len))) => opcode::Write::new(fd, buf, len)
                 .offset(offset)
@@ -142,14 +156,16 @@ impl Slot {
     }
 
     fn range_sqe(
-        &self,
+        &mut self,
         method: Method,
         disk: &Disk,
         extents: &[Extent],
         zeroes: *const u8,
     ) -> squeue::Entry {
         let extent = extents[usize::from(self.range)];
-        let (offset, len) = (extent.offset + self.done, extent.len - self.done);
+        let (offset, left) = (extent.offset + self.done, extent.len - self.done);
+        let len = disk.pace.piece(offset, left);
+        self.step = len;
         let fallocate = |mode| {
             let mode = mode | libc::FALLOC_FL_KEEP_SIZE;
             on_file!(disk, |fd| opcode::Fallocate::new(fd, len)
@@ -162,7 +178,7 @@ impl Slot {
             Method::Punch => fallocate(libc::FALLOC_FL_PUNCH_HOLE),
             Method::ZeroRange => fallocate(libc::FALLOC_FL_ZERO_RANGE),
             Method::Write => {
-                let len = u32::try_from(len).unwrap_or(u32::MAX).min(ZERO_BYTES);
+                let len = u32::try_from(left).unwrap_or(u32::MAX).min(ZERO_BYTES);
                 on_file!(disk, |fd| opcode::Write::new(fd, zeroes, len)
                     .offset(offset)
                     .build())

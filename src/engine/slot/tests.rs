@@ -1,5 +1,7 @@
 //! Faults fed to a slot by hand: what no disk at hand would do to us.
 
+mod waiting;
+
 use std::fs::File;
 use std::sync::Arc;
 
@@ -36,6 +38,7 @@ impl Bench {
             direct,
             memory_align: 512,
             offset_align: 512,
+            granularity: 0,
             block_device,
             ignore_flush: false,
             io_poll: IoPoll::Never,
@@ -246,6 +249,7 @@ fn progress_renews_the_patience() {
 #[test]
 fn a_durable_write_falls_back_to_a_sync() {
     let mut b = Bench::new(false, false);
+    b.disk.can.nowait = false;
     let list = segments(&[(0x1000, 4096)]);
     b.transfer(Op::Write, &list, true);
     b.code();
@@ -347,10 +351,13 @@ fn discard_tries_what_there_is_and_is_a_hint_in_the_end() {
 fn einval_is_about_one_range_only() {
     let mut b = Bench::new(false, true);
     b.ranges(Op::Discard, &[4096, 4096], false, false);
+    b.code();
     assert_eq!(b.feed(-libc::EINVAL), Next::Issue);
     assert_eq!(b.slot.stage, Stage::Range(Method::Punch));
+    b.code();
     assert_eq!(b.feed(0), Next::Issue);
     assert_eq!(b.slot.stage, Stage::Range(Method::Discard));
+    b.code();
     assert_eq!(b.feed(0), Next::Done(Ok(8192)));
 }
 
@@ -446,6 +453,7 @@ fn errors_of_one_request_do_not_end_belief() {
     }
     let mut b = Bench::new(false, false);
     b.flush();
+    b.slot.cancelled = true;
     assert_eq!(
         b.feed(-libc::ECANCELED),
         Next::Done(Err(Errno(libc::ECANCELED)))

@@ -1,8 +1,10 @@
 //! Which ways to discard and to zero a disk has.
 
-use super::{Method, Slot, Stage};
+use super::{Method, Next, Slot, Stage};
+use crate::engine::lane::Kind;
 use crate::engine::memory::PAGE_BYTES;
 use crate::engine::target::{Abilities, Disk, Target};
+use crate::engine::{EngineCounters, RETRIES};
 
 /// Whether an errno says "not in this way" rather than "this went wrong".
 pub(super) fn is_refusal(errno: i32) -> bool {
@@ -10,6 +12,16 @@ pub(super) fn is_refusal(errno: i32) -> bool {
         errno,
         libc::EOPNOTSUPP | libc::ENOSYS | libc::ENOTTY | libc::ENODEV | libc::EINVAL
     )
+}
+
+#[cold]
+fn log_threadless() {
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Nproc).current;
+    let limit = limit.map_or("no limit".to_owned(), |limit| limit.to_string());
+    log::error!(
+        "the kernel can start no thread for a flush, discard or write; it is tried again until it can: raise the \
+         limit of threads, which is {limit} for the user (ulimit -u), or that of the cgroup (pids.max, TasksMax=)"
+    );
 }
 
 impl Abilities {
@@ -38,6 +50,56 @@ impl Slot {
     #[inline]
     pub(in crate::engine) fn goes_polled(&self) -> bool {
         self.polled && self.stage == Stage::Transfer
+    }
+
+    /// Whether the next step counts among those that its disk may have in kernel threads.
+    #[inline]
+    pub(in crate::engine) fn needs_lane(&self, disk: &Disk) -> bool {
+        self.stage != Stage::Transfer || self.punt || !disk.can.nowait
+    }
+
+    /// As which.
+    pub(in crate::engine) fn kind(&self) -> Kind {
+        match self.stage {
+            Stage::Range(_) => Kind::Range,
+            _ => Kind::Call,
+        }
+    }
+
+    /// Whether nothing is to be done but to wait.
+    pub(in crate::engine) fn is_delayed(&self) -> bool {
+        self.delayed
+    }
+
+    /// What to do if the kernel refused a step because it would have to wait, or because it has no thread that
+    /// could. Neither says anything about the disk.
+    pub(super) fn is_to_wait(
+        &mut self,
+        errno: i32,
+        disk: &mut Disk,
+        counters: &mut EngineCounters,
+    ) -> Option<Next> {
+        let nowait = std::mem::take(&mut self.nowait) && self.stage == Stage::Transfer;
+        match errno {
+            // The file cannot promise not to wait.
+            libc::EOPNOTSUPP if nowait => disk.can.nowait = false,
+            libc::EAGAIN if nowait => {
+                counters.punted += 1;
+                self.punt = true;
+            }
+            // The kernel starts no more threads for this user or group, and gives up what waited for one. A
+            // flush that fails would have the guest believe that data is lost.
+            libc::ECANCELED if !self.cancelled => {
+                counters.threadless += 1;
+                if !std::mem::replace(&mut disk.threadless, true) {
+                    log_threadless();
+                }
+                self.attempts = (self.attempts + 1).min(RETRIES);
+                self.delayed = true;
+            }
+            _ => return None,
+        }
+        Some(Next::Issue)
     }
 
     /// A transfer was refused for the way it was tried in, and there is another.

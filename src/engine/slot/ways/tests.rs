@@ -19,6 +19,7 @@ fn disk() -> Disk {
         direct: true,
         memory_align: 4,
         offset_align: 512,
+        granularity: 0,
         block_device: false,
         ignore_flush: false,
         io_poll: IoPoll::Always,
