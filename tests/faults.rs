@@ -18,6 +18,8 @@ mod fuse;
 mod images;
 #[path = "faults/neighbours.rs"]
 mod neighbours;
+#[path = "faults/memory.rs"]
+mod memory;
 mod support;
 
 use std::fs::{self, File};

@@ -6,14 +6,16 @@ use std::fs::File;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use rustix::fs::{FileType, fstat};
 use vhost::vhost_user::Backend as BackendChannel;
 use vhost::vhost_user::message::{
     VhostTransferStateDirection as Direction, VhostTransferStatePhase, VhostUserProtocolFeatures,
 };
 use vhost_user_backend::VhostUserBackend;
-use vm_memory::GuestAddressSpace;
+use vm_memory::{GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap};
 use vmm_sys_util::epoll::EventSet;
 
+use crate::engine::disk::filesystem::FileSystem;
 use crate::mq::limits::MAX_RING_SIZE;
 use crate::virtio::features;
 use crate::virtio::memory::MemoryTable;
@@ -196,10 +198,15 @@ impl VhostUserBackend for DeviceBackend {
     fn update_memory(&self, memory: GuestMemory) -> io::Result<()> {
         self.session.is_set_up();
         let before = self.session.memory();
+        let may_wait = memory.memory().iter().any(may_wait);
         let table = MemoryTable::from_guest_memory(memory.memory().into_inner(), before.as_deref())
             .map_err(io::Error::other)?;
-        let set = self.session.set_memory(Arc::new(table), false);
-        set.map_err(io::Error::other)
+        let set = self.session.set_memory(Arc::new(table), may_wait);
+        set.map_err(|error| {
+            let serial = &self.session.disk().config.serial;
+            log::warn!("disk {serial}: its guest's memory is a file on a disk: {error}");
+            io::Error::other(error)
+        })
     }
 
     fn set_backend_req_fd(&self, channel: BackendChannel) {
@@ -220,4 +227,17 @@ impl VhostUserBackend for DeviceBackend {
     ) -> io::Result<()> {
         unreachable!("the crate has no thread that could have an event")
     }
+}
+
+/// Whether a page fault in a region may wait for a disk's file system: while that is frozen, or slow, the
+/// worker that touches the page waits as well. The session guard lets no memory pass for which another
+/// program or another machine answers.
+fn may_wait(region: &GuestRegionMmap<Unlogged>) -> bool {
+    let Some(file) = region.file_offset() else {
+        return false;
+    };
+    // A character device (device DAX) is memory, whatever its node lies on.
+    let is_device = |mode| FileType::from_raw_mode(mode) == FileType::CharacterDevice;
+    let device = fstat(file.file()).is_ok_and(|stat| is_device(stat.st_mode));
+    !device && !FileSystem::of(file.file()).is_ok_and(FileSystem::is_memory)
 }

@@ -2,7 +2,7 @@
 //! while another process may take the disk over.
 
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
@@ -22,7 +22,8 @@ use super::dirty::Unlogged;
 use super::disk::Disk;
 use super::files;
 use super::session::{
-    CarriedSession, ConfigNotifier, Guard, LogKeeper, PrimeError, Served, SessionEnd, SessionLimits,
+    CarriedSession, ConfigNotifier, Guard, LogKeeper, PrimeError, Reason, Served, SessionEnd,
+    SessionLimits, fds_are_left, open_fd_table,
 };
 use super::socket::{Door, Junction, SocketFile, Stop, pass_descriptors};
 use super::takeover::Beginning;
@@ -42,6 +43,14 @@ pub struct DiskServer {
     pub rest: Arc<RestPlace>,
     /// The listener's descriptor has this number or a higher one; see [`files::number_from`].
     pub listeners_from: i32,
+}
+
+/// Descriptors that a session has before its front end has said anything, and some to spare.
+const FDS_TO_BEGIN: usize = 16;
+
+/// A descriptor that keeps a place for another one; it stands for nothing.
+fn spare_fd() -> Option<OwnedFd> {
+    open_fd_table().ok()?.try_clone_to_owned().ok()
 }
 
 /// Where front ends connect.
@@ -121,6 +130,7 @@ impl DiskServer {
 
     /// One session at a time: a front end that connects meanwhile waits until it is its turn.
     fn listen(&self, door: &mut Option<Listening>) -> Verdict {
+        let mut spare = spare_fd();
         while let Some(open) = door {
             let verdict = match self.rest.wait(&self.stop, &open.listener) {
                 Woken::Stopped => return Verdict::GoOn,
@@ -140,6 +150,7 @@ impl DiskServer {
                     Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => Verdict::GoOn,
                     Err(error) => {
                         log::error!(disk = self.disk.id.0; "disk {}: cannot accept: {error}", self.disk.config.serial);
+                        self.turn_away(&error, &open.listener, &mut spare);
                         // Out of descriptors or memory: that passes, but not by trying at once.
                         thread::sleep(Duration::from_millis(100));
                         Verdict::GoOn
@@ -153,10 +164,29 @@ impl DiskServer {
         Verdict::GoOn
     }
 
+    /// Closes the connection that waits, which there is no descriptor for, so that its front end does not wait
+    /// for an answer: in the place of a descriptor that is kept for this.
+    fn turn_away(&self, error: &io::Error, listener: &UnixListener, spare: &mut Option<OwnedFd>) {
+        if !matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE)) {
+            return;
+        }
+        drop(spare.take());
+        if listener.accept().is_ok() {
+            log::warn!(
+                disk = self.disk.id.0;
+                "disk {}: a front end was turned away: {}",
+                self.disk.config.serial,
+                Reason::NoFds
+            );
+        }
+        *spare = spare_fd();
+    }
+
     fn serve(&self, stream: UnixStream, door: &mut Option<Listening>) -> Verdict {
         let serial = &self.disk.config.serial;
         log::info!(disk = self.disk.id.0; "disk {serial}: a front end connected");
-        match Session::open(self, stream) {
+        let opened = fds_are_left(FDS_TO_BEGIN).map_err(io::Error::other);
+        match opened.and_then(|()| Session::open(self, stream)) {
             Ok(session) => self.carry_on(session, door),
             Err(error) => {
                 log::error!(disk = self.disk.id.0; "disk {serial}: the session could not begin: {error}");
@@ -207,9 +237,14 @@ impl DiskServer {
                         SessionEnd::FrontEndLeft | SessionEnd::Stopped => {
                             log::info!(disk = self.disk.id.0; "disk {serial}: the session ended");
                         }
-                        end => {
-                            log::warn!(disk = self.disk.id.0; "disk {serial}: the session was closed: {end}")
-                        }
+                        end => match session.state.gave_up() {
+                            Some(reason) => {
+                                log::warn!(disk = self.disk.id.0; "disk {serial}: the session was closed: {reason}");
+                            }
+                            None => {
+                                log::warn!(disk = self.disk.id.0; "disk {serial}: the session was closed: {end}");
+                            }
+                        },
                     }
                     break Verdict::GoOn;
                 }

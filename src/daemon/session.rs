@@ -53,7 +53,7 @@ use rustix::event::PollFlags;
 
 pub use carry::{CarriedRegion, CarriedRing, CarriedSession, Negotiated, PrimeError};
 pub use contents::read_from as config_read_from;
-pub use fds::open_fd_table;
+pub use fds::{are_left as fds_are_left, open_fd_table};
 pub use inflight::{CarriedInflight, InflightStore, NoteKeeper};
 pub use log::LogKeeper;
 pub use notifier::ConfigNotifier;

@@ -128,9 +128,14 @@ impl Vring {
             log::debug!(disk = link.ring.disk.0; "{}: no addresses yet, not started", link.ring);
             return;
         }
+        let theirs = [&own.kick, &own.call, &own.err].map(|fd| duplicate(fd.as_ref()));
+        let [Ok(kick), Ok(call), Ok(err)] = theirs else {
+            link.session.give_up(NO_FDS);
+            return;
+        };
         if let Err(error) = disk.use_image() {
             log::error!(disk = link.ring.disk.0; "{}: not started: {error}", link.ring);
-            link.session.give_up();
+            link.session.give_up(&error.to_string());
             return;
         }
         disk.ring_starts(setup.has_history(&memory));
@@ -139,9 +144,9 @@ impl Vring {
             setup,
             memory,
             memory_lost: Arc::clone(&link.session.memory_lost),
-            kick: duplicate(own.kick.as_ref()),
-            call: duplicate(own.call.as_ref()),
-            err: duplicate(own.err.as_ref()),
+            kick,
+            call,
+            err,
             enabled,
             inflight: link.session.inflight.queue(link.ring.queue.0, setup.size),
             ctxs: disk.queue_starts(link.ring.queue, own.call.is_none()),
@@ -188,11 +193,17 @@ impl Vring {
     }
 
     fn set_fd(&self, role: FdRole, file: Option<&File>) {
-        let fd = duplicate(file);
         let link = &self.link;
         let mut own = link.own();
+        let theirs = match own.running {
+            true => duplicate(file),
+            false => Ok(None),
+        };
+        let (Ok(fd), Ok(theirs)) = (duplicate(file), theirs) else {
+            link.session.give_up(NO_FDS);
+            return;
+        };
         if own.running {
-            let theirs = duplicate(fd.as_ref());
             link.ask(|done| Message::SetFd(link.ring, role, theirs, done));
         }
         *match role {
@@ -203,16 +214,13 @@ impl Vring {
     }
 }
 
-/// Another descriptor for the same open file; none if there is none to be had, in which case the
-/// ring does without it and the log says so.
-fn duplicate(fd: Option<&impl AsFd>) -> Option<OwnedFd> {
-    match fd?.as_fd().try_clone_to_owned() {
-        Ok(fd) => Some(fd),
-        Err(error) => {
-            log::error!("cannot duplicate a ring's file descriptor: {error}");
-            None
-        }
-    }
+/// Why a session ends whose ring cannot have its descriptors: without its call a guest would wait forever.
+const NO_FDS: &str = "the daemon has no file descriptors left for a queue: raise its limit of open files \
+                      (ulimit -n, LimitNOFILE=), or lower --num-queues";
+
+/// Another descriptor for the same open file.
+fn duplicate(fd: Option<&impl AsFd>) -> io::Result<Option<OwnedFd>> {
+    fd.map(|fd| fd.as_fd().try_clone_to_owned()).transpose()
 }
 
 impl<'a> VringStateGuard<'a, GuestMemory> for Vring {

@@ -21,7 +21,7 @@ const KIB_OF_A_QUEUE: u64 = 512;
 const KIB_OF_A_SESSION: u64 = 4096;
 
 /// What the process uses when nothing changes any more.
-fn at_rest(stage: &Stage) -> ProcStats {
+pub fn at_rest(stage: &Stage) -> ProcStats {
     let mut last = stage.daemon.stats();
     let mut same = 0;
     stage.daemon.wait_stats(|now| {

@@ -42,6 +42,10 @@ impl fmt::Debug for Region {
 impl Region {
     fn new(gpa: u64, len: usize, pages: MemfdFlags) -> io::Result<Self> {
         let file = memfd_create("guest-memory", MemfdFlags::CLOEXEC | pages)?;
+        Self::of(gpa, len, file)
+    }
+
+    fn of(gpa: u64, len: usize, file: OwnedFd) -> io::Result<Self> {
         ftruncate(&file, len as u64)?;
         // SAFETY: unsafe is needed to map memory. A new mapping at an address the kernel chooses replaces nothing.
         let base = unsafe {
@@ -102,6 +106,17 @@ impl GuestMemory {
     /// The same of pages of 2 MiB, of which the kernel has to have enough reserved.
     pub fn huge(layout: &[(u64, usize)]) -> io::Result<Self> {
         Self::of_pages(layout, MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB)
+    }
+
+    /// Memory of one region in a memfd, and one after it in `file`, which is made as long.
+    pub fn with_file(memfd: (u64, usize), file: (u64, usize), of: OwnedFd) -> io::Result<Self> {
+        assert!(memfd.0 + memfd.1 as u64 <= file.0, "memory regions overlap");
+        let regions = [
+            Region::new(memfd.0, memfd.1, MemfdFlags::empty())?,
+            Region::of(file.0, file.1, of)?,
+        ];
+        let regions = regions.map(Arc::new).into();
+        Ok(Self { regions })
     }
 
     fn of_pages(layout: &[(u64, usize)], pages: MemfdFlags) -> io::Result<Self> {

@@ -7,6 +7,10 @@ use std::sync::OnceLock;
 use rustix::fs::{FileType, Mode, OFlags, fcntl_getfl, fstat, fstatfs, open, readlinkat};
 use rustix::net::sockopt::{socket_domain, socket_type};
 use rustix::net::{AddressFamily, SocketType};
+use vhost::vhost_user::message::FrontendReq;
+
+use super::refusal::Reason;
+use crate::engine::disk::filesystem::FileSystem;
 
 /// What stands behind a file descriptor, as far as a session cares.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -22,9 +26,9 @@ pub(super) enum FdKind {
     File {
         bytes: u64,
         read_write: bool,
-        /// What can be mapped of it comes in multiples of so many bytes: a page of hugetlbfs, and 1
-        /// where the kernel rounds.
-        granule: u64,
+        /// What answers for its pages: this machine's memory, or a file system for which a page fault may
+        /// wait. Never another program or another machine.
+        on: FileSystem,
     },
     /// A character device, whose size nobody can tell (device DAX).
     Device {
@@ -42,14 +46,12 @@ impl FdKind {
         let link = link(fd)?;
         // Before the file system is asked anything more: one that a program implements may not answer,
         // or not when one of its pages is touched.
-        let granule = match granule(fd)? {
-            Some(granule) => granule,
-            None => {
-                return Ok(FdKind::Other(format!(
-                    "{link} on a remote or FUSE file system"
-                )));
-            }
-        };
+        let on = file_system(fd)?;
+        if on.is_remote() {
+            return Ok(FdKind::Other(format!(
+                "{link} on {on}, where another program or machine answers for each page"
+            )));
+        }
         // Before the file type: newer kernels call anonymous inodes regular files.
         if link == "anon_inode:[eventfd]" {
             return Ok(FdKind::Eventfd);
@@ -65,7 +67,7 @@ impl FdKind {
             FileType::RegularFile => FdKind::File {
                 bytes: u64::try_from(stat.st_size).unwrap_or(0),
                 read_write,
-                granule,
+                on,
             },
             FileType::CharacterDevice => FdKind::Device { read_write },
             FileType::Socket
@@ -86,8 +88,10 @@ impl FdKind {
             FdKind::Pipe { writable: false } => "the reading end of a pipe".into(),
             FdKind::UnixStream => "a Unix stream socket".into(),
             FdKind::File {
-                read_write: true, ..
-            } => "a file".into(),
+                read_write: true,
+                on,
+                ..
+            } => format!("a file on {on}"),
             FdKind::File { .. } => "a file not open for reading and writing".into(),
             FdKind::Device { read_write: true } => "a character device".into(),
             FdKind::Device { .. } => "a character device not open for reading and writing".into(),
@@ -96,41 +100,45 @@ impl FdKind {
     }
 }
 
-/// What mappings of a file come in multiples of; `None` for a file whose pages are fetched from another
-/// program or another machine: a worker that touched one would wait for as long as they please.
-fn granule(file: &OwnedFd) -> io::Result<Option<u64>> {
-    let system = fstatfs(file)?;
-    // A file system's number is a bit pattern of 32 bits, whatever the type of the field.
-    let number = u32::try_from(system.f_type & 0xffff_ffff).unwrap_or(0);
-    Ok(granule_of(
-        number,
-        u64::try_from(system.f_bsize).unwrap_or(1),
-    ))
-}
-
-/// The same for a file system of this number whose blocks have so many bytes.
-fn granule_of(number: u32, block: u64) -> Option<u64> {
-    match number {
-        HUGETLBFS => Some(block),
-        number if ELSEWHERE.contains(&number) => None,
-        _ => Some(1),
+/// Descriptors that a descriptor of such a message becomes, all those of a ring that starts with it included:
+/// what negotiates has one, the control plane one, and the worker three of the ring's.
+pub(super) fn for_each(request: FrontendReq) -> usize {
+    match request {
+        FrontendReq::SET_VRING_KICK | FrontendReq::SET_VRING_CALL | FrontendReq::SET_VRING_ERR => 5,
+        _ => 2,
     }
 }
 
-/// HUGETLBFS_MAGIC (include/uapi/linux/magic.h).
-const HUGETLBFS: u32 = 0x9584_58f6;
+/// Checks that the process can have `count` descriptors more. Others may take them meanwhile.
+///
+/// # Errors
+///
+/// It cannot.
+pub fn are_left(count: usize) -> Result<(), Reason> {
+    let table = open_fd_table().map_err(|error| Reason::Examine(error.to_string()))?;
+    let mut taken = Vec::with_capacity(count);
+    for _ in 0..count {
+        taken.push(table.try_clone_to_owned().map_err(|_| Reason::NoFds)?);
+    }
+    Ok(())
+}
 
-/// FUSE, NFS, CIFS, SMB2, SMB, 9p, Ceph, AFS (the same file, and fs/ceph/super.h).
-const ELSEWHERE: [u32; 8] = [
-    0x6573_5546,
-    0x6969,
-    0xff53_4d42,
-    0xfe53_4d42,
-    0x517b,
-    0x0102_1997,
-    0x00c3_6400,
-    0x5346_414f,
-];
+/// What mappings of a file come in multiples of, in bytes: a page of hugetlbfs, and 1 where the kernel rounds.
+pub(super) fn granule(on: FileSystem) -> u64 {
+    match on {
+        FileSystem::Hugetlbfs { page_bytes } => page_bytes,
+        _ => 1,
+    }
+}
+
+/// What answers for the bytes of a file. Asks nothing else of it.
+fn file_system(file: &OwnedFd) -> io::Result<FileSystem> {
+    let system = fstatfs(file)?;
+    // A file system's number is a bit pattern of 32 bits, whatever the type of the field.
+    let number = u32::try_from(system.f_type & 0xffff_ffff).unwrap_or(0);
+    let block = u64::try_from(system.f_bsize).unwrap_or(1);
+    Ok(FileSystem::from_magic(number, block))
+}
 
 /// Opens `/proc/self/fd`, which tells an eventfd from other anonymous inodes; `fstat` does not.
 ///
@@ -174,16 +182,10 @@ mod tests {
     use std::os::unix::net::{UnixDatagram, UnixStream};
 
     #[test]
-    fn files_on_other_machines_and_of_other_programs_are_known() {
-        // tmpfs, ext4, XFS and btrfs.
-        for number in [0x0102_1994, 0xef53, 0x5846_5342, 0x9123_683e] {
-            assert_eq!(granule_of(number, 4096), Some(1));
-        }
-        assert_eq!(granule_of(HUGETLBFS, 2 << 20), Some(2 << 20));
-        // FUSE, NFS, 9p.
-        for number in [0x6573_5546, 0x6969, 0x0102_1997] {
-            assert_eq!(granule_of(number, 4096), None);
-        }
+    fn mappings_come_in_huge_pages_where_there_are_any() {
+        let page_bytes = 2 << 20;
+        assert_eq!(granule(FileSystem::Hugetlbfs { page_bytes }), page_bytes);
+        assert_eq!(granule(FileSystem::Local("ext4")), 1);
     }
 
     #[test]
@@ -201,14 +203,14 @@ mod tests {
             FdKind::Pipe { writable: true }
         );
 
-        let file = tempfile::tempfile().unwrap();
+        let file = tempfile::tempfile_in("/dev/shm").unwrap();
         file.set_len(12345).unwrap();
         assert_eq!(
             FdKind::of(&file.into()).unwrap(),
             FdKind::File {
                 bytes: 12345,
                 read_write: true,
-                granule: 1
+                on: FileSystem::Tmpfs
             }
         );
 

@@ -11,6 +11,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use rustix::fs::fstat;
 use vhost::vhost_user::message::FrontendReq;
 
 use super::SessionLimits;
@@ -187,19 +188,18 @@ impl Description {
             });
         }
         let kind = FdKind::of(file).map_err(examine)?;
-        let FdKind::File {
-            read_write: true, ..
-        } = kind
-        else {
-            return Err(Reason::InflightFile(kind.describe()));
-        };
-        if !is_memory(file) {
-            return Err(Reason::InflightFile("a file that is not in memory".into()));
+        // A worker writes there for each request, and must not wait for a device. What has seals is memory.
+        match kind {
+            FdKind::File {
+                read_write: true,
+                on,
+                ..
+            } if on.is_memory() && is_memory(file) => {}
+            other => return Err(Reason::InflightFile(other.describe())),
         }
         // Its length only now that it cannot shrink any more, if that can be had.
-        let FdKind::File { bytes: has, .. } = FdKind::of(file).map_err(examine)? else {
-            return Err(Reason::InflightFile(kind.describe()));
-        };
+        let has = fstat(file).map_err(|errno| examine(errno.into()))?.st_size;
+        let has = u64::try_from(has).unwrap_or(0);
         if self
             .offset
             .checked_add(self.size)

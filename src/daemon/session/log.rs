@@ -13,6 +13,7 @@ use super::fds::FdKind;
 use super::refusal::Reason;
 use super::rules::Rules;
 use super::wire::{Message, u64_at};
+use crate::engine::disk::filesystem::FileSystem;
 use crate::virtio::features::LOG_ALL;
 use crate::virtio::log::{DirtyLog, LOG_PAGE_BYTES};
 
@@ -52,17 +53,18 @@ impl Rules {
         };
         let file = &message.fds[0];
         match FdKind::of(file).map_err(|error| Reason::Examine(error.to_string()))? {
+            // Marking a page must not wait for a device: a worker does it, which serves other disks.
             FdKind::File {
                 bytes,
                 read_write: true,
-                granule: 1,
+                on: FileSystem::Tmpfs,
             } if needs <= bytes => {}
             FdKind::File {
                 bytes,
                 read_write: true,
-                granule,
+                on,
             } => {
-                let found = format!("a file of {bytes:#x} in pieces of {granule:#x}");
+                let found = format!("a file of {bytes:#x} on {on}");
                 return Err(Reason::LogFile { needs, found });
             }
             other => {

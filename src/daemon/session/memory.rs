@@ -5,7 +5,7 @@
 
 use std::os::fd::OwnedFd;
 
-use super::fds::FdKind;
+use super::fds::{FdKind, granule};
 use super::refusal::Reason;
 use super::wire::u64_at;
 
@@ -67,12 +67,12 @@ impl Region {
             FdKind::File {
                 bytes,
                 read_write: true,
-                granule,
-            } if needs <= bytes => match (self.offset | self.size) & (granule - 1) {
+                on,
+            } if needs <= bytes => match (self.offset | self.size) & (granule(on) - 1) {
                 0 => Ok(()),
                 _ => Err(Reason::RegionHugePages {
                     guest: self.guest,
-                    page: granule,
+                    page: granule(on),
                 }),
             },
             FdKind::File {

@@ -55,6 +55,11 @@ pub enum Reason {
     TooManyFds(usize),
     #[error("file descriptors were lost: raise the daemon's limit of open files (ulimit -n)")]
     FdsLost,
+    #[error(
+        "the daemon has no file descriptors left for it: raise its limit of open files (ulimit -n, LimitNOFILE=), \
+         or lower --num-queues"
+    )]
+    NoFds,
     #[error("the session has an owner already")]
     Owned,
     #[error("feature bits {extra:#x} were never offered ({}){}", names(*extra), advice(*extra, *offered))]
@@ -149,7 +154,8 @@ pub enum Reason {
     )]
     LogPlace { size: u64, offset: u64, page: u64 },
     #[error(
-        "dirty log needs {needs:#x} bytes of {found}, expected that many of a file open for reading and writing"
+        "dirty log needs {needs:#x} bytes of {found}, expected that many of a memfd or a file on tmpfs, open for \
+         reading and writing"
     )]
     LogFile { needs: u64, found: String },
     #[error("dirty log of {has} pages for guest memory that ends at page {needs}")]

@@ -12,7 +12,7 @@ use vhost::vhost_user::message::{
 
 use super::SessionLimits;
 use super::contents;
-use super::fds::FdKind;
+use super::fds::{FdKind, are_left, for_each};
 use super::inflight::{self, InflightStore};
 use super::log::Log;
 use super::memory::{REGION_BYTES, Region, RegionTable};
@@ -98,6 +98,7 @@ impl Rules {
         use FrontendReq as R;
         let request = R::try_from(message.header.request).expect("the header was checked");
         let payload = message.payload.as_slice();
+        are_left(message.fds.len() * for_each(request))?;
         match request {
             R::SET_MEM_TABLE => {
                 let message = self.set_mem_table(message)?;

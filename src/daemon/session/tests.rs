@@ -92,7 +92,7 @@ fn event() -> OwnedFd {
 }
 
 fn file_of(bytes: u64) -> File {
-    let file = tempfile::tempfile().unwrap();
+    let file = tempfile::tempfile_in("/dev/shm").unwrap();
     file.set_len(bytes).unwrap();
     file
 }

@@ -16,8 +16,29 @@ use vhost::vhost_user::Listener;
 /// its file is gone from the file system before anybody is served, and it is connected to through
 /// a descriptor of the file.
 pub struct Junction {
-    listener: Mutex<Listener>,
+    listener: Mutex<Waiting>,
     file: OwnedFd,
+}
+
+/// The listener, and whether a connection may wait there that is not for the next one who accepts.
+struct Waiting {
+    listener: Listener,
+    stale: bool,
+}
+
+impl Waiting {
+    /// Closes what waits, if anything may: two sessions must never be joined crosswise.
+    fn clear(&mut self) -> io::Result<()> {
+        if !self.stale {
+            return Ok(());
+        }
+        let socket = io::Error::other::<vhost::vhost_user::Error>;
+        self.listener.set_nonblocking(true).map_err(socket)?;
+        while self.listener.accept().map_err(socket)?.is_some() {}
+        self.listener.set_nonblocking(false).map_err(socket)?;
+        self.stale = false;
+        Ok(())
+    }
 }
 
 impl fmt::Debug for Junction {
@@ -66,7 +87,10 @@ impl Junction {
         }
         let file = rustix::fs::open(&path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
         Ok(Junction {
-            listener: Mutex::new(Listener::from(listener)),
+            listener: Mutex::new(Waiting {
+                listener: Listener::from(listener),
+                stale: false,
+            }),
             file,
         })
     }
@@ -80,9 +104,17 @@ impl Junction {
         &self,
         accept: impl FnOnce(&mut Listener) -> Result<(), E>,
     ) -> Result<UnixStream, E> {
-        let mut listener = self.listener.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut waiting = self.listener.lock().unwrap_or_else(PoisonError::into_inner);
+        waiting.clear()?;
         let ours = UnixStream::connect(format!("/proc/self/fd/{}", self.file.as_raw_fd()))?;
-        accept(&mut listener)?;
+        if let Err(error) = accept(&mut waiting.listener) {
+            // It may wait there still, and would be taken for the next one.
+            waiting.stale = true;
+            drop(ours);
+            // What cannot be done now is done before the next one connects.
+            let _ = waiting.clear();
+            return Err(error);
+        }
         Ok(ours)
     }
 }
@@ -111,6 +143,24 @@ mod tests {
             theirs.unwrap().read_exact(&mut got).unwrap();
             assert_eq!(&got, b"x");
         }
+    }
+
+    #[test]
+    fn a_connection_that_was_not_accepted_is_not_taken_for_the_next_one() {
+        let junction = Junction::new(None, &[]).unwrap();
+        let refused = junction.join(|_| Err::<(), _>(io::Error::from_raw_os_error(libc::EMFILE)));
+        assert!(refused.is_err());
+        let mut theirs = None;
+        let mut ours = junction
+            .join(|listener| -> io::Result<()> {
+                theirs = listener.accept().unwrap();
+                Ok(())
+            })
+            .unwrap();
+        ours.write_all(b"x").unwrap();
+        let mut got = [0];
+        theirs.unwrap().read_exact(&mut got).unwrap();
+        assert_eq!(&got, b"x");
     }
 
     #[test]

@@ -122,6 +122,11 @@ impl FileSystem {
         }
     }
 
+    /// Whether the bytes lie in this machine's memory, so that a page fault waits for no device.
+    pub fn is_memory(self) -> bool {
+        matches!(self, FileSystem::Tmpfs | FileSystem::Hugetlbfs { .. })
+    }
+
     /// Whether another program or another machine answers for the bytes, so that a request or a page
     /// fault may last as long as that one likes.
     pub fn is_remote(self) -> bool {

@@ -351,7 +351,7 @@ fn regions_that_cannot_be_are_refused() {
         .open("/proc/self/coredump_filter")
         .unwrap();
     for (file, name) in [
-        (elsewhere.into(), "a file that is not in memory"),
+        (elsewhere.into(), "a file on file system 0x9fa0"),
         (event(), "an eventfd"),
         (UnixStream::pair().unwrap().0.into(), "a Unix stream socket"),
         (

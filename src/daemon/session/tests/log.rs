@@ -106,9 +106,17 @@ fn a_log_is_part_of_a_file_that_can_be_written() {
     );
     refuse(
         vec![log_of(PAGE, PAGE, file_of(2 * PAGE - 1))],
-        "needs 0x2000 bytes of a file of 0x1fff in",
+        "needs 0x2000 bytes of a file of 0x1fff on tmpfs",
     );
     refuse(vec![log_of(8, 0, event())], "of an eventfd");
+    let elsewhere = File::options()
+        .read(true)
+        .write(true)
+        .open("/proc/self/coredump_filter");
+    refuse(
+        vec![log_of(1, 0, elsewhere.unwrap())],
+        "on file system 0x9fa0",
+    );
     let file = tempfile::NamedTempFile::new().unwrap();
     file.as_file().set_len(PAGE).unwrap();
     let read_only = File::open(file.path()).unwrap();

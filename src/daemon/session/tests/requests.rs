@@ -310,7 +310,7 @@ fn a_kick_is_an_eventfd() {
     );
     refuse(
         vec![kick(file_of(8).into())],
-        "is a file, expected an eventfd",
+        "is a file on tmpfs, expected an eventfd",
     );
 }
 
