@@ -16,10 +16,10 @@ mod enter;
 mod fuse;
 #[path = "faults/images.rs"]
 mod images;
-#[path = "faults/neighbours.rs"]
-mod neighbours;
 #[path = "faults/memory.rs"]
 mod memory;
+#[path = "faults/neighbours.rs"]
+mod neighbours;
 mod support;
 
 use std::fs::{self, File};

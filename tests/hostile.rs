@@ -21,10 +21,14 @@ mod stage;
 
 #[path = "hostile/ceilings.rs"]
 mod ceilings;
+#[path = "hostile/descriptors.rs"]
+mod descriptors;
 #[path = "hostile/fds.rs"]
 mod fds;
 #[path = "hostile/hoards.rs"]
 mod hoards;
+#[path = "hostile/locked_memory.rs"]
+mod locked_memory;
 #[path = "hostile/memory.rs"]
 mod memory;
 #[path = "hostile/messages.rs"]

@@ -203,8 +203,12 @@ impl VhostUserBackend for DeviceBackend {
             .map_err(io::Error::other)?;
         let set = self.session.set_memory(Arc::new(table), may_wait);
         set.map_err(|error| {
-            let serial = &self.session.disk().config.serial;
-            log::warn!("disk {serial}: its guest's memory is a file on a disk: {error}");
+            let disk = self.session.disk();
+            log::warn!(
+                disk = disk.id.0;
+                "disk {}: its guest's memory is a file on a disk: {error}",
+                disk.config.serial
+            );
             io::Error::other(error)
         })
     }

@@ -2,6 +2,7 @@
 //! disk's socket, and takes everything down in order.
 
 mod crew;
+mod locked;
 mod opening;
 
 use std::io;

@@ -157,7 +157,7 @@ impl Vring {
                 log::warn!(disk = link.ring.disk.0; "{}: not started: {error}", link.ring);
                 if error == RingError::TooMany {
                     // Its guest would wait for it.
-                    link.session.give_up();
+                    link.session.give_up(&error.to_string());
                 }
                 disk.queue_stopped(link.ring.queue);
                 disk.leave_image();

@@ -193,7 +193,7 @@ pub fn spawn(
     }
 }
 
-fn make_engine(options: WorkerOptions) -> io::Result<(Engine, Waker)> {
+pub(super) fn make_engine(options: WorkerOptions) -> io::Result<(Engine, Waker)> {
     // A kick to watch and a call and an err fd to write to for each.
     let watches = options.load.rings.saturating_mul(2);
     let depth = TagDepth::for_disks(options.load.disks).total();

@@ -13,7 +13,7 @@ use crate::daemon::worker::{self, WorkerOptions};
 use crate::error::StartError;
 use crate::mq::limits::MAX_HCTXS;
 
-use super::system;
+use super::{locked, system};
 
 /// All workers.
 pub(super) struct Crew {
@@ -63,6 +63,9 @@ impl Crew {
             crew.threads.push(thread);
         }
         crew.start_dedicated(config, options);
+        if config.control_path.is_some() {
+            locked::check(options, crew.threads.len());
+        }
         Ok(crew)
     }
 
