@@ -2,8 +2,8 @@
 //!
 //! A write to standard error can block for any time: a pipe is full, a terminal is paused (Ctrl-S), the disk under a
 //! log file is slow. A thread that serves disks never makes it. It puts the finished line into a bounded queue, and a
-//! thread of its own writes ([`queue`]). What does not fit is counted, and the count is a line as soon as
-//! there is room. Each disk may have lines written at a bounded rate ([`limit`]), because a front end can cause as many
+//! thread of its own writes (`queue`). What does not fit is counted, and the count is a line as soon as
+//! there is room. Each disk may have lines written at a bounded rate (`limit`), because a front end can cause as many
 //! as it likes.
 //!
 //! A line that is about a disk names its number as the key-value `disk`: `log::warn!(disk = id.0; "…")`.

@@ -16,27 +16,36 @@ const SPAN: Duration = Duration::from_secs(2);
 /// Medians of so many runs.
 const RUNS: usize = 5;
 
-/// The delays of reads and flushes of a disk, in microseconds, until `until` is over: median and 99th percentile.
-fn delays(disk: &mut Disk, until: Duration) -> (u64, u64) {
+/// Delays of one kind of request in microseconds: median and 99th percentile.
+type Pace = (u64, u64);
+
+/// Of reads of 4 KiB, and of flushes.
+type Paces = [Pace; 2];
+
+/// Before and during.
+type Delays = [Paces; 2];
+
+/// The delays of a disk's reads and flushes until `until` is over: a flush after seven reads.
+fn delays(disk: &mut Disk, until: Duration) -> Paces {
     let begun = Instant::now();
-    let mut seen = Vec::new();
+    let mut seen = [Vec::new(), Vec::new()];
     for n in 0_u64.. {
         if begun.elapsed() > until {
             break;
         }
         let at = Instant::now();
-        match n % 8 {
-            0 => disk.flush(0),
-            _ => drop(disk.read(0, n % 64 * 8, 4096)),
+        let is_flush = n % 8 == 0;
+        match is_flush {
+            true => disk.flush(0),
+            false => drop(disk.read(0, n % 64 * 8, 4096)),
         }
-        seen.push(at.elapsed().as_micros() as u64);
+        seen[usize::from(is_flush)].push(at.elapsed().as_micros() as u64);
     }
-    seen.sort_unstable();
-    (seen[seen.len() / 2], seen[seen.len() * 99 / 100])
+    seen.map(|mut times| {
+        times.sort_unstable();
+        (times[times.len() / 2], times[times.len() * 99 / 100])
+    })
 }
-
-/// Median and 99th percentile, before and during.
-type Delays = [(u64, u64); 2];
 
 /// What a disk does while the other is measured.
 type Deed = fn(&mut Disk, &AtomicBool);
@@ -79,18 +88,40 @@ fn ordinary(disk: &mut Disk, over: &AtomicBool) {
     keep_busy(disk, over, 128 << 10, 16);
 }
 
-fn discards(disk: &mut Disk, over: &AtomicBool, sectors: u32) {
+/// Makes extents of 4 KiB with holes between them, and discards them all, so many bytes at a time.
+fn discard_extents(disk: &mut Disk, over: &AtomicBool, bytes: u64) {
+    const EXTENTS: u64 = 2048;
+    const STEP: u64 = 8192;
+    let gpa = disk.mem().alloc(4096, 4096);
     while !over.load(Ordering::Relaxed) {
-        disk.clear(0, kind::DISCARD, Range::new(0, sectors));
+        let queue = &mut disk.queues[0];
+        for extent in 0..EXTENTS {
+            if queue.in_flight() == 32 {
+                queue.wait(DEADLINE).expect("it comes back");
+            }
+            let data = [Seg::readable(gpa, 4096)];
+            let sector = extent * STEP / SECTOR;
+            queue
+                .push(extent % 64, kind::OUT, 0, sector, &data)
+                .expect("room");
+            queue.publish();
+        }
+        while queue.in_flight() > 0 {
+            queue.wait(DEADLINE).expect("it comes back");
+        }
+        for at in (0..EXTENTS * STEP).step_by(bytes as usize) {
+            let range = Range::new(at / SECTOR, (bytes / SECTOR) as u32);
+            disk.clear(0, kind::DISCARD, range);
+        }
     }
 }
 
 fn long_discards(disk: &mut Disk, over: &AtomicBool) {
-    discards(disk, over, (1 << 30) / 512);
+    discard_extents(disk, over, 16 << 20);
 }
 
 fn short_discards(disk: &mut Disk, over: &AtomicBool) {
-    discards(disk, over, (1 << 20) / 512);
+    discard_extents(disk, over, 128 << 10);
 }
 
 /// Before and during, by its neighbour's deed. What misbehaves is switched on in between, and off at the end.
@@ -143,6 +174,23 @@ fn run_all() -> Vec<(&'static str, Delays)> {
             if on { mount.hang() } else { mount.release() }
         }),
     ));
+    let slow = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let pause = || std::thread::sleep(Duration::from_millis(20));
+            while !slow.load(Ordering::Relaxed) {
+                mount.hang();
+                pause();
+                mount.release();
+                std::thread::yield_now();
+            }
+        });
+        rows.push((
+            "everything, on a server that answers every 20 ms",
+            measure(&image, &[], everything, |_| ()),
+        ));
+        slow.store(true, Ordering::Relaxed);
+    });
     let cached = ["--cache", "writeback"];
     let (_dir, image) = plain(64 << 20);
     rows.push((
@@ -153,13 +201,13 @@ fn run_all() -> Vec<(&'static str, Delays)> {
         "cached reads of 48 MiB, 16 at a time",
         measure(&image, &cached, huge, |_| ()),
     ));
-    let (_dir, image) = plain(1 << 30);
+    let (_dir, image) = plain(64 << 20);
     rows.push((
-        "discards of 1 MiB",
+        "2048 extents discarded in pieces of 128 KiB",
         measure(&image, &[], short_discards, |_| ()),
     ));
     rows.push((
-        "discards of 1 GiB",
+        "2048 extents discarded at once",
         measure(&image, &[], long_discards, |_| ()),
     ));
     rows
@@ -169,19 +217,30 @@ fn run_all() -> Vec<(&'static str, Delays)> {
 #[ignore = "a measurement, for docs/SECURITY.md"]
 fn what_the_neighbour_feels() {
     let runs: Vec<_> = (0..RUNS).map(|_| run_all()).collect();
-    let median = |row: usize, pick: fn(&Delays) -> u64| {
-        let mut all: Vec<u64> = runs.iter().map(|run| pick(&run[row].1)).collect();
+    let median = |row: usize, when: usize, what: usize, pick: fn(Pace) -> u64| {
+        let mut all: Vec<u64> = runs
+            .iter()
+            .map(|run| pick(run[row].1[when][what]))
+            .collect();
         all.sort_unstable();
         all[all.len() / 2]
     };
-    println!("| the other disk | p50, µs | p99, µs |\n|---|---|---|");
+    println!(
+        "| the other disk | reads: p50, µs | p99 | flushes: p50 | p99 |\n|---|---|---|---|---|"
+    );
     for (row, (name, _)) in runs[0].iter().enumerate() {
-        println!(
-            "| {name} | {} → {} | {} → {} |",
-            median(row, |at| at[0].0),
-            median(row, |at| at[1].0),
-            median(row, |at| at[0].1),
-            median(row, |at| at[1].1)
-        );
+        print!("| {name}");
+        for (what, pick) in [(0, 0), (0, 1), (1, 0), (1, 1)] {
+            let pick: fn(Pace) -> u64 = match pick {
+                0 => |pace| pace.0,
+                _ => |pace| pace.1,
+            };
+            print!(
+                " | {} → {}",
+                median(row, 0, what, pick),
+                median(row, 1, what, pick)
+            );
+        }
+        println!(" |");
     }
 }
