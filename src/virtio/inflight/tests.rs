@@ -54,8 +54,9 @@ pub(in crate::virtio) fn region(queues: u16, size: u16) -> (InflightRegion, File
     (region, file.into())
 }
 
-/// The same as a version of this program left it that had records of the size said, and nothing behind them.
-fn old_region(queues: u16, size: u16) -> (InflightRegion, File) {
+/// The same as a version of this program left it that had records of the size said, and nothing behind them. A record of
+/// a small ring has few entries here, so that few stores begin it.
+pub(in crate::virtio) fn old_region(queues: u16, size: u16) -> (InflightRegion, File) {
     let file = memfd_create("old", MemfdFlags::ALLOW_SEALING).unwrap();
     let bytes = records_bytes(queues, size) as u64;
     ftruncate(&file, bytes).unwrap();
