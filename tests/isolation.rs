@@ -28,7 +28,7 @@ mod threads;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use neighbours::{Frozen, Pair, Party, TIMES};
 use rustix::process::Signal;
@@ -84,9 +84,7 @@ fn a_server_that_hangs_holds_up_its_own_disk_and_nothing_else() {
     let seen = pair.status();
     assert_eq!(seen["disks"][0]["connected"], true, "{seen}");
     // The second signal is for what does not end.
-    pair.daemon.signal(Signal::TERM);
-    assert!(pair.daemon.wait_for_message("finishing what is in flight"));
-    pair.daemon.signal(Signal::TERM);
+    terminate_twice(&pair.daemon);
     assert!(
         pair.daemon
             .wait_for_message("ending without what is in flight of disk")
@@ -94,6 +92,30 @@ fn a_server_that_hangs_holds_up_its_own_disk_and_nothing_else() {
     mount.release();
     let mut daemon = pair.daemon;
     assert_eq!(daemon.wait_exit().code(), Some(1));
+}
+
+/// Signals that come together, as from timeout(1) or a terminal that closes, are one: what is in flight is finished.
+#[test]
+fn signals_that_come_together_leave_nothing_in_flight() {
+    let Some(mount) = fuse::FuseMount::new(&[("disk.img", 16 << 20)]) else {
+        return;
+    };
+    let pair = Pair::start(&mount.path("disk.img"), &[]);
+    let mut disk = pair.attach();
+    mount.hang();
+    neighbours::push_everything(&mut disk, 1);
+    assert!(mount.wait_for_waiting(1), "the server was asked");
+    pair.daemon.signal(Signal::TERM);
+    pair.daemon.signal(Signal::HUP);
+    assert!(pair.daemon.wait_for_message("finishing what is in flight"));
+    pair.daemon.signal(Signal::TERM);
+    pair.daemon.signal(Signal::HUP);
+    mount.release();
+    let count = usize::from(disk.queues[0].in_flight());
+    let ends = finish_all(&mut disk.queues[0], count);
+    assert!(ends.iter().all(|end| end.status == status::OK), "{ends:?}");
+    let mut daemon = pair.daemon;
+    assert_eq!(daemon.wait_exit().code(), Some(0));
 }
 
 /// The same requests, and the server goes on.
@@ -128,9 +150,7 @@ fn a_frozen_file_system_does_not_hold_up_the_end_for_ever() {
     let cold = frozen.freeze();
     neighbours::push_everything(&mut disk, 10);
     neighbours::use_in_every_way(&mut pair.attach_other(), 0);
-    pair.daemon.signal(Signal::TERM);
-    assert!(pair.daemon.wait_for_message("finishing what is in flight"));
-    pair.daemon.signal(Signal::TERM);
+    terminate_twice(&pair.daemon);
     assert!(pair.daemon.wait_for_message("in flight of disk cold"));
     drop(cold);
     let mut daemon = pair.daemon;
@@ -231,6 +251,14 @@ fn a_discard_larger_than_what_is_offered_is_done() {
     assert_eq!(done.status, status::OK);
     assert!(begun.elapsed() < DEADLINE);
     pair.daemon.stop();
+}
+
+/// Ends a daemon that does not finish what is in flight: the second signal counts a second after the first.
+fn terminate_twice(daemon: &Daemon) {
+    daemon.signal(Signal::TERM);
+    assert!(daemon.wait_for_message("finishing what is in flight"));
+    std::thread::sleep(Duration::from_millis(1100));
+    daemon.signal(Signal::TERM);
 }
 
 /// A plain name.

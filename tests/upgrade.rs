@@ -17,6 +17,8 @@ mod last_release;
 mod promises;
 #[path = "upgrade/refused.rs"]
 mod refused;
+#[path = "upgrade/short.rs"]
+mod short;
 mod support;
 #[path = "upgrade/unready.rs"]
 mod unready;

@@ -17,6 +17,7 @@ use std::io;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::Receiver;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -36,7 +37,7 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// Enough for a request's head, and for whatever serializing its answer needs.
 const STACK_BYTES: usize = 256 * 1024;
 
-/// Serves the control socket until `stop` is said.
+/// Starts the thread of the control socket. It waits for `begin`, and serves until `stop` is said.
 ///
 /// # Errors
 ///
@@ -46,6 +47,7 @@ pub fn serve(
     roster: Arc<Roster>,
     stop: Arc<Stop>,
     giver: Giver,
+    begin: Receiver<()>,
 ) -> io::Result<JoinHandle<()>> {
     let api = Arc::new(Api::new(roster, giver));
     let active = Arc::new(AtomicUsize::new(0));
@@ -53,6 +55,9 @@ pub fn serve(
         .name("control".to_owned())
         .stack_size(STACK_BYTES)
         .spawn(move || {
+            if begin.recv().is_err() {
+                return;
+            }
             while stop.or_readable(&listener) {
                 match listener.accept() {
                     Ok((stream, _)) => admit(stream, &api, &active),

@@ -12,6 +12,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
+use std::sync::mpsc::Receiver;
 use std::thread::{self, JoinHandle};
 
 use rustix::event::{PollFd, PollFlags, poll};
@@ -114,7 +115,12 @@ impl GrowthWatch {
     /// # Errors
     ///
     /// The thread cannot be started.
-    pub fn spawn(mut self, disks: &[Arc<Disk>], stop: &Stop) -> io::Result<Option<JoinHandle<()>>> {
+    pub fn spawn(
+        mut self,
+        disks: &[Arc<Disk>],
+        stop: &Stop,
+        begin: Receiver<()>,
+    ) -> io::Result<Option<JoinHandle<()>>> {
         if self.watched.is_empty() && self.devices.is_empty() {
             return Ok(None);
         }
@@ -123,7 +129,11 @@ impl GrowthWatch {
         thread::Builder::new()
             .name("growth".to_owned())
             .stack_size(STACK_BYTES)
-            .spawn(move || self.run(&stop))
+            .spawn(move || {
+                if begin.recv().is_ok() {
+                    self.run(&stop);
+                }
+            })
             .map(Some)
     }
 

@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
+use std::sync::mpsc::Receiver;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -31,7 +32,7 @@ use super::takeover::rest::{AtRest, CarriedListener, RestPlace, RestingSession, 
 use super::vring::{GuestMemory, SessionState, bind};
 
 /// What one disk's thread needs.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct DiskServer {
     /// The disk.
     pub disk: Arc<Disk>,
@@ -74,18 +75,22 @@ impl Listening {
 }
 
 impl DiskServer {
-    /// Serves what the beginning has on a thread of its own, and calls `done` at the end.
+    /// Starts the disk's thread. It waits for what it begins with, serves that, and calls `done` at the end. If
+    /// nothing comes, it does nothing.
     ///
     /// # Errors
     ///
     /// The thread cannot be started.
     pub fn spawn(
         self,
-        beginning: Beginning,
+        beginning: Receiver<Beginning>,
         done: impl FnOnce() + Send + 'static,
     ) -> io::Result<JoinHandle<()>> {
         let name = format!("disk-{}", self.disk.id);
         thread::Builder::new().name(name).spawn(move || {
+            let Ok(beginning) = beginning.recv() else {
+                return;
+            };
             self.run(beginning);
             self.rest.gone(self.disk.id);
             done();

@@ -4,6 +4,7 @@
 mod crew;
 mod locked;
 mod opening;
+mod parked;
 
 use std::io;
 use std::os::unix::net::UnixListener;
@@ -12,7 +13,7 @@ use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use signal_hook::consts::SIGUSR1;
+use signal_hook::consts::{SIGHUP, SIGUSR1};
 
 use crate::config::{Config, SummaryFormat};
 use crate::control;
@@ -24,6 +25,7 @@ use crate::sigbus;
 
 use self::crew::Crew;
 use self::opening::{Doors, Opening, Passed};
+use self::parked::{Parked, Threads};
 use super::clock::Clock;
 use super::dedicated::DedicatedWorkers;
 use super::disk::Disk;
@@ -37,11 +39,15 @@ use super::session::open_fd_table;
 use super::signals;
 use super::socket::{Door, Junction, Stop};
 use super::takeover::rest::RestPlace;
-use super::takeover::{Beginning, ControlSocket, Giver, Predecessor};
+use super::takeover::{Beginning, ControlSocket, Giver, Inheritance, Predecessor};
 
 /// How long requests in flight may take to end when the process is to end. Front ends connect again for a
 /// minute, some of them no longer.
 const FINISH: Duration = Duration::from_secs(20);
+
+/// A signal that comes so soon after the first one to end the process was sent together with it, and does not mean
+/// that what is in flight is to be left.
+const SAME_SIGNAL: Duration = Duration::from_secs(1);
 
 /// What the main thread waits for.
 enum Happened {
@@ -111,9 +117,11 @@ pub fn run(config: Config) -> Result<(), StartError> {
     };
     let servers = service.servers(&Arc::new(junction), listeners_from);
     let Doors { disks, control } = doors;
-    let (beginnings, control) =
-        service.begin(&config, predecessor, &servers, disks, control, clock)?;
-    let threads = service.start(&config, servers, beginnings, growth, control)?;
+    let (inheritance, control) = service.inherit(&config, predecessor, &servers, control, clock)?;
+    // All that can fail is done before the disks are ours: a take-over that fails leaves them to the other daemon.
+    let parked = service.start(&config, servers, growth, control)?;
+    let beginnings = service.beginnings(inheritance, disks)?;
+    let threads = parked.begin(beginnings);
 
     let serving = service.wait(&happened);
 
@@ -182,24 +190,6 @@ struct Service {
     events: Sender<Happened>,
 }
 
-/// The threads that serve, to be joined in this order.
-struct Threads {
-    disks: Vec<JoinHandle<()>>,
-    growth: Option<JoinHandle<()>>,
-    control: Option<(JoinHandle<()>, Arc<ControlSocket>)>,
-}
-
-impl Threads {
-    fn join(self) {
-        for thread in self.disks.into_iter().chain(self.growth) {
-            let _ = thread.join();
-        }
-        if let Some((thread, _socket)) = self.control {
-            let _ = thread.join();
-        }
-    }
-}
-
 impl Service {
     fn servers(&self, junction: &Arc<Junction>, listeners_from: i32) -> Vec<DiskServer> {
         let disks = self.roster.disks().iter();
@@ -214,29 +204,37 @@ impl Service {
             .collect()
     }
 
-    /// What each disk's thread begins with, and the control socket: our own, or the predecessor's.
-    fn begin(
+    /// What the predecessor has, if there is one, and the control socket: our own, or the predecessor's.
+    fn inherit(
         &self,
         config: &Config,
         predecessor: Option<Predecessor>,
         servers: &[DiskServer],
-        doors: Vec<Option<Door>>,
         mut control: Option<opening::ControlDoor>,
         clock: Clock,
-    ) -> Result<(Vec<Beginning>, Option<opening::ControlDoor>), StartError> {
-        let mut inherited = Vec::new();
-        if let Some(predecessor) = predecessor {
-            let mut inheritance = predecessor.inherit(&self.roster, servers, clock)?;
-            if let Some(path) = &config.control_path
-                && let Some(theirs) = inheritance.control(path)
-            {
-                control = Some(theirs);
-            }
-            inherited = inheritance.take(self.roster.disks())?;
-            if let Some((_, file)) = &mut control {
-                file.adopt();
-            }
+    ) -> Result<(Option<Inheritance>, Option<opening::ControlDoor>), StartError> {
+        let Some(predecessor) = predecessor else {
+            return Ok((None, control));
+        };
+        let mut inheritance = predecessor.inherit(&self.roster, servers, clock)?;
+        if let Some(path) = &config.control_path
+            && let Some(theirs) = inheritance.control(path)
+        {
+            control = Some(theirs);
         }
+        Ok((Some(inheritance), control))
+    }
+
+    /// What each disk's thread begins with. With an inheritance, its disks are this process's from here on.
+    fn beginnings(
+        &self,
+        inheritance: Option<Inheritance>,
+        doors: Vec<Option<Door>>,
+    ) -> Result<Vec<Beginning>, StartError> {
+        let mut inherited = match inheritance {
+            Some(inheritance) => inheritance.take(self.roster.disks())?,
+            None => Vec::new(),
+        };
         inherited.resize_with(doors.len(), || None);
         let beginnings = inherited.into_iter().zip(doors).map(|(theirs, door)| {
             theirs.unwrap_or(Beginning {
@@ -244,45 +242,52 @@ impl Service {
                 session: None,
             })
         });
-        Ok((beginnings.collect(), control))
+        Ok(beginnings.collect())
     }
 
-    /// Starts all threads that serve.
+    /// Starts all threads that serve. They do nothing before [`Parked::begin`].
     fn start(
         &self,
         config: &Config,
         servers: Vec<DiskServer>,
-        beginnings: Vec<Beginning>,
         growth: GrowthWatch,
         control: Option<opening::ControlDoor>,
-    ) -> Result<Threads, StartError> {
+    ) -> Result<Parked, StartError> {
+        let (begin_growth, begin) = mpsc::channel();
         let growth = growth
-            .spawn(self.roster.disks(), &self.stop)
+            .spawn(self.roster.disks(), &self.stop, begin)
             .map_err(|source| system("watch the images' sizes", source))?;
+        let (begin_control, begin) = mpsc::channel();
         let control = match (&config.control_path, control) {
             (Some(path), Some((listener, file))) => {
                 let socket = ControlSocket::new(path, &listener, file)
                     .map_err(|source| system("keep the control socket", source))?;
                 let socket = Arc::new(socket);
                 let thread = self
-                    .start_control(listener, &socket)
+                    .start_control(listener, &socket, begin)
                     .map_err(|source| system("start the control socket's thread", source))?;
                 Some((thread, socket))
             }
             _ => None,
         };
-        let mut disks = Vec::new();
-        for (server, beginning) in servers.into_iter().zip(beginnings) {
+        let (mut disks, mut begin_disks) = (Vec::new(), Vec::new());
+        for server in servers {
             let events = self.events.clone();
+            let (begin, beginning) = mpsc::channel();
             let thread = server
                 .spawn(beginning, move || drop(events.send(Happened::DiskDone)))
                 .map_err(|source| system("start a disk's thread", source))?;
             disks.push(thread);
+            begin_disks.push(begin);
         }
-        Ok(Threads {
-            disks,
-            growth,
-            control,
+        Ok(Parked {
+            threads: Threads {
+                disks,
+                growth,
+                control,
+            },
+            begin_disks,
+            begin_others: [begin_growth, begin_control],
         })
     }
 
@@ -290,6 +295,7 @@ impl Service {
         &self,
         listener: UnixListener,
         socket: &Arc<ControlSocket>,
+        begin: Receiver<()>,
     ) -> io::Result<JoinHandle<()>> {
         let events = self.events.clone();
         let giver = Giver::new(
@@ -303,6 +309,7 @@ impl Service {
             Arc::clone(&self.roster),
             Arc::clone(&self.stop),
             giver,
+            begin,
         )
     }
 
@@ -334,15 +341,17 @@ impl Service {
     ///
     /// # Errors
     ///
-    /// Some have not after [`FINISH`], or at a second signal. What they have in flight stays in the in-flight
+    /// Some have not after [`FINISH`], or at a second SIGTERM or SIGINT that comes [`SAME_SIGNAL`] later. What they have in flight stays in the in-flight
     /// record, as after a crash, and the process can end.
     fn finish(&self, happened: &Receiver<Happened>, mut serving: usize) -> Result<(), StartError> {
-        let deadline = Instant::now() + FINISH;
+        let begun = Instant::now();
         while serving > 0 {
-            let left = deadline.saturating_duration_since(Instant::now());
+            let left = (begun + FINISH).saturating_duration_since(Instant::now());
             match happened.recv_timeout(left) {
                 Ok(Happened::DiskDone) => serving -= 1,
-                Ok(Happened::TakenOver | Happened::Signal(SIGUSR1)) => {}
+                Ok(Happened::TakenOver | Happened::Signal(SIGUSR1 | SIGHUP)) => {}
+                // Sent with the first one: by timeout(1) to the process and to its group, by a shell to all of its jobs.
+                Ok(Happened::Signal(_)) if begun.elapsed() < SAME_SIGNAL => {}
                 Ok(Happened::Signal(_)) | Err(RecvTimeoutError::Timeout) => {
                     let disks = self.roster.disks().iter();
                     let unfinished = disks.filter(|disk| disk.is_connected());

@@ -52,6 +52,13 @@ impl ControlSocket {
         })
     }
 
+    /// The file is this process's from now on.
+    pub fn adopt(&self) {
+        if let Some(file) = &mut *self.lock() {
+            file.adopt();
+        }
+    }
+
     fn carry(&self) -> io::Result<CarriedListener> {
         Ok(CarriedListener {
             socket: self.listener.try_clone()?,
