@@ -49,9 +49,12 @@ fn count_taken_up(said: &str, sums: &mut TakenUp) {
 fn kill_under_a_guest(most: u64, random: &mut u64, resumed: &mut TakenUp) -> u64 {
     let disk = Disk::new(256 * MIB);
     // Slow enough that all requests fio keeps in flight are there at any moment.
+    let control = disk.control();
+    let control = control.to_str().expect("a plain name");
     let start = |random: &mut u64| {
         let limit = format!("iops={}", 100 + next(random) % 500);
-        Daemon::start(&disk, &["--limit", &limit, "--log", "debug"])
+        let args = ["--limit", &limit, "--log", "debug"];
+        Daemon::start(&disk, &[&args[..], &["--control-path", control]].concat())
     };
     let mut daemon = Some(start(random));
     // About as many requests as are served while that many daemons live.
@@ -70,6 +73,10 @@ fn kill_under_a_guest(most: u64, random: &mut u64, resumed: &mut TakenUp) -> u64
         "#
     ));
     guest.await_line("@@writing");
+    // fio takes seconds to begin on a busy machine, and a daemon that is killed before leaves nothing in flight.
+    let writing = |disk: &Disk| disk.shown()["stats"]["writes"]["ios"].as_u64() > Some(0);
+    let first = daemon.as_mut().expect("there is one");
+    first.await_that("fio writes", Duration::from_secs(120), |_| writing(&disk));
     let done = &AtomicBool::new(false);
     let mut kills = 0;
     thread::scope(|scope| {

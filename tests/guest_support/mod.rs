@@ -7,8 +7,9 @@
 #![allow(dead_code)]
 
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -83,6 +84,23 @@ impl Disk {
     /// The path of the daemon's control socket, where a test asks for one.
     pub fn control(&self) -> PathBuf {
         self.dir.path().join("control.sock")
+    }
+
+    /// The disk as the control API of its daemon shows it, which was started with this disk's
+    /// [`Disk::control`].
+    ///
+    /// # Panics
+    ///
+    /// When the daemon does not answer, or with something else than a disk.
+    pub fn shown(&self) -> Value {
+        let mut stream = UnixStream::connect(self.control()).expect("the control socket is there");
+        stream
+            .write_all(b"GET /v1/disks/0 HTTP/1.1\r\nConnection: close\r\n\r\n")
+            .expect("a request");
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).expect("an answer");
+        let body = answer.split("\r\n\r\n").nth(1).expect("a body");
+        serde_json::from_str(body).expect("JSON")
     }
 
     /// The SHA-256 of the whole image as the host reads it, in hexadecimal digits.

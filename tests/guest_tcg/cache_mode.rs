@@ -1,23 +1,13 @@
 //! A guest that chooses a cache mode, and whose daemon is killed.
 
 use std::fs::OpenOptions;
-use std::io::{Read, Write};
-use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use super::guest_support::{Daemon, Disk, Guest, MIB};
 
 /// Whether writes are durable when they complete.
 fn is_write_through(disk: &Disk) -> bool {
-    let mut stream = UnixStream::connect(disk.control()).expect("the control socket is there");
-    stream
-        .write_all(b"GET /v1/disks/0 HTTP/1.1\r\nConnection: close\r\n\r\n")
-        .expect("a request");
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer).expect("an answer");
-    let body = answer.split("\r\n\r\n").nth(1).expect("a body");
-    let shown: serde_json::Value = serde_json::from_str(body).expect("JSON");
-    shown["write_through"].as_bool().expect("a boolean")
+    disk.shown()["write_through"].as_bool().expect("a boolean")
 }
 
 /// Linux writes the mode once, and never again: neither it nor QEMU tells the next daemon.
