@@ -14,6 +14,8 @@ mod durable;
 mod enter;
 #[path = "support/fuse.rs"]
 mod fuse;
+#[path = "faults/held.rs"]
+mod held;
 #[path = "faults/images.rs"]
 mod images;
 #[path = "faults/memory.rs"]

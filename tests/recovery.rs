@@ -14,6 +14,8 @@ mod support;
 mod cache_mode;
 #[path = "recovery/campaign.rs"]
 mod campaign;
+#[path = "recovery/held.rs"]
+mod held;
 #[path = "recovery/moments.rs"]
 mod moments;
 #[path = "recovery/options.rs"]

@@ -95,6 +95,9 @@ pub enum Message {
     /// Finish what the ring has in flight, without regard to limits, then let go of it. Answers the next avail index, `None`
     /// for a ring that was not started.
     Stop(RingId, Reply<Option<u16>>),
+    /// As [`Message::Stop`], at the end of the session: what is held after an error stays in the in-flight record of a
+    /// ring that has one.
+    Leave(RingId, Reply<Option<u16>>),
     /// Take requests, or stop taking them; a disabled ring is answered when nothing is in flight.
     Enable(RingId, bool, Reply<()>),
     /// Use another file descriptor.
@@ -104,8 +107,9 @@ pub enum Message {
     SetMemory(DiskId, Arc<MemoryTable>, Reply<()>),
     /// From now on mark what is written to the guest's memory, or mark nothing any more.
     SetLog(DiskId, Option<Arc<DiskLog>>, Reply<()>),
-    /// Freeze the disk's rings, thaw when nothing is in flight.
-    Drain(DiskId, Reply<()>),
+    /// The disk is in write-through mode from now on. Freeze its rings, thaw when nothing is in flight; requests that
+    /// are held after an error need not end: they are to be durable when they complete.
+    WriteThrough(DiskId, Reply<()>),
     /// The disk has this many bytes from now on, more than before; its rings go on meanwhile.
     Resize(DiskId, u64, Reply<std::io::Result<()>>),
     /// Take nothing more of the disk, and answer when nothing is in flight; where its rings are then.

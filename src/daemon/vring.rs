@@ -168,13 +168,17 @@ impl Vring {
 
     /// Takes the ring back from its worker, after what it has in flight has ended.
     fn stop(&self) {
+        self.take_back(Message::Stop);
+    }
+
+    fn take_back(&self, message: fn(RingId, Reply<Option<u16>>) -> Message) {
         let link = &self.link;
         let mut own = link.own();
         if !own.running {
             return;
         }
         own.running = false;
-        if let Some(Some(next_avail)) = link.ask(|done| Message::Stop(link.ring, done)) {
+        if let Some(Some(next_avail)) = link.ask(|done| message(link.ring, done)) {
             self.inner.set_queue_next_avail(next_avail);
         }
         link.session.disk.queue_stopped(link.ring.queue);
@@ -182,8 +186,8 @@ impl Vring {
     }
 
     /// Back to how it was made.
-    fn reset(&self) {
-        self.stop();
+    fn reset(&self, message: fn(RingId, Reply<Option<u16>>) -> Message) {
+        self.take_back(message);
         self.inner.set_queue_ready(false);
         self.inner.set_enabled(false);
         self.inner.set_kick(None);

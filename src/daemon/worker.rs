@@ -16,6 +16,7 @@ mod driver;
 mod faults;
 mod hold;
 mod intake;
+mod leave;
 mod logged;
 mod lost;
 mod port;

@@ -124,6 +124,13 @@ impl Account {
         counts.time_ns += u128::from(each) * u128::from(count);
     }
 
+    /// A request that was started will not be done here.
+    pub fn abandoned(&mut self, now_ns: u64, op: Op) {
+        if !self.off {
+            self.leave(now_ns, Group::of(op), 1);
+        }
+    }
+
     /// A request was merged into another before it was started: its sectors end with the other.
     #[inline]
     pub fn merged(&mut self, op: Op) {

@@ -9,6 +9,7 @@
 
 #![forbid(unsafe_code)]
 
+mod abandon;
 mod complete;
 mod ctx;
 pub mod diskstats;

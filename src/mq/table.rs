@@ -185,6 +185,12 @@ impl<P> Table<P> {
         }
     }
 
+    /// Changes the requests that are there, parts of others included.
+    pub fn each_request(&mut self, each: impl FnMut(&mut Request)) {
+        let taken = self.entries.iter_mut().filter(|e| e.payload.is_some());
+        taken.map(|entry| &mut entry.request).for_each(each);
+    }
+
     /// Takes a merged request apart: each part stands for itself again. They come back in the order
     /// of their sectors.
     pub fn split(&mut self, leader: RequestTag) -> Fifo {

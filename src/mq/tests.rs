@@ -6,6 +6,7 @@ use super::qos::{Directions, Limits, Rate, Throttle};
 use super::request::{IoPrio, Op};
 use super::*;
 
+mod abandoned;
 mod ending;
 mod exhaustive;
 mod guarantee;

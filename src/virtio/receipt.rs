@@ -232,15 +232,29 @@ impl GuestIo {
     /// `pool` is the one the request was parsed with.
     #[inline]
     pub fn finish(self, status: Status, bytes: u32, pool: &mut SegmentPool) -> Used {
+        self.give_back(pool);
         let slot = self.slot();
-        if slot.count > INLINE_SEGMENTS {
-            pool.give_back(slot.segments);
-        }
         // SAFETY: the byte is mapped as long as the head is in flight, that is until the element
         // made here is put. Unsafe because the compiler does not see that.
         let used = unsafe { answer(slot.head, slot.status, status, bytes) };
         std::mem::forget(self);
         used
+    }
+
+    /// Gives the right up: the chain is answered by another who has it from the guest again. Returns its head.
+    pub(super) fn abandon(self, pool: &mut SegmentPool) -> u16 {
+        self.give_back(pool);
+        let head = self.head();
+        std::mem::forget(self);
+        head
+    }
+
+    #[inline]
+    fn give_back(&self, pool: &mut SegmentPool) {
+        let slot = self.slot();
+        if slot.count > INLINE_SEGMENTS {
+            pool.give_back(slot.segments);
+        }
     }
 }
 

@@ -14,8 +14,8 @@ use std::sync::atomic::{AtomicU16, Ordering};
 use super::abi::{self, Descriptor};
 use super::inflight::{Tracker, kill_point};
 use super::memory::{MemoryTable, Region};
-use super::pool::RawTable;
-use super::receipt::{Slot, Used};
+use super::pool::{RawTable, SegmentPool};
+use super::receipt::{GuestIo, Slot, Used};
 use crate::mq::limits::MAX_RING_SIZE;
 
 mod ahead;
@@ -274,6 +274,17 @@ impl Ring {
             element.add(1).write_volatile(used.len().to_le());
         }
         self.next_used = self.next_used.wrapping_add(1);
+    }
+
+    /// Whether account is kept of what is in flight.
+    pub fn is_tracked(&self) -> bool {
+        self.tracker.is_some()
+    }
+
+    /// Forgets a chain, which stays in flight in the record that is kept: whoever goes on from it takes the chain
+    /// again.
+    pub fn abandon(&mut self, io: GuestIo, pool: &mut SegmentPool) {
+        self.release(io.abandon(pool));
     }
 
     /// Shows the guest all that was put since the last time. False: there was nothing.

@@ -27,6 +27,7 @@ pub mod driver;
 pub mod enter;
 pub mod event;
 pub mod front;
+pub mod full;
 pub mod memory;
 pub mod proc_stats;
 pub mod rng;

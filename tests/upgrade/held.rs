@@ -1,56 +1,13 @@
 //! Upgrades of a disk whose requests wait for its user after an I/O error (`--on-error`).
 
-use std::io::Write;
-use std::process::Command;
 use std::time::Instant;
 
-use rustix::process::geteuid;
 use serde_json::json;
-use tempfile::TempDir;
 
+use super::Lineage;
 use super::support::disk::{finish, status};
+use super::support::full::Full;
 use super::support::*;
-use super::{Lineage, MIB};
-
-/// A tmpfs that is full.
-struct Full(TempDir);
-
-impl Full {
-    /// With a sparse image of which the first 64 KiB are there; `None` where file systems cannot be mounted.
-    fn new() -> Option<Full> {
-        if !geteuid().is_root() {
-            println!("skipped: only root can mount a file system");
-            return None;
-        }
-        let full = Full(TempDir::new().expect("a directory"));
-        let mounted = Command::new("mount")
-            .args(["-t", "tmpfs", "-o", "size=1m", "tmpfs"])
-            .arg(full.0.path())
-            .status();
-        assert!(mounted.expect("it runs").success());
-        let mut image = std::fs::File::create(full.image()).expect("an image");
-        image.write_all(&[1; 65536]).expect("there is room");
-        image.set_len(8 * MIB).expect("a size");
-        let mut filler = std::fs::File::create(full.filler()).expect("a file");
-        while filler.write_all(&[1; 4096]).is_ok() {}
-        Some(full)
-    }
-
-    fn image(&self) -> std::path::PathBuf {
-        self.0.path().join("disk.img")
-    }
-
-    fn filler(&self) -> std::path::PathBuf {
-        self.0.path().join("filler")
-    }
-}
-
-impl Drop for Full {
-    fn drop(&mut self) {
-        // It is gone with the directory if this fails.
-        let _ = Command::new("umount").arg("-l").arg(self.0.path()).status();
-    }
-}
 
 fn is_held(lineage: &Lineage) -> bool {
     lineage.ask("GET", "/v1/disks/0", None)["held"] == true
@@ -60,7 +17,7 @@ fn is_held(lineage: &Lineage) -> bool {
 fn resolves(lineage: &mut Lineage, full: &Full, disk: &mut Disk) {
     assert!(is_held(lineage), "it waits on");
     assert!(!disk.queues[0].has_completions(), "the guest was not told");
-    std::fs::remove_file(full.filler()).expect("it is there");
+    full.make_room();
     lineage.ask("POST", "/v1/disks/0/resume", None);
     // As before, which is how long it would wait.
     let unlimited = json!({ "limits": { "bps": 0 } });

@@ -266,8 +266,8 @@ impl Disk {
         if now && !before {
             // What completed in write-back mode was not promised to be durable, but a guest that changes
             // the mode counts on it from here on. It also counts on what it sent before and will see
-            // completed after, so that ends first.
-            self.tell_workers(|done| Message::Drain(self.id, done));
+            // completed after, so that ends first, or is sent again as durable if it is held after an error.
+            self.tell_workers(|done| Message::WriteThrough(self.id, done));
             self.sync()?;
         }
         self.note(&cache, false);

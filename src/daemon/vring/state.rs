@@ -5,12 +5,13 @@ use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
+use crate::mq::ids::RingId;
 use crate::virtio::memory::MemoryTable;
 
 use super::super::dedicated::DedicateError;
 use super::super::dirty::Logging;
 use super::super::disk::Disk;
-use super::super::message::Message;
+use super::super::message::{Message, Reply};
 use super::super::session::{InflightStore, NoteKeeper};
 use super::super::socket::Stop;
 use super::Vring;
@@ -117,26 +118,26 @@ impl SessionState {
 
     /// Stops all rings, and forgets what was in flight.
     pub fn reset(&self) {
-        self.stop_all();
+        self.stop_all(Message::Stop);
         self.inflight.clear();
         self.disk.device_reset();
     }
 
-    /// Stops all rings; each finishes what it has in flight first.
-    pub fn stop_all(&self) {
+    /// Stops all rings with this message; each finishes what it has in flight first.
+    fn stop_all(&self, message: fn(RingId, Reply<Option<u16>>) -> Message) {
         let rings = self
             .rings
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .clone();
         for ring in rings {
-            ring.reset();
+            ring.reset(message);
         }
     }
 
     /// Forgets the rings, which refer to the session in turn.
     pub fn end(&self) {
-        self.stop_all();
+        self.stop_all(Message::Leave);
         self.end_log();
         self.rings
             .lock()

@@ -28,8 +28,9 @@ pub(super) enum Pending {
     Disable(HctxId, Reply<()>),
     Memory(DiskId, Arc<MemoryTable>, Reply<()>),
     Scheduler(DiskId, Params, Reply<()>),
-    Drain(DiskId, Reply<()>),
+    WriteThrough(DiskId, Reply<()>),
     Hold(DiskId, Reply<HeldRings>),
+    Leave(HctxId, Reply<Option<u16>>),
     Shutdown(Reply<WorkerReport>),
 }
 
@@ -39,9 +40,20 @@ impl Pending {
         match self {
             Pending::Memory(disk, ..)
             | Pending::Scheduler(disk, ..)
-            | Pending::Drain(disk, _)
+            | Pending::WriteThrough(disk, _)
             | Pending::Hold(disk, _) => Some(*disk),
-            Pending::Stop(..) | Pending::Disable(..) | Pending::Shutdown(_) => None,
+            Pending::Stop(..)
+            | Pending::Disable(..)
+            | Pending::Leave(..)
+            | Pending::Shutdown(_) => None,
+        }
+    }
+
+    /// The disk whose requests have to end for this, as they end.
+    pub(super) fn empties(&self) -> Option<DiskId> {
+        match self {
+            Pending::Memory(disk, ..) | Pending::Scheduler(disk, ..) => Some(*disk),
+            _ => None,
         }
     }
 }
@@ -103,6 +115,10 @@ impl Worker {
                 }
                 None => done.send(None),
             },
+            Message::Leave(ring, done) => match self.find(ring) {
+                Some(hctx) => self.leave(hctx, done),
+                None => done.send(None),
+            },
             Message::Enable(ring, enabled, done) => match self.find(ring) {
                 Some(hctx) => {
                     let port = open_port(&mut self.ports, hctx);
@@ -134,7 +150,9 @@ impl Worker {
             Message::SetScheduler(disk, params, done) => {
                 self.freeze(Pending::Scheduler(disk, params, done));
             }
-            Message::Drain(disk, done) => self.freeze(Pending::Drain(disk, done)),
+            Message::WriteThrough(disk, done) => {
+                self.freeze(Pending::WriteThrough(disk, done));
+            }
             Message::SetSchedulerParam(disk, name, value, done) => {
                 done.send(self.mq.set_elevator_param(disk, &name, value));
             }
@@ -189,14 +207,22 @@ impl Worker {
     /// (blk_mq_freeze_queue).
     pub(super) fn freeze(&mut self, until: Pending) {
         let disk = until.freezes();
+        let empties = until.empties().is_some();
+        // Only what has to be empty ends what is held.
+        let lets_be = !empties && disk.is_some_and(|disk| self.waits_after_error(disk));
         for hctx in self.hctxs() {
             let port = open_port(&mut self.ports, hctx);
             if Some(port.id.disk) == disk {
                 port.gates.frozen = true;
-                self.let_end(hctx);
+                if !lets_be {
+                    self.let_end(hctx);
+                }
             }
         }
         self.pending.push(until);
+        if let Some(care) = disk.and_then(|disk| self.care_of(disk)) {
+            care.must_empty |= empties;
+        }
     }
 
     /// Goes on after the disk was drained, unless something else waits for it to be frozen.
@@ -209,6 +235,10 @@ impl Worker {
 
     /// Its rings may be drained again, unless something else waits for the disk to be frozen.
     pub(super) fn unfreeze(&mut self, disk: DiskId) {
+        let empties = self.pending.iter().any(|p| p.empties() == Some(disk));
+        if let Some(care) = self.care_of(disk) {
+            care.must_empty = empties;
+        }
         if self.is_freezing(disk) {
             return;
         }
@@ -276,9 +306,9 @@ impl Worker {
         while at < self.pending.len() {
             let ready = match &self.pending[at] {
                 Pending::Stop(hctx, _) | Pending::Disable(hctx, _) => self.is_drained(*hctx),
-                Pending::Memory(disk, ..)
-                | Pending::Scheduler(disk, ..)
-                | Pending::Drain(disk, _) => self.has_drained(*disk),
+                Pending::Memory(disk, ..) | Pending::Scheduler(disk, ..) => self.has_drained(*disk),
+                Pending::WriteThrough(disk, _) => self.is_idle_or_held(*disk),
+                Pending::Leave(hctx, _) => self.may_leave(*hctx),
                 Pending::Hold(disk, _) => self.has_drained(*disk) || self.waits_after_error(*disk),
                 Pending::Shutdown(_) => self.ports().all(|(hctx, _)| self.is_drained(hctx)),
             };
@@ -292,14 +322,14 @@ impl Worker {
     }
 
     /// Whether nothing of a disk is in flight.
-    fn has_drained(&self, disk: DiskId) -> bool {
+    pub(super) fn has_drained(&self, disk: DiskId) -> bool {
         self.ports()
             .all(|(hctx, port)| port.id.disk != disk || self.mq.in_flight(hctx) == 0)
     }
 
     /// Whether nothing is in flight, what the daemon before has left included. Of a ring that has been stopped
     /// meanwhile nothing is.
-    fn is_drained(&self, hctx: HctxId) -> bool {
+    pub(super) fn is_drained(&self, hctx: HctxId) -> bool {
         // What a held disk owes stays in the record, for the next process.
         let owes = |port: &Port| port.owes() && !self.held.contains(&port.id.disk);
         self.ports[hctx.index()]
@@ -328,9 +358,15 @@ impl Worker {
                 self.thaw(disk);
                 done.send(());
             }
-            Pending::Drain(disk, done) => {
-                self.thaw(disk);
+            Pending::WriteThrough(disk, done) => {
+                // What is held was not sent yet, and is sent as what comes from now on.
+                self.mq.make_durable(disk);
+                self.unfreeze(disk);
                 done.send(());
+            }
+            Pending::Leave(hctx, done) => {
+                let is_there = self.ports[hctx.index()].is_some();
+                done.send(is_there.then(|| self.let_go(hctx)));
             }
             Pending::Hold(disk, done) => self.is_held(disk, done),
             Pending::Shutdown(done) => {
@@ -343,7 +379,7 @@ impl Worker {
     }
 
     /// Lets go of a ring that has nothing in flight; returns its next avail index.
-    fn stop(&mut self, hctx: HctxId) -> u16 {
+    pub(super) fn stop(&mut self, hctx: HctxId) -> u16 {
         self.name_traced();
         self.set_fd(hctx, FdRole::Kick, None);
         self.set_fd(hctx, FdRole::Call, None);

@@ -3,8 +3,10 @@
 //! As it is with QEMU's rerror and werror, a disk can be told to *stop* at an error: the guest is not
 //! told, the request goes back to the head of its hctx, and the disk is held until somebody who has
 //! removed the cause says so. A held disk's hctxs are quiesced and its rings are not drained, so that
-//! it takes nothing other disks could use. Whoever wants a ring to be empty (a stop, a change of
-//! memory) must not wait for that: then what is held is tried once more, and ends as it ends.
+//! it takes nothing other disks could use. What wants a ring to be empty (a stop, a change of memory, another
+//! elevator) does not wait for that: then what is held is tried once more, and ends as it ends. What does not want that
+//! lets it be: a take-over, the begin of write-through, and the end of a session whose front end keeps an
+//! in-flight region, where the next session finds the requests.
 
 use std::sync::Arc;
 
@@ -30,9 +32,8 @@ pub(super) struct Care {
     hold: Arc<Hold>,
     followed: Followed,
     pub faults: DiskFaults,
-    /// Another process is to have the disk, or to leave it here: an error stops it as at any other time, and the guest
-    /// is not told.
-    pub hands_over: bool,
+    /// What freezes the disk wants its requests to end, whatever becomes of them.
+    pub must_empty: bool,
     logged_ns: Option<u64>,
     /// Failures since then that were not logged.
     unlogged: u64,
@@ -45,7 +46,7 @@ impl Care {
             followed: Followed::new(hold.times()),
             hold,
             faults: DiskFaults::default(),
-            hands_over: false,
+            must_empty: false,
             logged_ns: None,
             unlogged: 0,
         }
@@ -62,13 +63,9 @@ impl Care {
         }
     }
 
-    /// Whether what a ring has in flight is to end, as it ends: it is waited for, and not by a take-over.
+    /// Whether what a ring has in flight is to end, as it ends.
     fn must_end(&self, gates: Gates) -> bool {
-        let for_others = Gates {
-            frozen: gates.frozen && !self.hands_over,
-            ..gates
-        };
-        for_others.is_draining()
+        gates.disabled || gates.stopping || gates.frozen && self.must_empty
     }
 
     fn may_log(&mut self, now_ns: u64) -> bool {

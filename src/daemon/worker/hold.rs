@@ -21,11 +21,8 @@ pub struct WaitsAfterError;
 impl Worker {
     /// Begins to hold a disk: no more is taken.
     pub(super) fn hold(&mut self, disk: DiskId, done: Reply<HeldRings>) {
-        if let Some(care) = self.care_of(disk) {
-            care.hands_over = true;
-            if care.faults.held {
-                return done.send(Err(WaitsAfterError));
-            }
+        if self.waits_after_error(disk) {
+            return done.send(Err(WaitsAfterError));
         }
         self.freeze(Pending::Hold(disk, done));
     }
@@ -46,9 +43,6 @@ impl Worker {
         self.held.retain(|held| *held != disk);
         self.pending
             .retain(|pending| !matches!(pending, Pending::Hold(held, _) if *held == disk));
-        if let Some(care) = self.care_of(disk) {
-            care.hands_over = false;
-        }
         // A disk that waits after an error waits on.
         self.unfreeze(disk);
     }

@@ -16,8 +16,10 @@ pub(super) struct Gates {
     pub disabled: bool,
     /// The disk is frozen: its memory is about to change.
     pub frozen: bool,
-    /// It is being stopped (GET_VRING_BASE, disconnect).
+    /// It is being stopped (GET_VRING_BASE, a reset).
     pub stopping: bool,
+    /// Its session ends, and what is held after an error stays in the in-flight record.
+    pub leaving: bool,
     /// The guest broke it.
     pub broken: bool,
     /// The disk is held after an error.
@@ -27,7 +29,7 @@ pub(super) struct Gates {
 impl Gates {
     /// Whether somebody waits for the ring's requests to end.
     pub fn is_draining(self) -> bool {
-        self.disabled || self.frozen || self.stopping
+        self.disabled || self.frozen || self.stopping || self.leaving
     }
 }
 
