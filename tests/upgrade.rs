@@ -19,6 +19,8 @@ mod promises;
 mod refused;
 #[path = "upgrade/short.rs"]
 mod short;
+#[path = "upgrade/stuck.rs"]
+mod stuck;
 mod support;
 #[path = "upgrade/unready.rs"]
 mod unready;

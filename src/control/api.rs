@@ -27,9 +27,9 @@ const TAKE_OVER: &str = "/v1/take-over";
 const SWITCH: &[u8] =
     b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: blkmq-take-over\r\n\r\n";
 
-/// How many clients may wait for a scheduler to be switched: the others have connections left for everything
-/// else.
-const MAX_SWITCHES: usize = MAX_CONNECTIONS / 2;
+/// How many clients may wait for disks: for a scheduler to be switched, or a size to be changed. The others have
+/// connections left for everything else.
+const MAX_WAITING: usize = MAX_CONNECTIONS / 2;
 
 /// Answers for the process.
 #[derive(Debug)]
@@ -40,8 +40,8 @@ pub(super) struct Api {
     handing_over: RwLock<()>,
     /// Held while a group is looked for and made.
     grouping: Mutex<()>,
-    /// Clients that wait for a scheduler to be switched.
-    switching: AtomicUsize,
+    /// Clients that wait for disks.
+    waiting: AtomicUsize,
     giver: Giver,
 }
 
@@ -56,7 +56,7 @@ impl Api {
             roster,
             handing_over: RwLock::new(()),
             grouping: Mutex::new(()),
-            switching: AtomicUsize::new(0),
+            waiting: AtomicUsize::new(0),
             giver,
         }
     }
@@ -94,8 +94,18 @@ impl Api {
                 let disk = self.find(name)?;
                 let size = change::new_size(&request.body).map_err(bad)?;
                 // Beside another change: none holds up a disk's growing, nor the other way round.
-                size.map_or_else(|| disk.follow_image(), |size| disk.grow_to(size))
-                    .map_err(|error| Response::error(409, error.to_string()))?;
+                let resize = disk.begin_resize().ok_or_else(|| {
+                    Response::error(
+                        409,
+                        "the disk's size is being changed, which takes until its storage answers; try again",
+                    )
+                })?;
+                let _waits = self.begin_to_wait()?;
+                match size {
+                    None => resize.follow_image(),
+                    Some(size) => resize.grow_to(size),
+                }
+                .map_err(|error| Response::error(409, error.to_string()))?;
                 Ok(Response::json(&view::disk(roster, disk)))
             }
             (["v1", "disks", _, "resize"], _) => Err(Response::method_not_allowed("POST")),
@@ -203,6 +213,21 @@ impl Api {
         }
     }
 
+    /// A client begins to wait for a disk, until this is dropped.
+    fn begin_to_wait(&self) -> Result<Waits<'_>, Response> {
+        let waits = Waits(&self.waiting);
+        if self.waiting.fetch_add(1, Ordering::Relaxed) >= MAX_WAITING {
+            return Err(Response::error(
+                409,
+                format!(
+                    "{MAX_WAITING} changes of other disks wait for what is in flight there, or for storage that \
+                     does not answer; try again"
+                ),
+            ));
+        }
+        Ok(waits)
+    }
+
     /// Changes a disk. Limits and group are changed at once, whatever else is under way; while the scheduler
     /// is switched, which can last as long as what is in flight, it cannot be switched again.
     fn change_disk(&self, name: &str, disk: &Disk, body: &[u8]) -> Result<(), Response> {
@@ -231,24 +256,13 @@ impl Api {
                 }
                 // A switch may have ended since it was read.
                 change = read()?;
-                if self.switching.fetch_add(1, Ordering::Relaxed) >= MAX_SWITCHES {
-                    self.switching.fetch_sub(1, Ordering::Relaxed);
-                    return Err(Response::error(
-                        409,
-                        format!(
-                            "the schedulers of {MAX_SWITCHES} disks are being switched, which takes until \
-                             what is in flight there has ended; try again"
-                        ),
-                    ));
-                }
-                Some(switch)
+                Some((switch, self.begin_to_wait()?))
             }
         };
         change.apply_limits(disk, roster);
         drop(limiting);
-        if let Some(switch) = switch {
+        if let Some((switch, _waits)) = switch {
             change.apply_scheduler(disk, &switch);
-            self.switching.fetch_sub(1, Ordering::Relaxed);
         }
         Ok(())
     }
@@ -284,6 +298,15 @@ impl Api {
             Some(group) => Ok(Response::json(&group)),
             None => Err(Response::error(404, format!("there is no group '{name}'"))),
         }
+    }
+}
+
+/// Counts a client as long as it waits.
+struct Waits<'a>(&'a AtomicUsize);
+
+impl Drop for Waits<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
 

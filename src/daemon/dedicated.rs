@@ -38,6 +38,9 @@ pub enum DedicateError {
         "its queues run already, and this memory needs a worker of its own; connect again, and show it first"
     )]
     Running,
+    /// A change waits for its storage.
+    #[error("its size or its scheduler is being changed; connect again when that is done")]
+    Changing,
     /// All were taken.
     #[error(
         "all {MAX_DEDICATED} dedicated workers of this process are taken by other disks; serve this disk from a \

@@ -14,6 +14,7 @@ use std::collections::BTreeSet;
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use crate::config::{DiskConfig, OnError};
 use crate::engine::SyncFault;
@@ -33,13 +34,16 @@ use self::cache::CacheState;
 use self::dedicated::Dedicated;
 use self::describe::{shape, space, target};
 pub use self::hold::{Changes, Holding, NotHeld};
-pub use self::resize::ResizeError;
 use self::resize::Size;
+pub use self::resize::{Resize, ResizeError};
 pub use self::tuning::{Membership, Switch};
 use self::usage::Usage;
 use super::dedicated::DedicatedWorkers;
 use super::faults::Hold;
-use super::message::{Message, Reply, WorkerGone, WorkerHandle, ask_all};
+use super::message::{Message, Reply, WorkerGone, WorkerHandle, ask_all, ask_all_within};
+
+/// How long a change waits for workers to adopt it. None takes long, unless it waits inside the kernel for one disk.
+const PATIENCE: Duration = Duration::from_secs(3);
 
 /// A disk that is being served.
 #[derive(Debug)]
@@ -114,7 +118,7 @@ impl Disk {
             id,
             write_through: Arc::new(AtomicBool::new(config.cache.is_write_through())),
             cache: Mutex::new(CacheState::new(config.cache.is_write_through())),
-            sync_fault: Arc::new(SyncFault::with_witness(image.witness.take())),
+            sync_fault: Arc::new(SyncFault::new(id.0, &config.serial, image.witness.take())),
             throttle: Arc::new(Throttle::new(config.limits)),
             group: Mutex::new(None),
             usage: Usage::default(),
@@ -188,6 +192,20 @@ impl Disk {
         ask_all(self.workers(), message);
     }
 
+    /// Tells all workers something without waiting for any of them.
+    pub(super) fn send_workers(&self, message: impl Fn(Reply<()>) -> Message) {
+        for worker in self.workers() {
+            // One that has ended has nothing left that it matters to.
+            let _ = worker.send(&message);
+        }
+    }
+
+    /// Tells all workers something and waits until they have adopted it, but no longer than for a moment for those that are
+    /// stuck: they adopt it when they go on.
+    pub(super) fn tell_workers_soon(&self, message: impl Fn(Reply<()>) -> Message) {
+        ask_all_within(self.workers(), PATIENCE, message);
+    }
+
     /// What is behind it.
     pub fn image(&self) -> &Image {
         &self.image
@@ -237,10 +255,11 @@ impl Disk {
         for queue in queues.started.iter().filter(|q| Some(**q) != except) {
             let ring = self.ring(QueueId(*queue));
             let ctxs = ctxs_of(queues, *queue);
-            let asked = self
+            // Not waited for: the queues are locked, and status would wait with a worker that is stuck.
+            let told = self
                 .worker_of(ring.queue)
-                .ask(|done| Message::SetCtxs(ring, ctxs, done));
-            if let Err(WorkerGone(worker)) = asked {
+                .send(|done| Message::SetCtxs(ring, ctxs, done));
+            if let Err(WorkerGone(worker)) = told {
                 log::debug!(disk = ring.disk.0; "{ring}: worker {worker} has ended");
             }
         }
@@ -256,7 +275,8 @@ impl Disk {
         }
         // With its last queue ends what was held.
         if self.config.on_error != OnError::Report {
-            self.resume_workers();
+            let until = self.hold.times().get();
+            self.send_workers(|done| Message::Resume(self.id, until, done));
         }
         drop(queues);
         self.rings_stopped();

@@ -8,6 +8,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use super::session::MAX_REGIONS;
 use crate::config::DiskConfig;
+use crate::virtio::inflight::region_bytes;
 
 /// Descriptors of one queue: kick, call and error, each held by the control plane, by what negotiates and
 /// by the worker.
@@ -32,7 +33,7 @@ pub fn most(disks: &[DiskConfig]) -> u64 {
 
 /// Raises the limit of file sizes to what the system lets us have, and says so if there is still one: a guest's write
 /// beyond it fails.
-pub fn allow_large() {
+pub fn allow_large(disks: &[DiskConfig]) {
     let limit = getrlimit(Resource::Fsize);
     let raised = Rlimit {
         current: limit.maximum,
@@ -47,7 +48,21 @@ pub fn allow_large() {
             "this process may not write beyond byte {bytes} of a file: a guest's requests there fail; raise the \
              hard limit (ulimit -Hf, LimitFSIZE=)"
         );
+        let region = disks.iter().map(|disk| region_bytes(disk.num_queues)).max();
+        if region.is_some_and(|region| bytes < region as u64) {
+            log::warn!(
+                "this process may not make in-flight regions, which are files of up to {} bytes: after a crash of it \
+                 guests lose requests",
+                region.unwrap_or_default()
+            );
+        }
     }
+}
+
+/// Whether this process may make a file of so many bytes, in memory as well.
+pub fn may_be_made(bytes: usize) -> bool {
+    let limit = getrlimit(Resource::Fsize).current;
+    limit.is_none_or(|limit| bytes as u64 <= limit)
 }
 
 /// The highest number that is asked for: the kernel's table of descriptors is as long as its highest number.

@@ -155,8 +155,8 @@ impl GrowthWatch {
                     follow(disk);
                     continue;
                 }
-                // The answer may never come, and others are not to wait for it. A second look waits for the
-                // first one, and sees all that a third would.
+                // The answer may never come, and others are not to wait for it. A second look is left to the
+                // first one, which sees all that a third would.
                 looks.retain(|(_, look): &(DiskId, JoinHandle<()>)| !look.is_finished());
                 if looks.iter().filter(|(id, _)| *id == disk.id).count() == 2 {
                     continue;

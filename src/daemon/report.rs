@@ -1,6 +1,7 @@
 //! What was counted, as it is shown to people and to programs.
 
 use std::fmt::Write as _;
+use std::time::Duration;
 
 use serde::Serialize;
 
@@ -37,6 +38,8 @@ pub struct WorkerReport {
     pub disks: Vec<(DiskId, DiskStats)>,
     /// For each disk.
     pub faults: Vec<(DiskId, DiskFaults)>,
+    /// For each disk that the engine has something of, for how long it has had the oldest request.
+    pub oldest: Vec<(DiskId, Duration)>,
     /// Its engine's work.
     pub engine: EngineCounters,
 }

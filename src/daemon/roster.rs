@@ -9,7 +9,7 @@ use crate::cli::cpus::CpuList;
 use crate::config::Group;
 use crate::engine::disk::lock::unlock;
 use crate::mq::diskstats::DiskStats;
-use crate::mq::ids::WorkerId;
+use crate::mq::ids::{DiskId, WorkerId};
 use crate::mq::qos::{Limits, Throttle};
 use crate::mq::trace::Action;
 
@@ -59,6 +59,17 @@ impl Groups {
     fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Arc<Throttle>>> {
         self.now.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// What keeps disks from being brought to rest, or may.
+#[derive(Clone, Debug)]
+pub struct Restlessness {
+    /// The first disk that is held after an error.
+    pub held: Option<DiskId>,
+    /// The first worker that does not answer.
+    pub stuck: Option<WorkerId>,
+    /// By disk: for how long its storage has had the oldest of its requests.
+    pub oldest: Vec<Duration>,
 }
 
 /// The process, for those who look at it and change it.
@@ -156,12 +167,20 @@ impl Roster {
             .any(|(id, found)| *id == disk.id && found.held)
     }
 
-    /// The first disk that is held after an error.
-    pub fn first_held(&self) -> Option<&Disk> {
+    /// What keeps disks from being brought to rest.
+    pub fn rest(&self) -> Restlessness {
         let reports = self.reports();
         let mut faults = reports.iter().flat_map(|report| &report.faults);
-        let (id, _) = faults.find(|(_, found)| found.held)?;
-        self.disks.get(id.index()).map(Arc::as_ref)
+        let held = faults.find(|(_, found)| found.held);
+        let mut oldest = vec![Duration::ZERO; self.disks.len()];
+        for (id, age) in reports.iter().flat_map(|report| &report.oldest) {
+            oldest[id.index()] = oldest[id.index()].max(*age);
+        }
+        Restlessness {
+            held: held.map(|(id, _)| *id),
+            stuck: reports.iter().find(|r| r.stuck).map(|r| r.worker),
+            oldest,
+        }
     }
 
     /// The summary of `reports`.

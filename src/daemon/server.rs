@@ -70,7 +70,7 @@ pub fn run(config: Config) -> Result<(), StartError> {
     let passed = Passed::claim(&config.disks)?;
     let inherited = signals::prepare();
     let listeners_from = files::allow(&config.disks);
-    files::allow_large();
+    files::allow_large(&config.disks);
     // What needs names and rights, in the order in which a user gets it wrong.
     let Opening {
         identity,
@@ -127,6 +127,7 @@ pub fn run(config: Config) -> Result<(), StartError> {
 
     // Sessions end first, and with them their rings; then the workers have nothing left.
     service.stop.signal();
+    threads.close_control();
     let finished = service.finish(&happened, serving);
     let (reports, ended) = match finished {
         Ok(()) => {

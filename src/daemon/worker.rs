@@ -50,7 +50,7 @@ use self::driver::EngineDriver;
 use self::faults::{Care, failed};
 pub use self::hold::{HeldRings, WaitsAfterError};
 use self::intake::{Intake, Taken};
-use self::port::Port;
+use self::port::{Port, heat, touch};
 use self::spin::Spin;
 use self::traced::Named;
 use self::watchdog::Watchdog;
@@ -402,20 +402,4 @@ fn open_disk(disks: &mut [Option<WorkerDisk>], disk: DiskId) -> &mut WorkerDisk 
     disks[disk.index()]
         .as_mut()
         .expect("rings belong to disks that were added")
-}
-
-#[inline]
-fn touch(touched: &mut Vec<HctxId>, port: &mut Port, hctx: HctxId) {
-    if !port.touched {
-        port.touched = true;
-        touched.push(hctx);
-    }
-}
-
-#[inline]
-fn heat(hot: &mut Vec<HctxId>, port: &mut Port, hctx: HctxId) {
-    if !port.hot {
-        port.hot = true;
-        hot.push(hctx);
-    }
 }

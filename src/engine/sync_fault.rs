@@ -3,7 +3,6 @@
 //! When the host cannot write pages of its page cache back, it reports that once and takes the pages
 //! for clean (fsync(2), "NOTES"): the next sync succeeds although the data is lost. So after the first
 //! failure no sync of that image can be believed any more, whichever worker asks.
-
 //!
 //! It reports that to each open file once. A durable write, or a sync of an image that is open with
 //! `O_DIRECT`, may therefore fail for a reason of its own or for pages that others have written, and the
@@ -24,13 +23,16 @@ pub struct SyncFault {
     /// Failures about which the witness has not answered.
     doubts: AtomicU32,
     witness: Option<OwnedFd>,
+    /// Whose image it is: the number of the disk, and its name for the log.
+    disk: (u16, String),
 }
 
 impl SyncFault {
-    /// That of an image, with its witness if it has one.
-    pub fn with_witness(witness: Option<OwnedFd>) -> SyncFault {
+    /// That of a disk's image, with its witness if it has one.
+    pub fn new(disk: u16, serial: &str, witness: Option<OwnedFd>) -> SyncFault {
         SyncFault {
             witness,
+            disk: (disk, serial.to_owned()),
             ..SyncFault::default()
         }
     }
@@ -76,8 +78,9 @@ impl SyncFault {
             .errno
             .compare_exchange(0, errno.0, Ordering::AcqRel, Ordering::Acquire);
         if first.is_ok() {
+            let (disk, serial) = &self.disk;
             log::error!(
-                "the image could not be synced: {errno}; data that was written may be lost, so from \
+                disk = *disk; "disk {serial}: the image could not be synced: {errno}; data that was written may be lost, so from \
                  now on every flush and every durable write of this disk fails, until it is served \
                  anew"
             );

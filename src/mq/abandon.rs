@@ -25,8 +25,8 @@ impl<P> Mq<P> {
         }
     }
 
-    /// Forgets what waits in an hctx of which the engine has nothing: another process, or a later hctx, has it from the
-    /// guest again. `each` gets the payloads.
+    /// Forgets what waits in an hctx of which the engine has nothing: it will be taken from the guest again. `each` gets
+    /// the payloads.
     pub fn abandon(&mut self, id: HctxId, mut each: impl FnMut(P)) {
         // What is in the elevator comes out of it.
         self.set_ending(id, true);

@@ -241,7 +241,7 @@ impl GuestIo {
         used
     }
 
-    /// Gives the right up: the chain is answered by another who has it from the guest again. Returns its head.
+    /// Gives the right up: the chain will be taken from the guest again. Returns its head.
     pub(super) fn abandon(self, pool: &mut SegmentPool) -> u16 {
         self.give_back(pool);
         let head = self.head();

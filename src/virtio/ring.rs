@@ -281,8 +281,8 @@ impl Ring {
         self.tracker.is_some()
     }
 
-    /// Forgets a chain, which stays in flight in the record that is kept: whoever goes on from it takes the chain
-    /// again.
+    /// Forgets a chain, which stays in flight in the record that is kept: the ring that goes on from the record
+    /// takes it again.
     pub fn abandon(&mut self, io: GuestIo, pool: &mut SegmentPool) {
         self.release(io.abandon(pool));
     }

@@ -108,6 +108,107 @@ fn a_frozen_disk_with_64_queues_leaves_its_neighbour_its_tags() {
     neighbour_is_served(64);
 }
 
+/// More clients than the control socket answers at a time.
+#[test]
+fn while_a_size_waits_for_a_frozen_disk_everything_else_can_be_changed() {
+    if !may_mount() {
+        return;
+    }
+    let (mount, memory) = (Mount::ext4("defaults"), Mount::tmpfs(4 << 20));
+    let (served, _) = beside_memory(&mount, &memory);
+    let ask = |method: &str, path: &str, body: Value| {
+        let answer = client::ask(&served.control, method, path, Some(&body));
+        answer.map_err(|error| error.to_string())
+    };
+    let resize = |disk: &str, bytes: u64| {
+        ask(
+            "POST",
+            &format!("/v1/disks/{disk}/resize"),
+            json!({ "size_bytes": bytes }),
+        )
+    };
+    let frozen = Frozen::freeze(&mount);
+    std::thread::scope(|scope| {
+        let (tell, told) = std::sync::mpsc::channel();
+        for _ in 0..12 {
+            let (tell, resize) = (tell.clone(), &resize);
+            scope.spawn(move || tell.send(resize("@0", 33 << 20)));
+        }
+        // One of them waits for the storage, and the others are not made to.
+        for _ in 0..11 {
+            let refused = told
+                .recv_timeout(DEADLINE)
+                .expect("all others are answered");
+            let refused = refused.expect_err("another is under way");
+            assert!(
+                refused.contains("the disk's size is being changed"),
+                "{refused}"
+            );
+        }
+        ask(
+            "PATCH",
+            "/v1/disks/@0",
+            json!({ "limits": { "iops": 100 } }),
+        )
+        .expect("limits are");
+        ask("PATCH", "/v1/disks/@0", json!({ "scheduler": "kyber" }))
+            .expect("nothing is in flight");
+        resize("@1", 2 << 20).expect("the other disk's is");
+        assert_eq!(served.disk(0)["size_bytes"], json!(32_u64 << 20));
+        drop(frozen);
+        let last = told.recv_timeout(DEADLINE).expect("it is answered, too");
+        last.expect("it has grown");
+    });
+    assert_eq!(served.disk(0)["size_bytes"], json!(33_u64 << 20));
+}
+
+/// A client waits that holds the control socket, for a disk that holds the end of the process up.
+#[test]
+fn the_control_sockets_path_goes_when_the_end_begins() {
+    if !may_mount() {
+        return;
+    }
+    let (mount, memory) = (Mount::ext4("defaults"), Mount::tmpfs(4 << 20));
+    let (served, _) = beside_memory(&mount, &memory);
+    let mut stuck = Disk::attach(served.daemon.socket(), 1);
+    let frozen = Frozen::freeze(&mount);
+    let gpa = stuck.mem().alloc(4096, 4096);
+    write_at(gpa, 4096, 4096).push(&mut stuck.queues[0], 7);
+    stuck.queues[0].publish();
+    wait_in_flight(&served, 1);
+    std::thread::scope(|scope| {
+        let control = &served.control;
+        let (tell, told) = std::sync::mpsc::channel();
+        for _ in 0..2 {
+            let tell = tell.clone();
+            scope.spawn(move || {
+                let kyber = json!({ "scheduler": "kyber" });
+                tell.send(client::ask(control, "PATCH", "/v1/disks/@0", Some(&kyber)).is_ok())
+            });
+        }
+        assert_eq!(
+            told.recv_timeout(DEADLINE),
+            Ok(false),
+            "another is under way"
+        );
+        served.daemon.signal(Signal::TERM);
+        let deadline = Instant::now() + DEADLINE;
+        while control.exists() {
+            assert!(Instant::now() < deadline, "its path stays");
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+        assert!(
+            !stuck.queues[0].has_completions(),
+            "it does not wait for the disk"
+        );
+        drop(frozen);
+        let _ = told.recv_timeout(DEADLINE).expect("the other is answered");
+    });
+    assert_eq!(finish(&mut stuck.queues[0]).status, status::OK);
+    let Served { mut daemon, .. } = served;
+    assert!(daemon.wait_exit().success());
+}
+
 #[test]
 fn while_a_scheduler_waits_for_a_frozen_disk_everything_else_can_be_changed() {
     if !may_mount() {

@@ -1,8 +1,10 @@
 //! The dedicated worker of a disk.
 
 use std::sync::{Arc, OnceLock};
+use std::thread;
+use std::time::{Duration, Instant};
 
-use super::Disk;
+use super::{Disk, PATIENCE};
 use crate::daemon::dedicated::{DedicateError, DedicatedWorkers};
 use crate::daemon::message::{Message, WorkerHandle};
 use crate::mq::elevator::Params;
@@ -42,11 +44,19 @@ impl Disk {
         if self.dedicated.get().is_some() {
             return Ok(());
         }
+        // What is changed for all workers waits, so that this one does not miss it. It is not waited for in turn: that
+        // could last as long as the disk's storage takes, with the queues locked.
+        let unchanged = || Some((self.begin_resize()?, self.begin_switch()?));
+        let deadline = Instant::now() + PATIENCE;
+        let _unchanged = loop {
+            match unchanged() {
+                Some(unchanged) => break unchanged,
+                None if Instant::now() < deadline => thread::sleep(Duration::from_millis(5)),
+                None => return Err(DedicateError::Changing),
+            }
+        };
         let taken = self.dedicated.workers.take();
         let worker = taken.ok_or(DedicateError::NoneLeft)?;
-        // What is changed for all workers waits, so that this one does not miss it.
-        let _size = self.lock_size();
-        let _scheduler = self.lock_switching();
         let group = self.lock_group();
         self.introduce_to(&worker)?;
         let gone = std::io::Error::other;

@@ -44,26 +44,39 @@ pub enum NotHeld {
 
 /// A disk whose workers were told to hold it.
 #[derive(Debug)]
-pub struct Holding(Vec<Receiver<HeldRings>>);
+pub struct Holding {
+    /// Of workers that have not answered yet.
+    answers: Vec<Receiver<HeldRings>>,
+    rings: BTreeMap<QueueId, u16>,
+}
 
 impl Holding {
-    /// Waits until nothing is in flight, not longer than `deadline`. Where each started ring is then.
+    /// Waits until nothing is in flight, not longer than `deadline`. It can be waited for again after it was
+    /// late.
     ///
     /// # Errors
     ///
     /// Something is in flight still, or until the disk is resumed after an I/O error.
-    pub fn wait(self, deadline: Instant) -> Result<BTreeMap<QueueId, u16>, NotHeld> {
-        let mut rings = BTreeMap::new();
-        for answer in self.0 {
+    pub fn wait(&mut self, deadline: Instant) -> Result<(), NotHeld> {
+        while let Some(answer) = self.answers.last() {
             let left = deadline.saturating_duration_since(Instant::now());
             match answer.recv_timeout(left) {
-                Ok(held) => rings.extend(held.map_err(|WaitsAfterError| NotHeld::AfterError)?),
+                Ok(held) => {
+                    let rings = held.map_err(|WaitsAfterError| NotHeld::AfterError)?;
+                    self.rings.extend(rings);
+                }
                 Err(RecvTimeoutError::Timeout) => return Err(NotHeld::Late),
                 // The worker has ended, and with it all requests.
                 Err(RecvTimeoutError::Disconnected) => {}
             }
+            self.answers.pop();
         }
-        Ok(rings)
+        Ok(())
+    }
+
+    /// Where each started ring was when nothing was in flight.
+    pub fn into_rings(self) -> BTreeMap<QueueId, u16> {
+        self.rings
     }
 }
 
@@ -72,16 +85,18 @@ impl Disk {
     /// process.
     pub fn hold(&self) -> Holding {
         let workers = self.workers();
-        Holding(
-            workers
+        Holding {
+            answers: workers
                 .filter_map(|worker| worker.send(|done| Message::Hold(self.id, done)).ok())
                 .collect(),
-        )
+            rings: BTreeMap::new(),
+        }
     }
 
-    /// Goes on after [`Disk::hold`].
+    /// Goes on after [`Disk::hold`]. Does not wait for the workers, one of which may be stuck; whatever they are told
+    /// after this they hear after it.
     pub fn release(&self) {
-        self.tell_workers(|done| Message::Release(self.id, done));
+        self.send_workers(|done| Message::Release(self.id, done));
     }
 
     /// Whether the guest was promised that writes are durable when they complete, by its own choice or

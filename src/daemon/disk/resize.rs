@@ -11,7 +11,9 @@
 
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use crate::config::ImageSource;
 use crate::engine::disk::ImageKind;
@@ -20,12 +22,19 @@ use super::super::message::{Message, ask_all};
 use super::super::session::ConfigNotifier;
 use super::Disk;
 
+/// How long a look at the image is waited for. Only storage that does not answer takes longer.
+const LOOK: Duration = Duration::from_secs(1);
+
 /// The size of a disk, and who is told when it changes.
 #[derive(Debug)]
 pub(super) struct Size {
     bytes: AtomicU64,
-    /// Held while it changes.
+    /// Held while it changes, which may last as long as the image's storage takes.
     changing: Mutex<()>,
+    /// The one who holds it was asked to change the size, and does not only look.
+    resizes: AtomicBool,
+    /// The image is to be looked at.
+    look: AtomicBool,
     /// The image was seen smaller than the disk, and the log said so.
     shrunk: AtomicBool,
     /// How the front end that is connected hears of it.
@@ -37,8 +46,18 @@ impl Size {
         Size {
             bytes: AtomicU64::new(bytes),
             changing: Mutex::new(()),
+            resizes: AtomicBool::new(false),
+            look: AtomicBool::new(false),
             shrunk: AtomicBool::new(false),
             front_end: Mutex::new(None),
+        }
+    }
+
+    fn try_lock(&self) -> Option<MutexGuard<'_, ()>> {
+        match self.changing.try_lock() {
+            Ok(alone) => Some(alone),
+            Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
         }
     }
 
@@ -96,15 +115,73 @@ impl Disk {
         *self.size.front_end() = notifier;
     }
 
+    /// Begins to change the size; nothing, if it is being changed. A look at the image that is under way is waited for,
+    /// because it takes no time as a rule.
+    pub fn begin_resize(&self) -> Option<Resize<'_>> {
+        let deadline = Instant::now() + LOOK;
+        loop {
+            if let Some(alone) = self.size.try_lock() {
+                self.size.resizes.store(true, Ordering::SeqCst);
+                return Some(Resize {
+                    disk: self,
+                    _alone: alone,
+                });
+            }
+            if self.size.resizes.load(Ordering::SeqCst) || Instant::now() >= deadline {
+                return None;
+            }
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// As [`Resize::follow_image`]. Does not wait for a change that is under way: the image is looked at after that.
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    pub fn follow_image(&self) -> Result<u64, ResizeError> {
+        self.size.look.store(true, Ordering::SeqCst);
+        self.look_again()
+    }
+
+    /// Looks at the image as long as that is wished and no other thread changes the size.
+    pub(in crate::daemon) fn look_again(&self) -> Result<u64, ResizeError> {
+        let mut outcome = Ok(self.size_bytes());
+        while self.size.look.load(Ordering::SeqCst) {
+            let Some(_alone) = self.size.try_lock() else {
+                break;
+            };
+            if self.size.look.swap(false, Ordering::SeqCst) {
+                outcome = self.follow();
+            }
+        }
+        outcome
+    }
+}
+
+/// A change of a disk's size. There is one at a time.
+#[derive(Debug)]
+pub struct Resize<'a> {
+    disk: &'a Disk,
+    _alone: MutexGuard<'a, ()>,
+}
+
+impl Drop for Resize<'_> {
+    fn drop(&mut self) {
+        self.disk.size.resizes.store(false, Ordering::SeqCst);
+    }
+}
+
+impl Resize<'_> {
     /// Looks at the image, and grows if it has grown. What is behind its last whole logical block
     /// does not count. Returns the size that holds then.
     ///
     /// # Errors
     ///
     /// The image has become smaller than the disk; it cannot be looked at.
-    pub fn follow_image(&self) -> Result<u64, ResizeError> {
-        let _alone = self.lock_size();
-        self.follow()
+    pub fn follow_image(self) -> Result<u64, ResizeError> {
+        let outcome = self.disk.follow();
+        self.end(outcome)
     }
 
     /// Grows to `size_bytes`. A regular file is extended if it is shorter.
@@ -113,8 +190,26 @@ impl Disk {
     ///
     /// It is less than now, or ends within a logical block; the disk is read-only or has a block
     /// device behind it, so that the size is not ours to choose; the file system refuses.
-    pub fn grow_to(&self, size_bytes: u64) -> Result<u64, ResizeError> {
-        let _alone = self.lock_size();
+    pub fn grow_to(self, size_bytes: u64) -> Result<u64, ResizeError> {
+        let outcome = self.disk.grow_to(size_bytes);
+        self.end(outcome)
+    }
+
+    /// Ends the change, and then looks at the image if that was wished meanwhile. In this order: a wish that comes in
+    /// between finds the lock free, or is seen here.
+    fn end(self, outcome: Result<u64, ResizeError>) -> Result<u64, ResizeError> {
+        let disk = self.disk;
+        drop(self);
+        if let Err(error) = disk.look_again() {
+            log::warn!(disk = disk.id.0; "disk {}: {error}", disk.config.serial);
+        }
+        outcome
+    }
+}
+
+impl Disk {
+    /// As [`Resize::grow_to`], by the one who may change the size.
+    fn grow_to(&self, size_bytes: u64) -> Result<u64, ResizeError> {
         let block = self.config.logical_block_size;
         if !size_bytes.is_multiple_of(block.into()) {
             return Err(ResizeError::Unaligned(size_bytes, block));
@@ -150,14 +245,7 @@ impl Disk {
         self.follow()
     }
 
-    pub(super) fn lock_size(&self) -> MutexGuard<'_, ()> {
-        self.size
-            .changing
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// As [`Disk::follow_image`], by the one who may change the size.
+    /// As [`Resize::follow_image`], by the one who may change the size.
     fn follow(&self) -> Result<u64, ResizeError> {
         let now_bytes = self.size_bytes();
         if self.image.kind == ImageKind::Null {

@@ -63,18 +63,12 @@ impl Disk {
 
     /// Gives the disk another elevator, see [`Switch::set`], when no other change of it is under way.
     pub fn set_scheduler(&self, params: Params) {
+        let alone = self.switching.lock();
         Switch {
             disk: self,
-            _alone: self.lock_switching(),
+            _alone: alone.unwrap_or_else(PoisonError::into_inner),
         }
         .set(params);
-    }
-
-    /// No change of the elevator is under way while this is held.
-    pub(super) fn lock_switching(&self) -> MutexGuard<'_, ()> {
-        self.switching
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Begins to change the elevator; nothing, if it is being changed, which can last as long as what is in
@@ -123,9 +117,9 @@ impl Disk {
     }
 
     /// What holds the disk now ends; what begins to hold it before a worker hears of this does not.
-    pub(super) fn resume_workers(&self) {
+    fn resume_workers(&self) {
         let until = self.hold.times().get();
-        self.tell_workers(|done| Message::Resume(self.id, until, done));
+        self.tell_workers_soon(|done| Message::Resume(self.id, until, done));
     }
 
     /// The limits of the disk alone.
@@ -136,7 +130,7 @@ impl Disk {
     /// Changes the limits from `now_ns` on, a time on the workers' clock.
     pub fn set_limits(&self, now_ns: u64, limits: Limits) {
         self.throttle.set_limits(now_ns, limits);
-        self.tell_workers(Message::LimitsChanged);
+        self.tell_workers_soon(Message::LimitsChanged);
     }
 
     /// The group it is in.
@@ -148,7 +142,7 @@ impl Disk {
     pub fn set_group(&self, group: Option<Membership>) {
         let mut current = self.lock_group();
         let throttle = group.as_ref().map(|group| &group.throttle);
-        self.tell_workers(|done| Message::SetGroup(self.id, throttle.map(Arc::clone), done));
+        self.tell_workers_soon(|done| Message::SetGroup(self.id, throttle.map(Arc::clone), done));
         *current = group;
     }
 

@@ -17,6 +17,13 @@ pub struct Threads {
 }
 
 impl Threads {
+    /// The control socket takes no more clients, so its path goes as those of the disks do.
+    pub fn close_control(&self) {
+        if let Some((_, socket)) = &self.control {
+            socket.remove_file();
+        }
+    }
+
     /// Waits for all of them.
     pub fn join(self) {
         for thread in self.disks.into_iter().chain(self.growth) {

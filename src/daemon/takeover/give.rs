@@ -13,8 +13,8 @@ use rustix::net::sockopt::socket_peercred;
 use crate::config::SocketSource;
 use crate::mq::ids::{DiskId, QueueId};
 
-use super::super::disk::{Disk, Holding, NotHeld};
-use super::super::roster::Roster;
+use super::super::disk::{Disk, NotHeld};
+use super::super::roster::{Restlessness, Roster};
 use super::super::session::CarriedSession;
 use super::super::socket::SocketFile;
 use super::rest::{AtRest, CarriedListener, RestPlace, RestingSession};
@@ -22,6 +22,7 @@ use super::state::{
     Ask, CarriedDisk, Common, DiskFacts, FORMAT, Facts, Plan, plain, read_plain, read_refusal,
     refusal,
 };
+use super::still::{self, hold_still};
 use super::trust::printable;
 use super::wire::{Frame, Frames, Kind};
 use super::{CLOSING, PATIENCE, PREPARATION, file_of, socket_name};
@@ -71,6 +72,12 @@ impl ControlSocket {
         if let Some(file) = self.lock().take() {
             file.leave();
         }
+    }
+
+    /// Removes the file, unless it is another process's. A client that is still being answered keeps the socket, and
+    /// with it this, until the process has ended.
+    pub fn remove_file(&self) {
+        drop(self.lock().take());
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Option<SocketFile>> {
@@ -138,9 +145,7 @@ impl Giver {
         }
         let ask: Ask = serde_json::from_slice(ask)
             .map_err(|error| format!("the body is not understood: {error}"))?;
-        if let Some(disk) = self.roster.first_held() {
-            return Err(waits_after_error(disk));
-        }
+        self.can_rest(&self.roster.rest())?;
         let version = printable(&ask.version);
         if !ask.formats.contains(&FORMAT) {
             return Err(format!(
@@ -206,8 +211,31 @@ impl Giver {
         }
     }
 
+    /// Whether all disks can be held still, as far as it shows before any guest waits for it.
+    fn can_rest(&self, rest: &Restlessness) -> Result<(), String> {
+        if let Some(disk) = rest.held {
+            return Err(waits_after_error(self.serial(disk)));
+        }
+        if let Some(worker) = rest.stuck {
+            return Err(format!(
+                "worker {worker} does not answer, because it waits for the storage or the memory of a guest"
+            ));
+        }
+        let mut aged = self.roster.disks().iter().zip(&rest.oldest);
+        match aged.find(|(_, age)| **age >= PATIENCE) {
+            None => Ok(()),
+            Some((disk, age)) => Err(format!(
+                "disk {} has had a request in flight for {} seconds: its storage does not answer",
+                disk.config.serial,
+                age.as_secs()
+            )),
+        }
+    }
+
     /// From the moment the guests wait to the one that decides.
     fn hand_over(&self, frames: &Frames, control: bool, close_unready: bool) -> Result<(), String> {
+        let rest = self.roster.rest();
+        self.can_rest(&rest)?;
         let mut deadline = Instant::now() + PATIENCE;
         let close_until = close_unready.then(|| deadline + CLOSING);
         let resting = self
@@ -218,17 +246,19 @@ impl Giver {
             // Until here no guest has waited.
             deadline = Instant::now() + PATIENCE;
         }
-        let holds: Vec<Holding> = self.roster.disks().iter().map(|disk| disk.hold()).collect();
-        let mut carried = Vec::new();
-        for ((disk, hold), with) in self.roster.disks().iter().zip(holds).zip(resting) {
-            let rings = hold.wait(deadline).map_err(|why| match why {
+        let disks: Vec<&Disk> = self.roster.disks().iter().map(|disk| &**disk).collect();
+        let still = hold_still(&disks, &rest.oldest, deadline).map_err(|(at, why)| {
+            let serial = &disks[at].config.serial;
+            match why {
                 NotHeld::Late => format!(
-                    "disk {} has requests in flight after {} seconds",
-                    disk.config.serial,
+                    "disk {serial} has requests in flight after {} seconds",
                     PATIENCE.as_secs()
                 ),
-                NotHeld::AfterError => waits_after_error(disk),
-            })?;
+                NotHeld::AfterError => waits_after_error(serial),
+            }
+        })?;
+        let mut carried = Vec::new();
+        for ((disk, rings), with) in disks.into_iter().zip(still::rings(still)).zip(resting) {
             let base_of = |queue: QueueId| rings.get(&queue).copied();
             let name = self.names[disk.id.index()].clone();
             carried.push(carry(disk, name, with, base_of).map_err(|error| error.to_string())?);
@@ -284,8 +314,7 @@ impl Giver {
 
 /// Requests that failed wait for the disk's user. Another process could only have them answered with the errors that
 /// their guest is to be spared.
-fn waits_after_error(disk: &Disk) -> String {
-    let serial = &disk.config.serial;
+fn waits_after_error(serial: &str) -> String {
     format!(
         "disk {serial} is held after an error; remove the cause, run blkmqctl resume, and take over then"
     )

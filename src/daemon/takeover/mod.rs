@@ -35,6 +35,7 @@
 mod give;
 pub mod rest;
 mod state;
+mod still;
 mod take;
 mod trust;
 mod wire;

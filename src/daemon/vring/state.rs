@@ -95,6 +95,8 @@ impl SessionState {
         may_wait: bool,
     ) -> Result<(), DedicateError> {
         self.disk.memory_shown(&memory, may_wait)?;
+        // If the image was to be looked at while the disk got a worker. What comes of it is in the log.
+        let _ = self.disk.look_again();
         // A worker that is new to the disk does not know the log yet.
         self.tell_log_again();
         *self.memory.write().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&memory));

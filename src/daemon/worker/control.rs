@@ -36,7 +36,7 @@ pub(super) enum Pending {
 
 impl Pending {
     /// The disk that is frozen until this is carried out.
-    fn freezes(&self) -> Option<DiskId> {
+    pub(super) fn freezes(&self) -> Option<DiskId> {
         match self {
             Pending::Memory(disk, ..)
             | Pending::Scheduler(disk, ..)
@@ -201,59 +201,6 @@ impl Worker {
                 self.pending.push(Pending::Shutdown(done));
             }
         }
-    }
-
-    /// Takes nothing more from the disk's rings until what waits for that has been carried out
-    /// (blk_mq_freeze_queue).
-    pub(super) fn freeze(&mut self, until: Pending) {
-        let disk = until.freezes();
-        let empties = until.empties().is_some();
-        // Only what has to be empty ends what is held.
-        let lets_be = !empties && disk.is_some_and(|disk| self.waits_after_error(disk));
-        for hctx in self.hctxs() {
-            let port = open_port(&mut self.ports, hctx);
-            if Some(port.id.disk) == disk {
-                port.gates.frozen = true;
-                if !lets_be {
-                    self.let_end(hctx);
-                }
-            }
-        }
-        self.pending.push(until);
-        if let Some(care) = disk.and_then(|disk| self.care_of(disk)) {
-            care.must_empty |= empties;
-        }
-    }
-
-    /// Goes on after the disk was drained, unless something else waits for it to be frozen.
-    pub(super) fn thaw(&mut self, disk: DiskId) {
-        if !self.is_freezing(disk) {
-            self.unfreeze(disk);
-            self.end_hold(disk);
-        }
-    }
-
-    /// Its rings may be drained again, unless something else waits for the disk to be frozen.
-    pub(super) fn unfreeze(&mut self, disk: DiskId) {
-        let empties = self.pending.iter().any(|p| p.empties() == Some(disk));
-        if let Some(care) = self.care_of(disk) {
-            care.must_empty = empties;
-        }
-        if self.is_freezing(disk) {
-            return;
-        }
-        for (port, index) in self.ports.iter_mut().zip(0..) {
-            if let Some(port) = port.as_mut().filter(|port| port.id.disk == disk) {
-                port.gates.frozen = false;
-                heat(&mut self.hot, port, HctxId(index));
-                self.mq.set_ending(HctxId(index), port.gates.is_draining());
-            }
-        }
-        self.pay_first(disk);
-    }
-
-    pub(super) fn is_freezing(&self, disk: DiskId) -> bool {
-        self.held.contains(&disk) || self.pending.iter().any(|p| p.freezes() == Some(disk))
     }
 
     pub(super) fn find(&self, ring: RingId) -> Option<HctxId> {

@@ -2,8 +2,8 @@
 //!
 //! Its front end keeps an in-flight region, and may come back with it, to this process or to the next one. So what is
 //! held is not answered with the error that its guest is to be spared: it stays in the region as in flight, and
-//! the ring that starts with the region next takes it again. Without a region nothing could be told from the
-//! ring, and the guest would wait for ever: there it is tried once more, and ends as it ends.
+//! the ring that starts with the region next takes it again. Without a region it cannot be told from the
+//! ring what was in flight, and the guest would wait for ever: there it is tried once more, and ends as it ends.
 
 use crate::mq::ids::{DiskId, HctxId};
 

@@ -7,7 +7,7 @@ use crate::virtio::ring::Ring;
 
 use super::super::report::RingStats;
 use super::super::socket::Stop;
-use crate::mq::ids::RingId;
+use crate::mq::ids::{HctxId, RingId};
 
 /// What keeps a ring from being drained, beside being empty.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -95,5 +95,23 @@ impl Port {
     #[cold]
     pub fn must_resume(&self) -> bool {
         self.owes() && !self.gates.frozen
+    }
+}
+
+/// The guest is to be told of what was put.
+#[inline]
+pub(super) fn touch(touched: &mut Vec<HctxId>, port: &mut Port, hctx: HctxId) {
+    if !port.touched {
+        port.touched = true;
+        touched.push(hctx);
+    }
+}
+
+/// The ring is looked at each turn.
+#[inline]
+pub(super) fn heat(hot: &mut Vec<HctxId>, port: &mut Port, hctx: HctxId) {
+    if !port.hot {
+        port.hot = true;
+        hot.push(hctx);
     }
 }

@@ -1,5 +1,8 @@
 //! What a worker has counted, for whoever asks.
 
+use std::collections::BTreeMap;
+use std::time::Duration;
+
 use crate::mq::ids::{DiskId, HctxId, RingId, WorkerId};
 
 use super::super::report::{QueueReport, WorkerReport};
@@ -27,8 +30,21 @@ impl Worker {
             queues: reports,
             disks,
             faults: self.faults(),
+            oldest: self.oldest(),
             engine: self.engine.counters(),
         }
+    }
+
+    /// For how long the engine has had the oldest request of each disk.
+    fn oldest(&self) -> Vec<(DiskId, Duration)> {
+        let mut oldest = BTreeMap::new();
+        for issued in self.mq.overdue(0) {
+            let age = oldest.entry(issued.ring.disk).or_insert(issued.age_ns);
+            *age = issued.age_ns.max(*age);
+        }
+        let ages = oldest.into_iter();
+        ages.map(|(disk, ns)| (disk, Duration::from_nanos(ns)))
+            .collect()
     }
 }
 

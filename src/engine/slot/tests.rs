@@ -476,7 +476,7 @@ impl Bench {
     fn with_witness(direct: bool) -> Self {
         let mut b = Bench::new(direct, false);
         let witness = File::open("/dev/null").unwrap().into();
-        b.disk.sync_fault = Arc::new(SyncFault::with_witness(Some(witness)));
+        b.disk.sync_fault = Arc::new(SyncFault::new(0, "s", Some(witness)));
         b
     }
 

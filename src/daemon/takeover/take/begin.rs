@@ -40,9 +40,10 @@ pub(super) fn begin(
         .wait(deadline)
         .map_err(|_| "the workers do not answer")?;
     if disk.size_bytes() < carried.size_bytes {
+        let resize = disk.begin_resize().ok_or("its size is being changed")?;
         let size = match disk.image().kind {
-            ImageKind::Null => disk.grow_to(carried.size_bytes),
-            ImageKind::File | ImageKind::BlockDevice => disk.follow_image(),
+            ImageKind::Null => resize.grow_to(carried.size_bytes),
+            ImageKind::File | ImageKind::BlockDevice => resize.follow_image(),
         };
         let size = size.map_err(|error| error.to_string())?;
         if size < carried.size_bytes {
