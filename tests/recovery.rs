@@ -18,6 +18,8 @@ mod campaign;
 mod held;
 #[path = "recovery/moments.rs"]
 mod moments;
+#[path = "recovery/no_region.rs"]
+mod no_region;
 #[path = "recovery/options.rs"]
 mod options;
 #[path = "recovery/regions.rs"]

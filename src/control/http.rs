@@ -1,6 +1,7 @@
 //! Just as much HTTP as the control socket needs: one request a connection, bounded in size and time.
 
 use std::io::{self, Read, Write};
+use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
@@ -122,6 +123,28 @@ impl Response {
     }
 }
 
+/// Takes what a client that was refused goes on to send, as far as it comes before `deadline`, and throws it away: a
+/// socket that is closed with something unread is reset, and the client may never read why.
+pub(super) fn drain(mut stream: &UnixStream, deadline: Instant) {
+    /// No client has as much to say that means well.
+    const MOST: usize = 4 << 20;
+    let _ = stream.shutdown(Shutdown::Write);
+    let mut buffer = [0; 4096];
+    let mut left = MOST;
+    while left > 0 {
+        let patience = left_until(deadline);
+        if patience.is_zero() || stream.set_read_timeout(Some(patience)).is_err() {
+            return;
+        }
+        match stream.read(&mut buffer) {
+            Ok(0) => return,
+            Ok(read) => left = left.saturating_sub(read),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(_) => return,
+        }
+    }
+}
+
 fn left_until(deadline: Instant) -> Duration {
     deadline.saturating_duration_since(Instant::now())
 }
@@ -167,16 +190,26 @@ pub(super) fn read_request(
 }
 
 fn body_length(headers: &[httparse::Header<'_>]) -> Result<usize, Option<Response>> {
-    let find = |name: &str| headers.iter().find(|h| h.name.eq_ignore_ascii_case(name));
-    if find("transfer-encoding").is_some() {
+    let find = |name: &'static str| {
+        let same = move |header: &&httparse::Header<'_>| header.name.eq_ignore_ascii_case(name);
+        headers.iter().filter(same)
+    };
+    if find("transfer-encoding").next().is_some() {
         return Err(Some(Response::error(
             411,
             "a body in chunks is not read; send Content-Length",
         )));
     }
-    let Some(length) = find("content-length") else {
+    let mut lengths = find("content-length");
+    let Some(length) = lengths.next() else {
         return Ok(0);
     };
+    if lengths.any(|other| other.value != length.value) {
+        return Err(Some(Response::error(
+            400,
+            "there are several Content-Length headers",
+        )));
+    }
     let length = std::str::from_utf8(length.value)
         .ok()
         .and_then(|text| text.trim().parse::<usize>().ok());
@@ -239,7 +272,7 @@ mod tests {
         for piece in pieces {
             client.write_all(piece).expect("it fits the socket");
         }
-        client.shutdown(std::net::Shutdown::Write).expect("open");
+        client.shutdown(Shutdown::Write).expect("open");
         read_request(&server, soon())
     }
 
@@ -264,6 +297,10 @@ mod tests {
         assert_eq!(refused(b"GET / HTTP/1.1\r\nContent-Length: x\r\n\r\n"), 400);
         assert_eq!(
             refused(b"GET / HTTP/1.1\r\nContent-Length: -1\r\n\r\n"),
+            400
+        );
+        assert_eq!(
+            refused(b"PUT / HTTP/1.1\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\nabc"),
             400
         );
         assert_eq!(
@@ -292,6 +329,28 @@ mod tests {
         assert!(matches!(read(&[b"GET / HT"]), Err(None)));
         let half = b"PUT / HTTP/1.1\r\nContent-Length: 9\r\n\r\nab";
         assert!(matches!(read(&[half]), Err(None)));
+    }
+
+    #[test]
+    fn a_client_that_sends_too_much_reads_why_it_is_refused() {
+        let (mut client, server) = UnixStream::pair().expect("a pair");
+        let sends = std::thread::spawn(move || {
+            let long = "a: b\r\n".repeat(100_000);
+            client
+                .write_all(format!("GET / HTTP/1.1\r\n{long}\r\n").as_bytes())
+                .expect("all of it is taken");
+            let mut answer = String::new();
+            client.read_to_string(&mut answer).expect("no reset");
+            answer
+        });
+        let Err(Some(refusal)) = read_request(&server, soon()) else {
+            panic!("it is refused");
+        };
+        refusal.write(&server, soon()).expect("it fits");
+        drain(&server, soon());
+        drop(server);
+        let answer = sends.join().expect("it is answered");
+        assert!(answer.starts_with("HTTP/1.1 431 "), "{answer}");
     }
 
     #[test]

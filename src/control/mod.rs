@@ -34,6 +34,9 @@ const MAX_CONNECTIONS: usize = 8;
 /// How long a client may take to send its request, and again to take the answer.
 const PATIENCE: Duration = Duration::from_secs(5);
 
+/// How long what a client sends that was refused is thrown away, so that it reads why.
+const DRAIN: Duration = Duration::from_secs(1);
+
 /// Enough for a request's head, and for whatever serializing its answer needs.
 const STACK_BYTES: usize = 256 * 1024;
 
@@ -90,6 +93,8 @@ fn admit(stream: UnixStream, api: &Arc<Api>, active: &Arc<AtomicUsize>) {
         let _ = stream
             .set_nonblocking(true)
             .and_then(|()| busy.write(&stream, Instant::now()));
+        // What it has sent already: the accepting thread waits for no client.
+        http::drain(&stream, Instant::now() + PATIENCE);
         return;
     }
     let api = Arc::clone(api);
@@ -118,7 +123,11 @@ fn answer(stream: UnixStream, api: &Api) -> Option<UnixStream> {
             }
         },
         Ok(request) => api.answer(&request),
-        Err(Some(refusal)) => refusal,
+        Err(Some(refusal)) => {
+            write(&refusal, &stream);
+            http::drain(&stream, Instant::now() + DRAIN);
+            return Some(stream);
+        }
         // It left without a question.
         Err(None) => return Some(stream),
     };

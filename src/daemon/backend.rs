@@ -18,11 +18,13 @@ use vmm_sys_util::epoll::EventSet;
 use crate::engine::disk::filesystem::FileSystem;
 use crate::mq::limits::MAX_RING_SIZE;
 use crate::virtio::features;
+use crate::virtio::inflight::region_bytes;
 use crate::virtio::memory::MemoryTable;
 
 use super::device_state::DeviceState;
 use super::dirty::Unlogged;
 use super::disk::CacheError;
+use super::files;
 use super::session::config_read_from;
 use super::vring::{GuestMemory, SessionState, Vring};
 
@@ -102,7 +104,15 @@ impl VhostUserBackend for DeviceBackend {
     }
 
     fn protocol_features(&self) -> VhostUserProtocolFeatures {
-        VhostUserProtocolFeatures::MQ
+        // The guard answers its messages.
+        let inflight = match files::may_be_made(region_bytes(self.session.disk().config.num_queues))
+        {
+            true => VhostUserProtocolFeatures::INFLIGHT_SHMFD,
+            // It could not keep what was offered. This was said at the start.
+            false => VhostUserProtocolFeatures::empty(),
+        };
+        inflight
+            | VhostUserProtocolFeatures::MQ
             | VhostUserProtocolFeatures::CONFIG
             | VhostUserProtocolFeatures::REPLY_ACK
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
@@ -110,8 +120,6 @@ impl VhostUserBackend for DeviceBackend {
             | VhostUserProtocolFeatures::BACKEND_REQ
             | VhostUserProtocolFeatures::LOG_SHMFD
             | VhostUserProtocolFeatures::DEVICE_STATE
-            // The guard answers its messages.
-            | VhostUserProtocolFeatures::INFLIGHT_SHMFD
     }
 
     fn reset_device(&self) {

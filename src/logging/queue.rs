@@ -28,8 +28,8 @@ const STACK_BYTES: usize = 128 * 1024;
 pub(super) struct Queue {
     lines: SyncSender<Box<[u8]>>,
     account: Arc<Account>,
-    /// Until its thread is started.
-    writer: Mutex<Option<Writer>>,
+    /// Until its thread has begun.
+    writer: Arc<Mutex<Option<Writer>>>,
 }
 
 /// What both sides count.
@@ -67,7 +67,7 @@ impl Queue {
         Queue {
             lines,
             account,
-            writer: Mutex::new(Some(writer)),
+            writer: Arc::new(Mutex::new(Some(writer))),
         }
     }
 
@@ -77,14 +77,20 @@ impl Queue {
     ///
     /// It cannot be started.
     pub(super) fn start(&self) -> io::Result<()> {
-        let mut writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(writer) = writer.take() else {
+        if lock(&self.writer).is_none() {
             return Ok(());
-        };
+        }
+        // Taken by the thread, so that it is still here if there is none.
+        let writer = Arc::clone(&self.writer);
         thread::Builder::new()
             .name("log".to_owned())
             .stack_size(STACK_BYTES)
-            .spawn(move || writer.run())
+            .spawn(move || {
+                let writer = lock(&writer).take();
+                if let Some(writer) = writer {
+                    writer.run();
+                }
+            })
             .map(drop)
     }
 
@@ -104,13 +110,18 @@ impl Queue {
         }
     }
 
-    /// Waits until all lines that were put in so far have left, or none has for `patience`.
+    /// Waits until all lines that were put in so far have left, or none has for `patience`. Without a thread they are
+    /// written here, however long that takes.
     pub(super) fn settle(&self, patience: Duration) {
         let account = &self.account;
         let put = account.put.load(Ordering::Acquire);
         let mut left = account.left();
-        if *left < put && self.start().is_err() {
-            return;
+        if *left < put {
+            drop(left);
+            if self.start().is_err() {
+                self.write_here();
+            }
+            left = account.left();
         }
         while *left < put {
             let before = *left;
@@ -122,6 +133,23 @@ impl Queue {
             }
         }
     }
+}
+
+impl Queue {
+    /// Writes what waits, as no thread could be started for it.
+    fn write_here(&self) {
+        let writer = lock(&self.writer).take();
+        let Some(writer) = writer else { return };
+        while let Ok(line) = writer.queued.try_recv() {
+            writer.take(&line);
+        }
+        writer.tell_left_out();
+    }
+}
+
+fn lock(writer: &Mutex<Option<Writer>>) -> MutexGuard<'_, Option<Writer>> {
+    // It is there or not, after each step.
+    writer.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 struct Writer {

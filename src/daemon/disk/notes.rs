@@ -65,6 +65,10 @@ impl Disk {
 }
 
 impl NoteKeeper for Disk {
+    fn who(&self) -> (u16, &str) {
+        (self.id.0, &self.config.serial)
+    }
+
     fn notes(&self) -> Notes {
         self.notes_of(self.lock_cache().chosen)
     }

@@ -41,6 +41,9 @@ pub trait NoteKeeper: fmt::Debug + Send + Sync {
     ///
     /// The guest was told what does not hold here: one line that says what to do.
     fn adopt(&self, region: &InflightRegion) -> Result<(), String>;
+
+    /// The number of the disk, and its name for the log.
+    fn who(&self) -> (u16, &str);
 }
 
 /// The in-flight region a session has, if its front end wants one: set by the guard, used where rings
@@ -117,8 +120,9 @@ impl InflightStore {
         let region = self.get()?;
         let queue = region.queue(index, size);
         if queue.is_none() {
+            let (disk, serial) = self.keeper.as_ref().map_or((0, ""), |keeper| keeper.who());
             log::warn!(
-                "queue {index} of {size} entries is not in the front end's in-flight region of {} queues \
+                disk = disk; "disk {serial}: queue {index} of {size} entries is not in the front end's in-flight region of {} queues \
                  of {}: after a crash of the daemon its requests would be lost",
                 region.queues(),
                 region.queue_size()

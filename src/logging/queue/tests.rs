@@ -87,3 +87,16 @@ fn lines_wait_until_the_writer_is_started_or_the_end() {
     assert_eq!(lines.next().unwrap().unwrap(), "early");
     queue.start().unwrap();
 }
+
+/// As where the process may have no other thread: nothing comes to take the writer.
+#[test]
+fn lines_are_written_by_the_end_itself_if_no_thread_can_be_started() {
+    let (reader, writer) = io::pipe().unwrap();
+    let queue = Queue::new(writer, Arc::default());
+    queue.put(b"why it ends\n");
+    queue.write_here();
+    assert_eq!(*queue.account.left(), 1);
+    queue.settle(Duration::from_secs(60));
+    let mut lines = BufReader::new(reader).lines();
+    assert_eq!(lines.next().unwrap().unwrap(), "why it ends");
+}

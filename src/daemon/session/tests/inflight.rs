@@ -159,6 +159,10 @@ struct Keeper {
 }
 
 impl NoteKeeper for Keeper {
+    fn who(&self) -> (u16, &str) {
+        (0, "s")
+    }
+
     fn notes(&self) -> Notes {
         self.notes
     }
