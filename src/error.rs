@@ -62,6 +62,18 @@ pub enum StartError {
         by: Held,
     },
 
+    /// The image's last owner has ended, and its I/O has not.
+    #[error(
+        "the image {path:?} is locked by {holder}: to serve it now would let an old write land on a new one; have its \
+         storage answer (a file system may be frozen), or start without this disk"
+    )]
+    ImageNotReleased {
+        /// The image as the user named it.
+        path: PathBuf,
+        /// The process.
+        holder: String,
+    },
+
     /// The image is something that cannot be a disk: a directory, a terminal, a pipe.
     #[error(
         "the image {path:?} is a {kind}, which cannot be served as a disk; \

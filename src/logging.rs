@@ -58,6 +58,12 @@ pub fn start() -> io::Result<()> {
     QUEUE.start()
 }
 
+/// Writes the lines that wait for [`start`], as far as standard error takes them at once: for a step of the start that
+/// takes long.
+pub fn show_early() {
+    QUEUE.write_early();
+}
+
 /// Writes a text that is no log line to standard error.
 pub fn print(text: &str) {
     QUEUE.put(text.as_bytes());

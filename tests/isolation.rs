@@ -15,8 +15,12 @@
     reason = "test code: sizes and offsets are small and known"
 )]
 
+#[path = "isolation/bounces.rs"]
+mod bounces;
 #[path = "support/fuse.rs"]
 mod fuse;
+#[path = "isolation/killed.rs"]
+mod killed;
 #[path = "isolation/neighbours.rs"]
 mod neighbours;
 #[path = "isolation/pace.rs"]

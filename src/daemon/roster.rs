@@ -153,6 +153,15 @@ impl Roster {
         }
     }
 
+    /// The same for the disks whose sessions have ended, where others' have not: their rings have nothing in flight.
+    /// The process keeps its files for as long as the kernel has I/O of one disk, and another process is to have the
+    /// others meanwhile.
+    pub fn unlock_images_at_rest(&self) {
+        for disk in self.disks.iter().filter(|disk| !disk.is_connected()) {
+            unlock(&disk.image().file);
+        }
+    }
+
     /// Answers of those that answer soon.
     fn ask_all<T>(&self, message: impl Fn(Reply<T>) -> Message) -> Vec<T> {
         let answers = ask_all_within(&self.workers, PATIENCE, message);

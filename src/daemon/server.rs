@@ -145,6 +145,8 @@ pub fn run(config: Config) -> Result<(), StartError> {
     if ended {
         // Another daemon may have the images before what is left has been written.
         service.roster.unlock_images();
+    } else {
+        service.roster.unlock_images_at_rest();
     }
     drop(service);
     if let Some(text) = summary {

@@ -1,6 +1,7 @@
 //! The sockets front ends connect to, and the one inside the process.
 
 mod junction;
+mod listener;
 mod turn;
 
 use std::fs;
@@ -17,6 +18,7 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, sockop
 use rustix::process::{Gid, Uid};
 
 pub use self::junction::Junction;
+use self::listener::{Knock, knock};
 use self::turn::Turn;
 use super::session::remember_socket;
 use crate::error::StartError;
@@ -228,6 +230,29 @@ pub fn pass_descriptors(socket: &impl AsFd, pass: bool) {
     };
 }
 
+/// A handle of the process that had its socket listen when `stream` was made (`SO_PEERPIDFD`, since Linux 6.5). It
+/// cannot mean another process that has the same number later.
+fn peer_process(stream: &UnixStream) -> io::Result<OwnedFd> {
+    let mut fd: libc::c_int = -1;
+    let mut length: libc::socklen_t = 4;
+    // SAFETY: the kernel writes one int to `fd` and its length to `length`; both outlive the call. The descriptor of
+    // `stream` is open.
+    let outcome = unsafe {
+        libc::getsockopt(
+            stream.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_PEERPIDFD,
+            (&raw mut fd).cast(),
+            &raw mut length,
+        )
+    };
+    if outcome != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just made this descriptor for us, so nothing else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
 fn listen(
     path: &Path,
     option: &'static str,
@@ -239,12 +264,14 @@ fn listen(
     };
     let _turn = Turn::take(path);
     match fs::symlink_metadata(path) {
-        Ok(there) if there.file_type().is_socket() => match UnixStream::connect(path) {
-            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+        Ok(there) if there.file_type().is_socket() => match knock(path) {
+            Knock::Refused => fs::remove_file(path).map_err(fail)?,
+            Knock::Dying(process) => {
+                log::warn!("the socket {path:?} is replaced: it still belongs to {process}");
                 fs::remove_file(path).map_err(fail)?;
             }
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Ok(_) | Err(_) => {
+            Knock::Gone => {}
+            Knock::InUse => {
                 return Err(StartError::SocketInUse {
                     option,
                     path: path.to_owned(),

@@ -94,6 +94,20 @@ impl Queue {
             .map(drop)
     }
 
+    /// Writes what waits, as far as the stream takes it at once, if the thread that writes has not been started.
+    pub(super) fn write_early(&self) {
+        let writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(writer) = &*writer else {
+            return;
+        };
+        while stream::takes_more(writer.stream.as_fd()) {
+            match writer.queued.try_recv() {
+                Ok(line) => writer.take(&line),
+                Err(_) => return,
+            }
+        }
+    }
+
     /// Puts a line in, or counts it as lost. Nothing waits.
     pub(super) fn put(&self, line: &[u8]) {
         let account = &self.account;

@@ -6,8 +6,18 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
+
+/// Whether a line can be written without waiting.
+pub(super) fn takes_more(stream: BorrowedFd<'_>) -> bool {
+    let now = Timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    let mut fds = [PollFd::new(&stream, PollFlags::OUT)];
+    poll(&mut fds, Some(&now)).is_ok_and(|ready| ready > 0)
+}
 
 /// Writes all of `bytes`, however long it takes. A stream that another process has made non-blocking is waited for.
 pub(super) fn write_all(stream: BorrowedFd<'_>, mut bytes: &[u8]) -> Result<(), Errno> {

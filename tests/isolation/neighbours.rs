@@ -190,6 +190,11 @@ impl Pair {
         Disk::attach(&self.other, 1)
     }
 
+    /// The image of the disk beside.
+    pub fn other_image(&self) -> PathBuf {
+        self.dir.path().join("other.img")
+    }
+
     pub fn status(&self) -> Value {
         let control = self.dir.path().join("control.sock");
         let answer = client::ask(&control, "GET", "/v1/disks", None).expect("an answer");

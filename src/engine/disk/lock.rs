@@ -25,9 +25,10 @@ use std::time::{Duration, Instant};
 
 use log::warn;
 
-use self::holder::is_open_elsewhere;
+use self::holder::{dying_holder, is_open_elsewhere};
 use crate::config::DiskConfig;
 use crate::error::{Held, StartError};
+use crate::logging::show_early;
 
 mod holder;
 
@@ -52,6 +53,9 @@ pub const PATIENCE: Duration = Duration::from_secs(5);
 /// of one that was killed, and to serve the image before that has ended would let an old write land on a new
 /// one.
 const LAST_IO_PATIENCE: Duration = Duration::from_secs(60);
+
+/// After that the log says that a process which is dying is waited for.
+const SILENCE: Duration = Duration::from_secs(1);
 
 /// Between two attempts.
 const PAUSE: Duration = Duration::from_millis(10);
@@ -197,17 +201,42 @@ pub fn lock_image(file: &impl AsFd, path: &Path, config: &DiskConfig) -> Result<
     let locked = if config.force_share {
         announce(file, access).map_err(LockError::Unsupported)
     } else {
-        lock(file, access, PATIENCE).or_else(|error| match error {
-            LockError::Held(_) if !is_open_elsewhere(file) => {
-                warn!(
-                    "{path:?}: a process that was killed has I/O on it that has not ended; waiting for that"
-                );
-                lock(file, access, LAST_IO_PATIENCE)
-            }
+        lock(file, access, SILENCE).or_else(|error| match error {
+            LockError::Held(_) => wait_for(file, path, access),
             error => Err(error),
         })
     };
-    judge(locked, path)
+    match locked {
+        Err(LockError::Held(_)) => match dying_holder(file) {
+            Some(holder) => Err(StartError::ImageNotReleased {
+                path: path.to_owned(),
+                holder: holder.to_string(),
+            }),
+            None => judge(locked, path),
+        },
+        locked => judge(locked, path),
+    }
+}
+
+/// Waits longer for the image of a process that is dying than for that of one that goes on, and says so.
+fn wait_for(file: &impl AsFd, path: &Path, access: Access) -> Result<(), LockError> {
+    let dying = dying_holder(file);
+    if let Some(holder) = &dying {
+        warn!("{path:?} is locked by {holder}; waiting until that has ended");
+        show_early();
+    }
+    lock(file, access, PATIENCE - SILENCE).or_else(|error| match error {
+        LockError::Held(_) if dying.is_some() || !is_open_elsewhere(file) => {
+            if dying.is_none() {
+                warn!(
+                    "{path:?}: a process that was killed has I/O on it that has not ended; waiting for that"
+                );
+                show_early();
+            }
+            lock(file, access, LAST_IO_PATIENCE)
+        }
+        error => Err(error),
+    })
 }
 
 /// The same beside another process that has the image and is about to leave it to us: takes all

@@ -25,6 +25,22 @@ fn lines_arrive_in_order_and_settling_waits_for_them() {
 }
 
 #[test]
+fn lines_can_be_written_before_the_thread_starts_and_a_full_stream_is_not_waited_for() {
+    let (mut reader, writer) = io::pipe().unwrap();
+    let queue = Queue::new(writer, Arc::default());
+    queue.put(b"early\n");
+    queue.write_early();
+    let mut text = [0; 6];
+    reader.read_exact(&mut text).unwrap();
+    assert_eq!(&text, b"early\n");
+    for _ in 0..MAX_LINES {
+        queue.put(&[b'x'; 200]);
+    }
+    queue.write_early();
+    assert!(queue.account.bytes.load(Ordering::Relaxed) > 0, "some wait");
+}
+
+#[test]
 fn what_does_not_fit_is_counted_and_told_when_there_is_room() {
     let (queue, reader) = queue();
     // Nothing is read: the pipe fills, then the queue, by bytes or by lines.

@@ -1,0 +1,120 @@
+//! A process that has ended while its storage does not answer: the kernel keeps all its files until it does.
+
+use super::neighbours::{Frozen, Pair, push_everything};
+use super::*;
+
+/// Waits until a thread of the process waits for the file system.
+fn wait_for_blocked(pid: u32) {
+    let deadline = Instant::now() + DEADLINE;
+    let blocked = || {
+        let threads = std::fs::read_dir(format!("/proc/{pid}/task")).expect("it lives");
+        let stats = threads.flatten().map(|thread| thread.path().join("stat"));
+        stats
+            .filter_map(|stat| std::fs::read_to_string(stat).ok())
+            .any(|stat| stat.contains(") D "))
+    };
+    while !blocked() {
+        assert!(Instant::now() < deadline, "{pid} waits for nothing");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// Waits until the process has ended, as far as it can with threads that wait in the kernel.
+fn wait_for_zombie(pid: u32) {
+    let deadline = Instant::now() + DEADLINE;
+    let stat = format!("/proc/{pid}/stat");
+    while !std::fs::read_to_string(&stat).is_ok_and(|stat| stat.contains(") Z ")) {
+        assert!(Instant::now() < deadline, "{pid} goes on");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// A second daemon listens where the killed one did, serves what it can, and the frozen disk when it answers again.
+#[test]
+fn sockets_of_a_killed_process_whose_storage_is_frozen_are_replaced() {
+    let Some(frozen) = Frozen::of(1, 64 << 20, 16 << 20) else {
+        return;
+    };
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = |name: &str| dir.path().join(name).display().to_string();
+    let other = format!("socket-path={},engine=null,size=1M", path("other.sock"));
+    let spec = Spec::path(&frozen.images()[0]).args([
+        "--lock",
+        "in-use",
+        "--control-path",
+        &path("control.sock"),
+        "--disk",
+        &other,
+    ]);
+    let mut killed = Daemon::start_ours(&spec);
+    let mut disk = Disk::attach(killed.socket(), 1);
+    let cold = frozen.freeze();
+    push_everything(&mut disk, 2);
+    wait_for_blocked(killed.pid());
+    killed.signal(Signal::KILL);
+    wait_for_zombie(killed.pid());
+
+    let mut next = killed.beside(&spec);
+    assert!(next.wait_for_message("listening on"), "{}", next.stderr());
+    let said = format!("belongs to process {}", killed.pid());
+    assert_eq!(next.stderr().matches(&said).count(), 3, "{}", next.stderr());
+    Disk::attach(Path::new(&path("other.sock")), 1).read(0, 0, 4096);
+    assert!(next.is_running());
+
+    drop(cold);
+    killed.wait_exit();
+    drop(disk);
+    Disk::attach(next.socket(), 1).read(0, 0, 4096);
+    next.stop();
+}
+
+/// An old write would land on a new one otherwise.
+#[test]
+fn the_image_of_a_killed_process_whose_storage_is_frozen_is_waited_for_and_the_log_says_so() {
+    let Some(frozen) = Frozen::of(1, 64 << 20, 16 << 20) else {
+        return;
+    };
+    let spec = Spec::path(&frozen.images()[0]);
+    let mut killed = Daemon::start_ours(&spec);
+    let mut disk = Disk::attach(killed.socket(), 1);
+    let cold = frozen.freeze();
+    push_everything(&mut disk, 2);
+    wait_for_blocked(killed.pid());
+    killed.signal(Signal::KILL);
+    wait_for_zombie(killed.pid());
+    let next = killed.beside(&spec);
+    let said = format!("is locked by process {}", killed.pid());
+    assert!(next.wait_for_message(&said), "{}", next.stderr());
+    assert!(!next.stderr().contains("listening on"), "{}", next.stderr());
+    drop(cold);
+    assert!(next.wait_for_message("listening on"), "{}", next.stderr());
+    killed.wait_exit();
+    drop(disk);
+    Disk::attach(next.socket(), 1).read(0, 0, 4096);
+    next.stop();
+}
+
+/// Of a process that was told to end, only the disk that does not answer stays locked.
+#[test]
+fn images_of_disks_that_have_ended_are_unlocked_while_another_is_frozen() {
+    let Some(frozen) = Frozen::of(1, 64 << 20, 16 << 20) else {
+        return;
+    };
+    let pair = Pair::start(&frozen.images()[0], &[]);
+    let mut disk = pair.attach();
+    let mut other = pair.attach_other();
+    other.write(0, 0, &[7; 4096]);
+    let cold = frozen.freeze();
+    push_everything(&mut disk, 2);
+    wait_for_blocked(pair.daemon.pid());
+    terminate_twice(&pair.daemon);
+    wait_for_zombie(pair.daemon.pid());
+
+    let spec = Spec::path(&pair.other_image());
+    let next = Daemon::start_ours(&spec);
+    assert_eq!(Disk::attach(next.socket(), 1).read(0, 0, 4096), [7; 4096]);
+    next.stop();
+    drop(cold);
+    let mut daemon = pair.daemon;
+    assert_eq!(daemon.wait_exit().code(), Some(1));
+}
