@@ -21,6 +21,7 @@ use std::sync::mpsc::Receiver;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use crate::daemon::files::TurnAway;
 use crate::daemon::roster::Roster;
 use crate::daemon::socket::Stop;
 use crate::daemon::takeover::Giver;
@@ -51,6 +52,7 @@ pub fn serve(
     stop: Arc<Stop>,
     giver: Giver,
     begin: Receiver<()>,
+    mut away: TurnAway,
 ) -> io::Result<JoinHandle<()>> {
     let api = Arc::new(Api::new(roster, giver));
     let active = Arc::new(AtomicUsize::new(0));
@@ -66,7 +68,13 @@ pub fn serve(
                     Ok((stream, _)) => admit(stream, &api, &active),
                     Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
                     Err(error) => {
-                        log::error!("control socket: cannot accept: {error}");
+                        let line = match away.close_one(&error, &listener) {
+                            true => away.line("a client was turned away: no descriptors are left"),
+                            false => away.line(format_args!("cannot accept: {error}")),
+                        };
+                        if let Some(line) = line {
+                            log::error!("control socket: {line}");
+                        }
                         // Out of descriptors or memory: that passes, but not by trying at once.
                         thread::sleep(Duration::from_millis(100));
                     }

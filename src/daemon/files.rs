@@ -1,6 +1,9 @@
 //! Limits of the process that concern files: how many file descriptors it may need and may have, and how large its
 //! files may be.
 
+mod budget;
+mod turn_away;
+
 use std::os::fd::OwnedFd;
 
 use rustix::io::fcntl_dupfd_cloexec;
@@ -9,6 +12,9 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use super::session::MAX_REGIONS;
 use crate::config::DiskConfig;
 use crate::virtio::inflight::region_bytes;
+
+pub use self::budget::{Share, UsedUp, settle};
+pub use self::turn_away::TurnAway;
 
 /// Descriptors of one queue: kick, call and error, each held by the control plane, by what negotiates and
 /// by the worker.

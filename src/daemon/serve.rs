@@ -2,7 +2,7 @@
 //! while another process may take the disk over.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
@@ -21,10 +21,10 @@ use crate::mq::limits::MAX_RING_SIZE;
 use super::backend::DeviceBackend;
 use super::dirty::Unlogged;
 use super::disk::Disk;
-use super::files;
+use super::files::{self, Share, TurnAway, UsedUp};
 use super::session::{
-    CarriedSession, ConfigNotifier, Guard, LogKeeper, PrimeError, Reason, Served, SessionEnd,
-    SessionLimits, fds_are_left, open_fd_table,
+    CarriedSession, ConfigNotifier, FDS_TO_BEGIN, Guard, LogKeeper, PrimeError, Reason, Served,
+    SessionEnd, SessionLimits,
 };
 use super::socket::{Door, Junction, SocketFile, Stop, pass_descriptors};
 use super::takeover::Beginning;
@@ -44,14 +44,6 @@ pub struct DiskServer {
     pub rest: Arc<RestPlace>,
     /// The listener's descriptor has this number or a higher one; see [`files::number_from`].
     pub listeners_from: i32,
-}
-
-/// Descriptors that a session has before its front end has said anything, and some to spare.
-const FDS_TO_BEGIN: usize = 16;
-
-/// A descriptor that keeps a place for another one; it stands for nothing.
-fn spare_fd() -> Option<OwnedFd> {
-    open_fd_table().ok()?.try_clone_to_owned().ok()
 }
 
 /// Where front ends connect.
@@ -76,7 +68,7 @@ impl Listening {
 
 impl DiskServer {
     /// Starts the disk's thread. It waits for what it begins with, serves that, and calls `done` at the end. If
-    /// nothing comes, it does nothing.
+    /// nothing comes, it does nothing. `away` closes connections that cannot be served.
     ///
     /// # Errors
     ///
@@ -84,6 +76,7 @@ impl DiskServer {
     pub fn spawn(
         self,
         beginning: Receiver<Beginning>,
+        mut away: TurnAway,
         done: impl FnOnce() + Send + 'static,
     ) -> io::Result<JoinHandle<()>> {
         let name = format!("disk-{}", self.disk.id);
@@ -91,13 +84,13 @@ impl DiskServer {
             let Ok(beginning) = beginning.recv() else {
                 return;
             };
-            self.run(beginning);
+            self.run(beginning, &mut away);
             self.rest.gone(self.disk.id);
             done();
         })
     }
 
-    fn run(&self, beginning: Beginning) {
+    fn run(&self, beginning: Beginning, away: &mut TurnAway) {
         let Beginning { door, session } = beginning;
         let (mut door, connected) = match door {
             Some(Door::Listening(listener, file)) => {
@@ -123,10 +116,13 @@ impl DiskServer {
         if let Some(session) = session {
             verdict = self.carry_on(session, &mut door);
         } else if let Some(stream) = connected {
-            verdict = self.serve(stream, &mut None);
+            match Share::take(FDS_TO_BEGIN) {
+                Ok(share) => verdict = self.serve(stream, share, &mut None),
+                Err(UsedUp) => self.say_turned_away(away),
+            }
         }
         if verdict == Verdict::GoOn {
-            verdict = self.listen(&mut door);
+            verdict = self.listen(&mut door, away);
         }
         if let (Verdict::Leave, Some(file)) = (verdict, door.and_then(|door| door.file)) {
             file.leave();
@@ -134,8 +130,7 @@ impl DiskServer {
     }
 
     /// One session at a time: a front end that connects meanwhile waits until it is its turn.
-    fn listen(&self, door: &mut Option<Listening>) -> Verdict {
-        let mut spare = spare_fd();
+    fn listen(&self, door: &mut Option<Listening>, away: &mut TurnAway) -> Verdict {
         while let Some(open) = door {
             let verdict = match self.rest.wait(&self.stop, &open.listener) {
                 Woken::Stopped => return Verdict::GoOn,
@@ -148,14 +143,25 @@ impl DiskServer {
                     verdict
                 }
                 Woken::Readable => match open.listener.accept() {
-                    Ok((stream, _)) => {
-                        pass_descriptors(&stream, true);
-                        self.serve(stream, door)
-                    }
+                    Ok((stream, _)) => match Share::take(FDS_TO_BEGIN) {
+                        Ok(share) => {
+                            pass_descriptors(&stream, true);
+                            self.serve(stream, share, door)
+                        }
+                        Err(UsedUp) => {
+                            drop(stream);
+                            self.say_turned_away(away);
+                            Verdict::GoOn
+                        }
+                    },
                     Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => Verdict::GoOn,
                     Err(error) => {
-                        log::error!(disk = self.disk.id.0; "disk {}: cannot accept: {error}", self.disk.config.serial);
-                        self.turn_away(&error, &open.listener, &mut spare);
+                        if away.close_one(&error, &open.listener) {
+                            self.say_turned_away(away);
+                        } else if let Some(line) = away.line(format_args!("cannot accept: {error}"))
+                        {
+                            log::error!(disk = self.disk.id.0; "disk {}: {line}", self.disk.config.serial);
+                        }
                         // Out of descriptors or memory: that passes, but not by trying at once.
                         thread::sleep(Duration::from_millis(100));
                         Verdict::GoOn
@@ -169,29 +175,17 @@ impl DiskServer {
         Verdict::GoOn
     }
 
-    /// Closes the connection that waits, which there is no descriptor for, so that its front end does not wait
-    /// for an answer: in the place of a descriptor that is kept for this.
-    fn turn_away(&self, error: &io::Error, listener: &UnixListener, spare: &mut Option<OwnedFd>) {
-        if !matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE)) {
-            return;
+    fn say_turned_away(&self, away: &mut TurnAway) {
+        let what = format_args!("a front end was turned away: {}", Reason::NoFds);
+        if let Some(line) = away.line(what) {
+            log::warn!(disk = self.disk.id.0; "disk {}: {line}", self.disk.config.serial);
         }
-        drop(spare.take());
-        if listener.accept().is_ok() {
-            log::warn!(
-                disk = self.disk.id.0;
-                "disk {}: a front end was turned away: {}",
-                self.disk.config.serial,
-                Reason::NoFds
-            );
-        }
-        *spare = spare_fd();
     }
 
-    fn serve(&self, stream: UnixStream, door: &mut Option<Listening>) -> Verdict {
+    fn serve(&self, stream: UnixStream, share: Share, door: &mut Option<Listening>) -> Verdict {
         let serial = &self.disk.config.serial;
         log::info!(disk = self.disk.id.0; "disk {serial}: a front end connected");
-        let opened = fds_are_left(FDS_TO_BEGIN).map_err(io::Error::other);
-        match opened.and_then(|()| Session::open(self, stream)) {
+        match Session::open(self, stream, share) {
             Ok(session) => self.carry_on(session, door),
             Err(error) => {
                 log::error!(disk = self.disk.id.0; "disk {serial}: the session could not begin: {error}");
@@ -295,14 +289,15 @@ impl std::fmt::Debug for Session {
 }
 
 impl Session {
-    /// Puts a guard and a device behind `stream`. Nothing of it is read before [`Guard::serve`].
+    /// Puts a guard and a device behind `stream`, with descriptors of `share`. Nothing of it is read before
+    /// [`Guard::serve`].
     ///
     /// # Errors
     ///
     /// The process is out of descriptors, memory or threads.
-    pub fn open(server: &DiskServer, stream: UnixStream) -> io::Result<Session> {
+    pub fn open(server: &DiskServer, stream: UnixStream, share: Share) -> io::Result<Session> {
         let state = SessionState::new(Arc::clone(&server.disk))?;
-        let opened = Session::with(server, stream, &state);
+        let opened = Session::with(server, stream, share, &state);
         if opened.is_err() {
             // Its rings refer to it.
             state.end();
@@ -313,6 +308,7 @@ impl Session {
     fn with(
         server: &DiskServer,
         stream: UnixStream,
+        share: Share,
         state: &Arc<SessionState>,
     ) -> io::Result<Session> {
         let disk = Arc::clone(&server.disk);
@@ -331,6 +327,7 @@ impl Session {
         state.can_give_up(&device)?;
         let limits = SessionLimits::new(disk.config.num_queues, MAX_RING_SIZE);
         let guard = Guard::new(stream, device, limits, server.stop.watch()?)?
+            .with_share(share)
             .heed(server.rest.wish()?, server.rest.make_way()?)
             .watch_memory(state.watch_memory()?)
             .with_inflight(Arc::clone(state.inflight()))

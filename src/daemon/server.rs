@@ -29,7 +29,7 @@ use self::parked::{Parked, Threads};
 use super::clock::Clock;
 use super::dedicated::DedicatedWorkers;
 use super::disk::Disk;
-use super::files;
+use super::files::{self, TurnAway};
 use super::growth::GrowthWatch;
 use super::report::Summary;
 use super::roster::{Groups, Roster};
@@ -116,6 +116,7 @@ pub fn run(config: Config) -> Result<(), StartError> {
         events,
     };
     let servers = service.servers(&Arc::new(junction), listeners_from);
+    files::settle(service.roster.disks().len());
     let Doors { disks, control } = doors;
     let (inheritance, control) = service.inherit(&config, predecessor, &servers, control, clock)?;
     // All that can fail is done before the disks are ours: a take-over that fails leaves them to the other daemon.
@@ -267,7 +268,7 @@ impl Service {
                     .map_err(|source| system("keep the control socket", source))?;
                 let socket = Arc::new(socket);
                 let thread = self
-                    .start_control(listener, &socket, begin)
+                    .start_control(listener, &socket, begin, spare()?)
                     .map_err(|source| system("start the control socket's thread", source))?;
                 Some((thread, socket))
             }
@@ -277,8 +278,11 @@ impl Service {
         for server in servers {
             let events = self.events.clone();
             let (begin, beginning) = mpsc::channel();
+            let away = spare()?;
             let thread = server
-                .spawn(beginning, move || drop(events.send(Happened::DiskDone)))
+                .spawn(beginning, away, move || {
+                    drop(events.send(Happened::DiskDone))
+                })
                 .map_err(|source| system("start a disk's thread", source))?;
             disks.push(thread);
             begin_disks.push(begin);
@@ -299,6 +303,7 @@ impl Service {
         listener: UnixListener,
         socket: &Arc<ControlSocket>,
         begin: Receiver<()>,
+        away: TurnAway,
     ) -> io::Result<JoinHandle<()>> {
         let events = self.events.clone();
         let giver = Giver::new(
@@ -313,6 +318,7 @@ impl Service {
             Arc::clone(&self.stop),
             giver,
             begin,
+            away,
         )
     }
 
@@ -367,6 +373,15 @@ impl Service {
         }
         Ok(())
     }
+}
+
+fn spare() -> Result<TurnAway, StartError> {
+    TurnAway::new().map_err(|source| {
+        system(
+            "keep a file descriptor for front ends that are turned away",
+            source,
+        )
+    })
 }
 
 fn system(what: &str, source: io::Error) -> StartError {

@@ -34,6 +34,7 @@ mod inflight;
 mod log;
 mod memory;
 mod notifier;
+mod promised;
 mod refusal;
 mod rest;
 mod rules;
@@ -53,15 +54,17 @@ use rustix::event::PollFlags;
 
 pub use carry::{CarriedRegion, CarriedRing, CarriedSession, Negotiated, PrimeError};
 pub use contents::read_from as config_read_from;
-pub use fds::{are_left as fds_are_left, open_fd_table};
+pub use fds::open_fd_table;
 pub use inflight::{CarriedInflight, InflightStore, NoteKeeper};
 pub use log::LogKeeper;
 pub use notifier::ConfigNotifier;
 pub use refusal::{Reason, Refusal, RequestName};
 pub use streams::remember_socket;
 
+use super::files::Share;
 use inflight::Turnstile;
 use notifier::Channel;
+use promised::Promised;
 use rest::Rest;
 pub use rest::Served;
 use rules::Rules;
@@ -76,6 +79,10 @@ pub const MAX_REGIONS: usize = 509;
 /// Bytes of the device-specific configuration space a front end may ask for (vhost-user, "Virtio
 /// device config space").
 pub const CONFIG_SPACE_BYTES: u32 = 256;
+
+/// Descriptors that a session has before its front end has said anything, those received and not judged yet, and some
+/// to spare.
+pub const FDS_TO_BEGIN: u64 = 16 + wire::UNJUDGED_FDS;
 
 /// Messages moved for one side before the other side and the stop event get their turn.
 const MESSAGES_PER_TURN: usize = 32;
@@ -200,6 +207,12 @@ impl Guard {
     /// What the front end says of its dirty log goes to `keeper`. Without one a log is refused.
     pub fn with_log(mut self, keeper: Arc<dyn LogKeeper>) -> Guard {
         self.rules.keep_log(keeper);
+        self
+    }
+
+    /// Has the session count its descriptors in `share`, which holds what it needs to begin.
+    pub fn with_share(mut self, share: Share) -> Guard {
+        self.rules.promised = Promised::new(share);
         self
     }
 

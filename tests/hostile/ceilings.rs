@@ -22,9 +22,14 @@ const KIB_OF_A_SESSION: u64 = 4096;
 
 /// What the process uses when nothing changes any more.
 pub fn at_rest(stage: &Stage) -> ProcStats {
-    let mut last = stage.daemon.stats();
+    daemon_at_rest(&stage.daemon)
+}
+
+/// The same of a daemon without a stage.
+pub fn daemon_at_rest(daemon: &Daemon) -> ProcStats {
+    let mut last = daemon.stats();
     let mut same = 0;
-    stage.daemon.wait_stats(|now| {
+    daemon.wait_stats(|now| {
         let unchanged = (now.fds, now.threads) == (last.fds, last.threads);
         same = if unchanged { same + 1 } else { 0 };
         last.clone_from(now);

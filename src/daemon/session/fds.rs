@@ -7,9 +7,7 @@ use std::sync::OnceLock;
 use rustix::fs::{FileType, Mode, OFlags, fcntl_getfl, fstat, fstatfs, open, readlinkat};
 use rustix::net::sockopt::{socket_domain, socket_type};
 use rustix::net::{AddressFamily, SocketType};
-use vhost::vhost_user::message::FrontendReq;
 
-use super::refusal::Reason;
 use crate::engine::disk::filesystem::FileSystem;
 
 /// What stands behind a file descriptor, as far as a session cares.
@@ -98,29 +96,6 @@ impl FdKind {
             FdKind::Other(name) => name.clone(),
         }
     }
-}
-
-/// Descriptors that a descriptor of such a message becomes, all those of a ring that starts with it included:
-/// what negotiates has one, the control plane one, and the worker three of the ring's.
-pub(super) fn for_each(request: FrontendReq) -> usize {
-    match request {
-        FrontendReq::SET_VRING_KICK | FrontendReq::SET_VRING_CALL | FrontendReq::SET_VRING_ERR => 5,
-        _ => 2,
-    }
-}
-
-/// Checks that the process can have `count` descriptors more. Others may take them meanwhile.
-///
-/// # Errors
-///
-/// It cannot.
-pub fn are_left(count: usize) -> Result<(), Reason> {
-    let table = open_fd_table().map_err(|error| Reason::Examine(error.to_string()))?;
-    let mut taken = Vec::with_capacity(count);
-    for _ in 0..count {
-        taken.push(table.try_clone_to_owned().map_err(|_| Reason::NoFds)?);
-    }
-    Ok(())
 }
 
 /// What mappings of a file come in multiples of, in bytes: a page of hugetlbfs, and 1 where the kernel rounds.

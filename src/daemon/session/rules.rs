@@ -12,11 +12,12 @@ use vhost::vhost_user::message::{
 
 use super::SessionLimits;
 use super::contents;
-use super::fds::{FdKind, are_left, for_each};
+use super::fds::FdKind;
 use super::inflight::{self, InflightStore};
 use super::log::Log;
 use super::memory::{REGION_BYTES, Region, RegionTable};
 use super::notifier::Channel;
+use super::promised::Promised;
 use super::refusal::Reason;
 use super::shape::{SINGLE_HEADER_BYTES, Shape, TABLE_HEADER_BYTES, U64_BYTES};
 use super::streams;
@@ -46,6 +47,7 @@ pub(super) struct Rules {
     pub(super) protocol_acked: u64,
     pub(super) memory: RegionTable,
     pub(super) log: Log,
+    pub(super) promised: Promised,
 }
 
 impl Rules {
@@ -60,6 +62,7 @@ impl Rules {
             protocol_acked: 0,
             memory: RegionTable::default(),
             log: Log::default(),
+            promised: Promised::default(),
         }
     }
 
@@ -98,7 +101,7 @@ impl Rules {
         use FrontendReq as R;
         let request = R::try_from(message.header.request).expect("the header was checked");
         let payload = message.payload.as_slice();
-        are_left(message.fds.len() * for_each(request))?;
+        self.promised.count(request, &message, self.memory.len())?;
         match request {
             R::SET_MEM_TABLE => {
                 let message = self.set_mem_table(message)?;

@@ -23,9 +23,12 @@ pub(super) const HEADER_BYTES: usize = 12;
 /// for each region; the protocol promises 8, front ends built on the `vhost` crate send up to 32.
 pub(super) const MAX_FDS: usize = MAX_ATTACHED_FD_ENTRIES;
 
-/// File descriptors the kernel lets one `sendmsg` carry (SCM_MAX_FD, include/net/scm.h). With room
-/// for all of them, a truncated control message means that this process ran out of descriptors.
-const KERNEL_MAX_FDS: usize = 253;
+/// Room for one more than that, so that more are noticed. The kernel drops those beyond it, so that no front end fills
+/// the process's table with the 253 that a message may carry (SCM_MAX_FD, include/net/scm.h).
+const ROOM_FDS: usize = MAX_FDS + 1;
+
+/// Descriptors that may be received and not judged yet: the room, in whole words.
+pub(super) const UNJUDGED_FDS: u64 = ROOM_FDS as u64 + 1;
 
 /// Messages that may wait for one receiver. A peer that sends before it reads its answers is
 /// rare; one that never reads them costs this many messages and no more.
@@ -174,7 +177,7 @@ impl Receiver {
                     Some(header) => Progress::Message(self.take(header)),
                 });
             }
-            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(KERNEL_MAX_FDS))];
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(ROOM_FDS))];
             let mut control = RecvAncillaryBuffer::new(&mut space);
             let received = match recvmsg(
                 socket,
@@ -193,11 +196,12 @@ impl Receiver {
                     self.fds.extend(fds);
                 }
             }
-            if received.flags.contains(ReturnFlags::CTRUNC) {
-                return Ok(Progress::FdsLost);
-            }
             if self.fds.len() > MAX_FDS {
                 return Ok(Progress::TooManyFds);
+            }
+            // There was room for them.
+            if received.flags.contains(ReturnFlags::CTRUNC) {
+                return Ok(Progress::FdsLost);
             }
             if received.bytes == 0 {
                 return Ok(Progress::Closed);

@@ -7,9 +7,10 @@ use crate::config::SocketSource;
 use crate::engine::disk::ImageKind;
 
 use super::super::super::clock::Clock;
+use super::super::super::files::{Share, UsedUp};
 use super::super::super::roster::Roster;
 use super::super::super::serve::{DiskServer, Session};
-use super::super::super::session::CarriedSession;
+use super::super::super::session::{CarriedSession, FDS_TO_BEGIN, Reason};
 use super::super::super::socket::{Door, SocketFile};
 use super::super::state::CarriedDisk;
 use super::Beginning;
@@ -89,7 +90,8 @@ fn resume(
         .filter(|ring| ring.running)
         .map(|ring| ring.index)
         .collect();
-    let mut session = Session::open(server, front_end.into()).map_err(text)?;
+    let share = Share::take(FDS_TO_BEGIN).map_err(|UsedUp| Reason::NoFds.to_string())?;
+    let mut session = Session::open(server, front_end.into(), share).map_err(text)?;
     session
         .prime(carried, deadline)
         .map_err(|error| error.to_string())?;
