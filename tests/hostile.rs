@@ -29,6 +29,8 @@ mod fds;
 mod hoards;
 #[path = "hostile/locked_memory.rs"]
 mod locked_memory;
+#[path = "hostile/many.rs"]
+mod many;
 #[path = "hostile/memory.rs"]
 mod memory;
 #[path = "hostile/messages.rs"]

@@ -9,6 +9,8 @@ mod bare;
 mod places;
 #[path = "sandbox/signals.rs"]
 mod signals;
+#[path = "sandbox/starts.rs"]
+mod starts;
 #[path = "sandbox/streams.rs"]
 mod streams;
 

@@ -48,9 +48,14 @@ impl std::fmt::Debug for Gate {
 impl Gate {
     /// Puts the filter on what `command` will start. Everything passes until told otherwise.
     pub fn put_on(command: &mut Command) -> Gate {
+        Gate::put_on_call(command, libc::SYS_io_uring_enter)
+    }
+
+    /// The same for another system call, whose arguments mean nothing here.
+    pub fn put_on_call(command: &mut Command, call: libc::c_long) -> Gate {
         let (ours, theirs) = UnixStream::pair().expect("sockets");
         let install = move || {
-            let asked = install_filter()?;
+            let asked = install_filter(call)?;
             send_with_fds(&theirs, &[0], &[asked.as_fd()])?;
             Ok(())
         };
@@ -78,8 +83,8 @@ impl Gate {
     }
 }
 
-/// Asks about `io_uring_enter`, allows everything else. For the calling thread and what it becomes.
-fn install_filter() -> io::Result<OwnedFd> {
+/// Asks about a system call, allows everything else. For the calling thread and what it becomes.
+fn install_filter(call: libc::c_long) -> io::Result<OwnedFd> {
     // LD, JEQ and RET as in linux/bpf_common.h.
     const fn step(code: u32, jt: u8, jf: u8, k: u32) -> libc::sock_filter {
         libc::sock_filter {
@@ -100,7 +105,7 @@ fn install_filter() -> io::Result<OwnedFd> {
             libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K,
             0,
             1,
-            libc::SYS_io_uring_enter as u32,
+            call as u32,
         ),
         step(
             libc::BPF_RET | libc::BPF_K,
