@@ -20,13 +20,25 @@ const KILL: u64 = 1 << 8;
 pub struct Dying {
     pid: u32,
     name: String,
-    /// Threads that wait in the kernel and cannot be interrupted.
+    /// Threads that are still in the kernel, and hold its files.
+    left: usize,
+    /// Those of them that wait there and cannot be interrupted.
     blocked: usize,
+}
+
+impl Dying {
+    /// Whether it can still have files. A process of which only the entry in the table is left has none: a socket of it
+    /// that still listens is another process's.
+    pub fn has_threads(&self) -> bool {
+        self.left > 0
+    }
 }
 
 impl fmt::Display for Dying {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Dying { pid, name, blocked } = self;
+        let Dying {
+            pid, name, blocked, ..
+        } = self;
         write!(
             f,
             "process {pid} ({name}), which was killed or has ended and of which {blocked} threads in state D wait for \
@@ -38,6 +50,7 @@ impl fmt::Display for Dying {
 /// What one thread's files in `/proc` say.
 struct Thread {
     ends: bool,
+    gone: bool,
     blocked: bool,
 }
 
@@ -55,8 +68,10 @@ impl Thread {
             line.and_then(|set| u64::from_str_radix(set.trim(), 16).ok())
                 .is_some_and(|set| set & KILL != 0)
         });
+        let gone = matches!(state, "Z" | "X" | "x");
         Some(Thread {
-            ends: matches!(state, "Z" | "X" | "x") || flags & (EXITING | SIGNALED) != 0 || pending,
+            ends: gone || flags & (EXITING | SIGNALED) != 0 || pending,
+            gone,
             blocked: state == "D",
         })
     }
@@ -69,7 +84,7 @@ pub fn find(pid: u32) -> Option<Dying> {
 
 /// The same, with the processes' directories in `proc`.
 pub fn find_in(proc: &Path, pid: u32) -> Option<Dying> {
-    let mut blocked = 0;
+    let (mut left, mut blocked) = (0, 0);
     let threads = threads_in(proc, pid);
     if threads.is_empty() {
         return None;
@@ -84,12 +99,14 @@ pub fn find_in(proc: &Path, pid: u32) -> Option<Dying> {
         if !thread.ends {
             return None;
         }
+        left += usize::from(!thread.gone);
         blocked += usize::from(thread.blocked);
     }
     let name = fs::read_to_string(proc.join(pid.to_string()).join("comm")).ok()?;
     Some(Dying {
         pid,
         name: name.trim_end().escape_debug().to_string(),
+        left,
         blocked,
     })
 }
@@ -137,6 +154,7 @@ mod tests {
         fake(proc, 1, &killed);
         let found = find_in(proc, 1).unwrap();
         assert_eq!((found.pid, found.blocked), (1, 2));
+        assert!(found.has_threads());
         assert!(found.to_string().contains("process 1 (a)"));
         // Its first thread has ended, and another serves.
         fake(proc, 2, &[("Z", 4, 0, 0), ("S", 0x40, 0, 0)]);
@@ -148,6 +166,9 @@ mod tests {
         fake(proc, 4, &[("Z", 4, 0, 0), ("D", SIGNALED, 0, 0)]);
         assert!(find_in(proc, 4).is_some());
         assert_eq!(find_in(proc, 5), None, "there is none");
+        // It waits for its parent only, and has no files.
+        fake(proc, 6, &[("Z", 4, 0, 0)]);
+        assert!(!find_in(proc, 6).unwrap().has_threads());
     }
 
     #[test]

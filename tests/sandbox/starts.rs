@@ -1,6 +1,7 @@
 //! Daemons that start at the same time.
 
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc;
@@ -90,4 +91,29 @@ fn of_two_daemons_that_start_on_one_path_one_serves_and_the_other_says_so() {
     let status = second.child.wait().expect("it ends");
     assert_eq!(status.code(), Some(1));
     UnixStream::connect(&socket).expect("the first one's");
+}
+
+/// The process that began to listen has ended, and its parent has not been told; another one has the socket and accepts.
+#[test]
+fn a_socket_that_a_process_has_left_to_another_is_in_use() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let socket = dir.path().join("s");
+    let listener = UnixListener::bind(&socket).expect("a socket");
+    let theirs = listener.try_clone().expect("a duplicate");
+    let mut command = Command::new("true");
+    // SAFETY: needed to run code between fork and exec, where only what may be done in a signal handler may be done: it
+    // makes one system call, and allocates nothing.
+    unsafe { command.pre_exec(move || Ok(rustix::net::listen(&theirs, 16)?)) };
+    let mut child = command.spawn().expect("true is there");
+    let stat = format!("/proc/{}/stat", child.id());
+    let deadline = Instant::now() + DEADLINE;
+    while !std::fs::read_to_string(&stat).is_ok_and(|stat| stat.contains(") Z ")) {
+        assert!(Instant::now() < deadline, "it ends");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    let mut daemon = Started::new(&socket, "log", |_| ());
+    daemon.wait("it is told", |daemon| !daemon.said().is_empty());
+    assert!(daemon.said().contains("is in use"), "{}", daemon.said());
+    child.wait().expect("it has ended");
+    UnixStream::connect(&socket).expect("it is still this process's");
 }

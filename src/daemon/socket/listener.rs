@@ -49,9 +49,14 @@ fn try_connect(path: &Path) -> Result<UnixStream, Errno> {
     Ok(socket.into())
 }
 
-/// The process that listens, if it is dying. One that is gone altogether has left the socket to another, which may
-/// accept; so may one that is outside of our namespace of process numbers.
+/// The process that listens, if it is dying and still has the socket. One that has no threads left, or is gone
+/// altogether, has left the socket to another, which may accept; so may one that is outside of our namespace of process
+/// numbers.
 fn dying_listener(stream: &UnixStream) -> Option<Dying> {
+    listener_found(stream).filter(Dying::has_threads)
+}
+
+fn listener_found(stream: &UnixStream) -> Option<Dying> {
     let handle = match peer_process(stream) {
         Ok(handle) => handle,
         // A kernel that has no such handles: the number must do.
