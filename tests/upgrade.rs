@@ -13,6 +13,8 @@ mod held;
 mod impostor;
 #[path = "upgrade/last_release.rs"]
 mod last_release;
+#[path = "upgrade/notes.rs"]
+mod notes;
 #[path = "upgrade/promises.rs"]
 mod promises;
 #[path = "upgrade/refused.rs"]

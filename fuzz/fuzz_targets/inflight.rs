@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use arbitrary::Arbitrary;
 use libfuzzer_sys::fuzz_target;
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use vhost_user_blkmq::mq::request::Status;
 use vhost_user_blkmq::virtio::inflight::{self, InflightRegion};
 use vhost_user_blkmq::virtio::parse::{Parsed, parse};
@@ -26,7 +27,7 @@ struct Entry {
 #[derive(Arbitrary, Debug)]
 struct Input<'a> {
     exponent: u8,
-    /// Entries the region has; the ring's size unless it says otherwise.
+    /// Entries the front end says; the ring's size unless it says otherwise.
     entries: Option<u8>,
     version: u8,
     features: u8,
@@ -37,6 +38,8 @@ struct Input<'a> {
     published: u8,
     /// What the driver made available beyond what was taken.
     available: u8,
+    /// A region that this program makes, and not one of the last release.
+    ours: bool,
     table: Vec<Entry>,
     /// Written over all of it in the end.
     raw: Option<(u16, &'a [u8])>,
@@ -45,9 +48,19 @@ struct Input<'a> {
 fuzz_target!(|input: Input<'_>| {
     let guest = Guest::new();
     let mut setup = setup(input.exponent, true, 0);
-    let entries = input.entries.map_or(setup.size, u16::from).max(1);
-
-    let file = inflight::create(2).expect("a region");
+    let said = input.entries.map_or(setup.size, u16::from).max(1);
+    let (file, size, at, entries) = match input.ours {
+        true => {
+            let file = inflight::create(2, said).expect("a region");
+            (file, inflight::region_bytes(2), inflight::records_at(2), 1024)
+        }
+        false => {
+            let file = memfd_create("region", MemfdFlags::CLOEXEC).expect("a file");
+            let size = inflight::records_bytes(2, said);
+            ftruncate(&file, size as u64).expect("it grows");
+            (file, size, 0, said)
+        }
+    };
     let mut record = Vec::new();
     record.extend(u64::from(input.features / 128).to_ne_bytes());
     record.extend(u16::from(input.version % 3).to_ne_bytes());
@@ -69,9 +82,9 @@ fuzz_target!(|input: Input<'_>| {
     }
     record.truncate(inflight::records_bytes(1, entries));
     let handle = File::from(file.try_clone().expect("a duplicate"));
-    handle.write_all_at(&record, 0).expect("it fits");
-    let size = inflight::records_bytes(2, entries) as u64;
-    let region = InflightRegion::map(&file, 0, size, 2, entries).expect("a mapping");
+    handle.write_all_at(&record, at as u64).expect("it fits");
+    let region = InflightRegion::map(&file, 0, size as u64, 2, said).expect("a mapping");
+    assert_eq!((region.records_at(), region.queue_size()), (at, entries));
 
     // Every chain is a flush: the ring is what is looked at.
     guest.write(DATA, &4u32.to_le_bytes());

@@ -34,6 +34,7 @@ use self::cache::CacheState;
 use self::dedicated::Dedicated;
 use self::describe::{shape, space, target};
 pub use self::hold::{Changes, Holding, NotHeld};
+pub use self::notes::Keeping;
 use self::resize::Size;
 pub use self::resize::{Resize, ResizeError};
 pub use self::tuning::{Membership, Switch};
@@ -59,6 +60,8 @@ pub struct Disk {
     /// Writes are durable when they complete: what follows from the two below. The workers look here.
     write_through: Arc<AtomicBool>,
     cache: Mutex<CacheState>,
+    /// Who writes down what the guest chose.
+    keeping: Mutex<Keeping>,
     /// Whether syncs of the image can be believed.
     sync_fault: Arc<SyncFault>,
     /// How often it was held after an error.
@@ -118,6 +121,7 @@ impl Disk {
             id,
             write_through: Arc::new(AtomicBool::new(config.cache.is_write_through())),
             cache: Mutex::new(CacheState::new(config.cache.is_write_through())),
+            keeping: Mutex::new(Keeping::Here),
             sync_fault: Arc::new(SyncFault::new(id.0, &config.serial, image.witness.take())),
             throttle: Arc::new(Throttle::new(config.limits)),
             group: Mutex::new(None),

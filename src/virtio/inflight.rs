@@ -14,10 +14,10 @@
 //! in the host's byte order. The document leaves the distance of the queues' records to the back end;
 //! here each begins at a multiple of [`QUEUE_ALIGN`] bytes, as in libvhost-user and DPDK.
 //!
-//! A record has room for [`MAX_RING_SIZE`] entries, whatever size the front end says its rings have: QEMU
-//! 10.0.13 asks for a region for its `queue-size` and starts rings of 1024. Behind the records stand notes
-//! of ours about the guest (`inflight/notes.rs`). A region of another back end, or of a version of this
-//! program that did neither, has records of the size that the front end says, and no notes.
+//! A record has room for [`MAX_RING_SIZE`](crate::mq::limits::MAX_RING_SIZE) entries, whatever size the front end says its rings have: QEMU
+//! 10.0.13 asks for a region for its `queue-size` and starts rings of 1024. What stands before and behind the
+//! records is in `inflight/layout.rs`. A region of another back end, or of the last release, has records of the size
+//! that the front end says, and nothing else.
 //!
 //! # What is written when
 //!
@@ -38,7 +38,6 @@
 //! checks it; on the data path only `next` is read, and checked. What it lies about are chains of its
 //! own guest.
 
-use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::ptr::NonNull;
@@ -46,23 +45,21 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64, Ordering};
 
 use rustix::fs::{
-    MemfdFlags, SealFlags, fcntl_add_seals, fcntl_get_seals, fstat, ftruncate, memfd_create,
+    MemfdFlags, SealFlags, fcntl_add_seals, fcntl_get_seals, ftruncate, memfd_create,
 };
 use rustix::io::Errno;
-use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
-use crate::mq::limits::MAX_RING_SIZE;
-use crate::sigbus::Guarded;
-
+mod layout;
+mod mapping;
 mod notes;
 mod recover;
 
-use notes::NOTES_BYTES;
+use layout::{Layout, lay_out, queue_bytes};
+pub use layout::{records_at, records_bytes, region_bytes};
+use mapping::Mapping;
 pub use notes::Notes;
 pub use recover::InflightError;
 
-/// Bytes of the smallest page there is.
-const PAGE_BYTES: usize = 4096;
 /// Bytes in front of a queue's entries.
 const HEADER_BYTES: usize = 16;
 /// Bytes of an entry.
@@ -87,28 +84,13 @@ mod at {
     pub(super) const COUNTER: usize = 8;
 }
 
-/// Bytes of the record of a queue with `size` descriptors, up to where the next one begins.
-fn queue_bytes(size: u16) -> usize {
-    (HEADER_BYTES + usize::from(size) * ENTRY_BYTES).next_multiple_of(QUEUE_ALIGN)
-}
-
-/// Bytes of a region for `queues` queues as [`create`] makes it.
-pub fn region_bytes(queues: u16) -> usize {
-    records_bytes(queues, MAX_RING_SIZE) + NOTES_BYTES
-}
-
-/// Bytes of the records of `queues` queues of up to `queue_size` descriptors: the least that a region can
-/// have.
-pub fn records_bytes(queues: u16, queue_size: u16) -> usize {
-    usize::from(queues) * queue_bytes(queue_size)
-}
-
-/// A new region of [`region_bytes`], all zero, in a file that cannot be made shorter.
+/// A new region for `queues` queues of [`region_bytes`], in a file that cannot be made shorter. The front end says
+/// that its queues have `queue_size` descriptors.
 ///
 /// # Errors
 ///
 /// The kernel has no memory or no descriptor left.
-pub fn create(queues: u16) -> io::Result<OwnedFd> {
+pub fn create(queues: u16, queue_size: u16) -> io::Result<OwnedFd> {
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
     let name = "vhost-user-blkmq in flight";
     // Not to be run as a program: hosts may insist. Linux before 6.3 does not know the flag.
@@ -118,6 +100,8 @@ pub fn create(queues: u16) -> io::Result<OwnedFd> {
     }?;
     ftruncate(&file, region_bytes(queues) as u64)?;
     fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
+    let mapping = Mapping::new(&file, 0, region_bytes(queues))?;
+    lay_out(&mapping, queues, queue_size);
     Ok(file)
 }
 
@@ -140,8 +124,7 @@ pub fn is_memory(file: &OwnedFd) -> bool {
 pub struct InflightRegion {
     mapping: Arc<Mapping>,
     queues: u16,
-    queue_size: u16,
-    has_notes: bool,
+    layout: Layout,
 }
 
 impl InflightRegion {
@@ -159,60 +142,29 @@ impl InflightRegion {
         queues: u16,
         queue_size: u16,
     ) -> io::Result<InflightRegion> {
-        let (least, whole) = (records_bytes(queues, queue_size), region_bytes(queues));
+        let (least, most) = (records_bytes(queues, queue_size), region_bytes(queues));
         debug_assert!(size >= least as u64);
-        let used = usize::try_from(size).unwrap_or(whole).min(whole).max(least);
-        // Huge pages are mapped as a whole; a file on hugetlbfs calls them its blocks.
-        let block = usize::try_from(fstat(file)?.st_blksize).unwrap_or(0);
-        let len = used.next_multiple_of(block.max(PAGE_BYTES));
-        // SAFETY: a new mapping at an address that the kernel chooses replaces nothing. Unsafe because
-        // mapping in general can.
-        let base = unsafe {
-            mmap(
-                std::ptr::null_mut(),
-                len,
-                ProtFlags::READ | ProtFlags::WRITE,
-                MapFlags::SHARED,
-                file,
-                offset,
-            )
-        }?;
-        let base = NonNull::new(base.cast()).ok_or(Errno::NOMEM)?;
-        let mut mapping = Mapping {
-            base,
-            len,
-            guard: None,
-        };
-        // SAFETY: a whole mapping of ours, which the drop below unmaps after the guard is gone; all accesses
-        // are by raw pointers. Unsafe because the guard may replace what is mapped there.
-        mapping.guard = Some(unsafe { Guarded::new(base, len) }?);
-        let mut region = InflightRegion {
+        let used = usize::try_from(size).unwrap_or(most).min(most).max(least);
+        let mapping = Mapping::new(file, offset, used)?;
+        let layout = Layout::find(&mapping, used, queues, queue_size);
+        Ok(InflightRegion {
             mapping: Arc::new(mapping),
             queues,
-            queue_size: MAX_RING_SIZE,
-            has_notes: used == whole,
-        };
-        // A region of another back end may be as long as ours by chance.
-        if !region.has_notes || size != whole as u64 && region.notes().is_none() {
-            region.queue_size = queue_size;
-            region.has_notes = false;
-        }
-        Ok(region)
+            layout,
+        })
     }
 
     /// The record of queue `index`, whose ring has `ring_size` entries. `None` if the region has none,
     /// or no room for so many.
     pub fn queue(&self, index: u16, ring_size: u16) -> Option<InflightQueue> {
-        if index >= self.queues || ring_size > self.queue_size {
+        let size = self.layout.queue_size;
+        if index >= self.queues || ring_size > size {
             return None;
         }
-        let offset = usize::from(index) * queue_bytes(self.queue_size);
-        // SAFETY: the mapping has `queues` records, one after the other. Unsafe because it is shared
-        // memory, of which no reference may be made.
-        let base = unsafe { self.mapping.base.add(offset) };
+        let offset = self.layout.at + records_bytes(index, size);
         Some(InflightQueue {
-            base,
-            size: self.queue_size,
+            base: self.mapping.at(offset, queue_bytes(size)),
+            size,
             _mapping: Arc::clone(&self.mapping),
         })
     }
@@ -224,51 +176,23 @@ impl InflightRegion {
 
     /// Descriptors it has room for in each, which may be more than the front end said.
     pub fn queue_size(&self) -> u16 {
-        self.queue_size
+        self.layout.queue_size
+    }
+
+    /// Where its records begin, in bytes.
+    pub fn records_at(&self) -> usize {
+        self.layout.at
     }
 
     /// Forgets everything: the device was reset. No ring that uses the region is running.
     pub fn clear(&self) {
         for index in 0..self.queues {
-            let queue = self.queue(index, self.queue_size);
+            let queue = self.queue(index, self.layout.queue_size);
             queue
                 .expect("an index below the number")
                 .u16(at::VERSION)
                 .store(0, Ordering::Release);
         }
-    }
-}
-
-/// Unmapped when nobody uses it any more.
-struct Mapping {
-    base: NonNull<u8>,
-    len: usize,
-    /// The front end may truncate a file that it did not let us seal. Then zeros are here, and what the next
-    /// process could have known is lost, which is the front end's own doing and its own guest's loss.
-    guard: Option<Guarded>,
-}
-
-// SAFETY: the mapping is shared with another process and may be accessed from any thread. Unsafe because
-// raw pointers carry no such promise.
-unsafe impl Send for Mapping {}
-// SAFETY: as for Send. Unsafe for the same reason.
-unsafe impl Sync for Mapping {}
-
-impl fmt::Debug for Mapping {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Mapping")
-            .field("len", &self.len)
-            .finish_non_exhaustive()
-    }
-}
-
-impl Drop for Mapping {
-    fn drop(&mut self) {
-        drop(self.guard.take());
-        // SAFETY: the mapping is ours, and whoever points into it keeps it. Unsafe because the kernel would
-        // unmap anything.
-        let unmapped = unsafe { munmap(self.base.as_ptr().cast(), self.len) };
-        debug_assert!(unmapped.is_ok());
     }
 }
 

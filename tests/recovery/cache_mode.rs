@@ -144,7 +144,7 @@ fn notes_that_were_changed_take_no_write_through_away() {
             let region = world.inflight.as_ref().expect("there is a region");
             region
                 .file
-                .write_all_at(&[0x5a; 128], 16448)
+                .write_all_at(&[0x5a; 128], region.notes_at())
                 .expect("a region can be written");
         }
         // The notes say write-back, or nothing.
@@ -158,7 +158,7 @@ fn notes_that_were_changed_take_no_write_through_away() {
             let region = world.inflight.as_ref().expect("there is a region");
             region
                 .file
-                .write_all_at(&[0xa5; 128], 16448)
+                .write_all_at(&[0xa5; 128], region.notes_at())
                 .expect("a region can be written");
             let third = daemon(&world, "writeback");
             let _front = world.attach(&third, Base::Used);

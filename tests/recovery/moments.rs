@@ -235,7 +235,7 @@ fn a_region_that_lies_keeps_its_ring_from_starting() {
     for (offset, value) in [(12, 0xffff_u16), (14, 0_u16.wrapping_sub(7))] {
         region
             .file
-            .write_all_at(&value.to_ne_bytes(), offset)
+            .write_all_at(&value.to_ne_bytes(), region.records_at() + offset)
             .expect("a region can be written");
     }
     let daemon = world.daemon(&[]);
@@ -268,7 +268,7 @@ fn head_0_alone_in_flight_before_the_first_completion_is_not_forgotten() {
         let region = world.inflight.as_ref().expect("there is a region");
         region
             .file
-            .write_all_at(&[1], 16)
+            .write_all_at(&[1], region.records_at() + 16)
             .expect("a region can be written");
         assert_eq!(world.in_flight(0), 1);
         let daemon = world.daemon(&[]);

@@ -29,8 +29,8 @@ pub struct World {
     pub inflight: Option<Inflight>,
     /// The size of the queues that the front end says when it asks for the region.
     pub inflight_queue_size: u16,
-    /// Bytes from the record of one queue in the region to the next: with room for 1024 entries.
-    pub stride: usize,
+    /// Of a region of the last release: bytes from the record of one queue to the next.
+    stride: Option<u64>,
     /// Protocol features to take if offered.
     pub protocol: VhostUserProtocolFeatures,
     /// Features to take if offered.
@@ -58,7 +58,7 @@ impl World {
             queues,
             inflight: None,
             inflight_queue_size: setup.size,
-            stride: 16448,
+            stride: None,
             protocol: protocol::KNOWN | VhostUserProtocolFeatures::INFLIGHT_SHMFD,
             features: features::KNOWN,
             accepted: None,
@@ -118,13 +118,14 @@ impl World {
         front
     }
 
-    /// Gives the next daemon a region as a version of this program left it whose records have room for the
-    /// size said, and nothing stands behind them.
+    /// Gives the next daemon a region as the last release left it: records with room for the size said, and nothing
+    /// else.
     pub fn use_old_region(&mut self) {
         use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
         let size = self.inflight_queue_size;
-        self.stride = (16 + 16 * usize::from(size)).next_multiple_of(64);
-        let bytes = (self.queues.len() * self.stride) as u64;
+        let stride = (16 + 16 * u64::from(size)).next_multiple_of(64);
+        self.stride = Some(stride);
+        let bytes = self.queues.len() as u64 * stride;
         let file = memfd_create("old region", MemfdFlags::CLOEXEC).expect("memory");
         ftruncate(&file, bytes).expect("memory");
         let queues = self.queues.len() as u16;
@@ -141,12 +142,12 @@ impl World {
         };
         let size = usize::from(self.queues[0].size());
         let mut bytes = vec![0; 16 + 16 * size];
-        std::os::unix::fs::FileExt::read_exact_at(
-            &region.file,
-            &mut bytes,
-            (index * self.stride) as u64,
-        )
-        .expect("the region has a record for each queue");
+        let at = match self.stride {
+            Some(stride) => index as u64 * stride,
+            None => region.records_at() + index as u64 * front::RECORD_BYTES,
+        };
+        std::os::unix::fs::FileExt::read_exact_at(&region.file, &mut bytes, at)
+            .expect("the region has a record for each queue");
         bytes[16..16 + 16 * size]
             .chunks(16)
             .filter(|entry| entry[0] != 0)

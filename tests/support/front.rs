@@ -14,6 +14,7 @@ use std::fs::File;
 use std::io::{self, IoSlice, Read};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
@@ -105,6 +106,30 @@ pub struct Inflight {
     /// Where it is.
     pub file: File,
 }
+
+impl Inflight {
+    /// Where the records begin in a region that this version makes.
+    pub fn records_at(&self) -> u64 {
+        (u64::from(self.description.num_queues) * RECORD_BYTES).next_multiple_of(64 << 10)
+    }
+
+    /// Where the two slots for notes are.
+    pub fn notes_at(&self) -> u64 {
+        self.records_at() + u64::from(self.description.num_queues) * RECORD_BYTES + 64
+    }
+
+    /// Whether there are notes of the guest.
+    pub fn has_notes(&self) -> bool {
+        let mut slots = [0; 128];
+        self.file
+            .read_exact_at(&mut slots, self.notes_at())
+            .expect("there is room for notes");
+        slots.chunks(64).any(|slot| slot[..8] == *b"\x01\0\0QMKLB")
+    }
+}
+
+/// Bytes of a record of 1024 entries.
+pub const RECORD_BYTES: u64 = 16448;
 
 impl fmt::Debug for Inflight {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -363,7 +363,7 @@ fn a_crash_after_an_upgrade_loses_nothing() {
         let mut record = vec![0; 16 + 16 * 128];
         region
             .file
-            .read_exact_at(&mut record, 0)
+            .read_exact_at(&mut record, region.records_at())
             .expect("the region has a record");
         record[16..].chunks(16).filter(|e| e[0] != 0).count()
     };

@@ -109,14 +109,15 @@ fn refused_command(lineage: &Lineage, image: &std::path::Path, args: &[&str]) ->
 }
 
 /// A process that is to take over, played by hand so that it can end at any point.
-struct Actor {
+pub(super) struct Actor {
     stream: UnixStream,
-    plan: String,
+    /// What it wants, in JSON.
+    pub(super) plan: String,
 }
 
 impl Actor {
     /// Asks until nobody else is at it.
-    fn ask(lineage: &Lineage, formats: &str) -> (Actor, String) {
+    pub(super) fn ask(lineage: &Lineage, formats: &str) -> (Actor, String) {
         let deadline = Instant::now() + DEADLINE;
         loop {
             let asked = Self::ask_once(lineage, formats);
@@ -159,7 +160,7 @@ impl Actor {
         )
     }
 
-    fn say(&mut self, kind: u32, json: &str) {
+    pub(super) fn say(&mut self, kind: u32, json: &str) {
         let header = [kind, json.len() as u32, 0].map(u32::to_ne_bytes).concat();
         self.stream.write_all(&header).expect("it listens");
         self.stream.write_all(json.as_bytes()).expect("it listens");
@@ -178,7 +179,7 @@ impl Actor {
 
     /// Goes as far as that: 0 has asked, 1 has the facts, 2 has said that it is ready, 3 has heard the state,
     /// 4 has heard the disk.
-    fn go(&mut self, step: u32) {
+    pub(super) fn go(&mut self, step: u32) {
         if step >= 1 {
             let plan = self.plan.clone();
             self.say(1, &plan);

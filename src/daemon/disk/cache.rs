@@ -2,7 +2,7 @@
 
 use std::io;
 use std::sync::atomic::Ordering;
-use std::sync::{MutexGuard, PoisonError};
+use std::sync::{MutexGuard, PoisonError, TryLockError};
 
 use super::Disk;
 use crate::daemon::device_state::DeviceState;
@@ -11,7 +11,7 @@ use crate::engine::Errno;
 use crate::engine::disk::ImageKind;
 use crate::virtio::config_space::{ConfigError, WriteCache};
 use crate::virtio::features::{self, CacheControl};
-use crate::virtio::inflight::InflightRegion;
+use crate::virtio::inflight::{InflightRegion, Notes};
 
 /// Why writes may have to be durable when they complete, and what is known of the guest's choice.
 #[derive(Debug)]
@@ -30,10 +30,10 @@ pub(super) struct CacheState {
     acked: Option<u64>,
     /// A ring that runs was served before it started.
     history: bool,
-    /// The region below was made for a driver that had started no ring yet.
-    new_region: bool,
     /// Where notes of this are kept for the process after this one.
     region: Option<InflightRegion>,
+    /// The guest of that region has started a ring, or may have.
+    pub(super) started: bool,
 }
 
 impl CacheState {
@@ -46,8 +46,8 @@ impl CacheState {
             known: false,
             acked: None,
             history: false,
-            new_region: false,
             region: None,
+            started: false,
         }
     }
 
@@ -55,9 +55,20 @@ impl CacheState {
         self.chosen || self.flushless || self.cautious
     }
 
+    /// Whether it is known what the notes have to say: what the guest chose, or that it has write-through for want
+    /// of that.
+    pub(super) fn can_be_noted(&self) -> bool {
+        self.known || self.cautious
+    }
+
     /// Where notes are kept.
     pub(super) fn region(&self) -> Option<&InflightRegion> {
         self.region.as_ref()
+    }
+
+    /// Whether all that speaks for write-through is that the guest may have chosen it.
+    pub(super) fn is_in_doubt(&self) -> bool {
+        self.cautious && !self.chosen
     }
 
     /// What a guest counts on that goes on elsewhere, or with another process.
@@ -117,15 +128,19 @@ impl Disk {
     /// The notes of a guest that runs say whether it has write-through. It keeps that, and one that has
     /// write-back gets what the disk has: the front end, which can change notes, cannot take write-through
     /// away.
-    pub(super) fn guest_has(&self, write_through: bool) -> io::Result<()> {
-        if write_through && !self.lock_cache().chosen {
-            self.choose(true)?;
+    pub(super) fn guest_has(&self, told: &Notes) -> io::Result<()> {
+        let has = {
+            let cache = self.lock_cache();
+            cache.chosen || cache.cautious && told.in_doubt
+        };
+        if told.write_through && !has {
+            self.promise(!told.in_doubt, told.in_doubt)?;
             log::info!(
                 disk = self.id.0; "disk {}: its guest goes on with write-through",
                 self.config.serial
             );
         }
-        self.lock_cache().known = true;
+        self.lock_cache().known |= !told.in_doubt;
         Ok(())
     }
 
@@ -133,32 +148,32 @@ impl Disk {
     pub(super) fn keep_notes_in(&self, region: InflightRegion, started: bool) {
         let mut cache = self.lock_cache();
         cache.region = Some(region);
-        cache.new_region = !started;
-        self.note(&cache, started);
-    }
-
-    /// Writes down what has changed for the guest beside the cache mode.
-    pub(super) fn note_change(&self) {
-        self.note(&self.lock_cache(), false);
+        cache.started = started;
+        self.note(&cache);
     }
 
     fn choose(&self, chosen: bool) -> io::Result<()> {
-        let (chosen_before, cautious_before) = {
+        self.promise(chosen, false)
+    }
+
+    /// The guest chose write-through or did not, or may have. On an error nothing changes.
+    fn promise(&self, chosen: bool, cautious: bool) -> io::Result<()> {
+        let (chosen_before, cautious_before, known_before) = {
             let cache = self.lock_cache();
-            (cache.chosen, cache.cautious)
+            (cache.chosen, cache.cautious, cache.known)
         };
         let changed = self.change_cache(|cache| {
             cache.chosen = chosen;
-            cache.cautious = false;
+            cache.cautious = cautious;
+            cache.known |= !cautious;
         });
-        let mut cache = self.lock_cache();
         if changed.is_err() {
+            let mut cache = self.lock_cache();
             cache.chosen = chosen_before;
             cache.cautious = cautious_before;
+            cache.known = known_before;
             self.write_through
                 .store(cache.is_write_through(), Ordering::Relaxed);
-        } else {
-            cache.known = true;
         }
         changed
     }
@@ -190,10 +205,10 @@ impl Disk {
             .acked
             .is_none_or(|acked| acked & features::CONFIG_WCE != 0);
         let in_doubt = history && can_choose && !cache.is_write_through();
-        let arrives = in_doubt && cache.new_region && cache.known;
-        let begins = std::mem::take(&mut cache.new_region);
+        let begins = cache.region.is_some() && !std::mem::replace(&mut cache.started, true);
+        let arrives = in_doubt && begins && cache.known;
         if begins {
-            self.note(&cache, true);
+            self.note(&cache);
         }
         let unknown = in_doubt && !cache.known;
         drop(cache);
@@ -242,9 +257,10 @@ impl Disk {
     /// The front end has left, and has its in-flight region to itself again.
     pub fn session_ended(&self) {
         let mut cache = self.lock_cache();
+        self.leave_notes(&cache);
         cache.acked = None;
         cache.region = None;
-        cache.new_region = false;
+        cache.started = false;
     }
 
     /// A change that nobody could be told has failed.
@@ -270,12 +286,21 @@ impl Disk {
             self.tell_workers(|done| Message::WriteThrough(self.id, done));
             self.sync()?;
         }
-        self.note(&cache, false);
+        self.note(&cache);
         Ok(())
     }
 
     pub(super) fn lock_cache(&self) -> MutexGuard<'_, CacheState> {
         self.cache.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The same; `None` while the cache mode is being changed, which may take as long as the image's storage takes.
+    pub(super) fn try_lock_cache(&self) -> Option<MutexGuard<'_, CacheState>> {
+        match self.cache.try_lock() {
+            Ok(cache) => Some(cache),
+            Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        }
     }
 
     /// Makes all completed writes durable.

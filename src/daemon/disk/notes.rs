@@ -1,25 +1,79 @@
 //! What a guest was told of the disk and chose, kept for the process after this one in the front end's
 //! in-flight region.
 
+use std::sync::{MutexGuard, PoisonError};
+
 use super::Disk;
 use super::cache::CacheState;
 use crate::daemon::session::NoteKeeper;
 use crate::virtio::inflight::{InflightRegion, Notes};
 
+/// Who writes the notes of a disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Keeping {
+    /// This process.
+    Here,
+    /// Not this process: another has the disk, or may have it in the next moment.
+    Elsewhere,
+    /// No process: one that knows no notes may have the disk in the next moment. What the guest chooses there is
+    /// not noted, so nothing that is noted may be believed.
+    Nowhere,
+}
+
 impl Disk {
-    /// Writes the notes down, if the front end has given a region. `started` is whether a ring starts now.
-    pub(super) fn note(&self, cache: &CacheState, started: bool) {
+    /// `keeping` says from now on who writes notes. Those that are there do not change by this.
+    pub fn set_keeping(&self, keeping: Keeping) {
+        *self.lock_keeping() = keeping;
+    }
+
+    /// Brings the notes up to date, or makes them void where no process keeps them.
+    pub fn note_change(&self) {
+        self.note(&self.lock_cache());
+    }
+
+    /// The same, unless the cache mode is being changed: that may take long, and ends with the same.
+    pub fn note_unless_changing(&self) {
+        if let Some(cache) = self.try_lock_cache() {
+            self.note(&cache);
+        }
+    }
+
+    /// Writes the notes down, if the front end has given a region.
+    ///
+    /// None are written before it is known what the guest has chosen: where there are none, the next process knows
+    /// that it does not know.
+    pub(super) fn note(&self, cache: &CacheState) {
         let Some(region) = cache.region() else {
             return;
         };
-        let before = region.notes();
-        let notes = Notes {
-            started: started || before.is_some_and(|notes| notes.started),
-            ..self.notes_of(cache.is_promised())
-        };
-        if before != Some(notes) {
-            region.write_notes(&notes);
+        // Held until the last store: after `set_keeping` nothing is written for the process before.
+        let keeping = self.lock_keeping();
+        match *keeping {
+            Keeping::Here if cache.can_be_noted() => {
+                let notes = Notes {
+                    in_doubt: cache.is_in_doubt(),
+                    started: cache.started,
+                    ..self.notes_of(cache.is_promised())
+                };
+                if region.notes() != Some(notes) {
+                    region.write_notes(&notes);
+                }
+            }
+            Keeping::Here | Keeping::Elsewhere => {}
+            Keeping::Nowhere => region.void_notes(),
         }
+    }
+
+    /// The front end takes its region along, maybe to a process that does not keep the notes.
+    pub(super) fn leave_notes(&self, cache: &CacheState) {
+        let is_void = *self.lock_keeping() == Keeping::Nowhere;
+        if is_void {
+            self.note(cache);
+        }
+    }
+
+    fn lock_keeping(&self) -> MutexGuard<'_, Keeping> {
+        self.keeping.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The notes for a driver that has not started a ring.
@@ -29,6 +83,7 @@ impl Disk {
             logical_block_size: self.config.logical_block_size,
             read_only: self.config.read_only,
             write_through,
+            in_doubt: false,
             started: false,
         }
     }
@@ -82,11 +137,12 @@ impl NoteKeeper for Disk {
             if !told.started {
                 self.driver_begins();
             }
-            self.guest_has(told.write_through).map_err(|error| {
+            self.guest_has(told).map_err(|error| {
                 format!("it has write-through, and the image cannot be synced: {error}")
             })?;
         }
-        let started = notes.is_some_and(|notes| notes.started);
+        // A region without notes was not made for a driver that begins here.
+        let started = notes.is_none_or(|notes| notes.started);
         self.keep_notes_in(region.clone(), started);
         Ok(())
     }

@@ -27,7 +27,9 @@ pub(super) const DESCRIPTION_BYTES: usize = 20;
 /// The same as a C structure, which is how QEMU and the `vhost` crate send it.
 pub(super) const DESCRIPTION_BYTES_PADDED: usize = 24;
 
-/// Bytes of a description in front of the size of the queues.
+/// Bytes of a description in front of the offset, the number of queues, and their size.
+const OFFSET_AT: usize = 8;
+const QUEUES_AT: usize = 16;
 const QUEUE_SIZE_AT: usize = 18;
 
 /// Who knows what a guest is told of its disk.
@@ -94,8 +96,8 @@ impl InflightStore {
         given.as_ref().map(|given| given.region.clone())
     }
 
-    /// What the front end gave, for another process to go on with. The size of the queues is what the region
-    /// has room for: versions of this program that know no other size find the records by it.
+    /// What the front end gave, for another process to go on with: described from where the records begin, with the
+    /// size that they have. The last release finds them by that, and no other way.
     ///
     /// # Errors
     ///
@@ -104,6 +106,10 @@ impl InflightStore {
         let given = self.given.lock().unwrap_or_else(PoisonError::into_inner);
         let carry = |given: &Given| {
             let mut payload = given.inflight.payload.clone();
+            let before = given.region.records_at() as u64;
+            let (size, offset) = (u64_at(&payload, 0), u64_at(&payload, OFFSET_AT));
+            payload[..OFFSET_AT].copy_from_slice(&(size - before).to_ne_bytes());
+            payload[OFFSET_AT..QUEUES_AT].copy_from_slice(&(offset + before).to_ne_bytes());
             payload[QUEUE_SIZE_AT..DESCRIPTION_BYTES]
                 .copy_from_slice(&given.region.queue_size().to_ne_bytes());
             Ok(CarriedInflight {
@@ -152,8 +158,8 @@ impl Description {
     fn decode(payload: &[u8], limits: &SessionLimits) -> Result<Description, Reason> {
         let description = Description {
             size: u64_at(payload, 0),
-            offset: u64_at(payload, 8),
-            queues: u16_at(payload, 16),
+            offset: u64_at(payload, OFFSET_AT),
+            queues: u16_at(payload, QUEUES_AT),
             queue_size: u16_at(payload, QUEUE_SIZE_AT),
         };
         let (queues, queue_size) = (description.queues, description.queue_size);
@@ -225,8 +231,8 @@ impl Description {
 
     /// Makes a region.
     fn create(&self, store: &InflightStore) -> Result<OwnedFd, Reason> {
-        let file =
-            create(self.queues).map_err(|error| Reason::InflightCreate(error.to_string()))?;
+        let file = create(self.queues, self.queue_size)
+            .map_err(|error| Reason::InflightCreate(error.to_string()))?;
         if let Some(keeper) = &store.keeper {
             let whole = Description { offset: 0, ..*self };
             let region = whole.map(&file, region_bytes(self.queues) as u64)?;

@@ -13,7 +13,7 @@ use rustix::net::sockopt::socket_peercred;
 use crate::config::SocketSource;
 use crate::mq::ids::{DiskId, QueueId};
 
-use super::super::disk::{Disk, NotHeld};
+use super::super::disk::{Disk, Keeping, NotHeld};
 use super::super::roster::{Restlessness, Roster};
 use super::super::session::CarriedSession;
 use super::super::socket::SocketFile;
@@ -190,10 +190,11 @@ impl Giver {
 
         let begin = Instant::now();
         let holds = Holds(self);
-        match self.hand_over(frames, control, plan.close_unready) {
+        match self.hand_over(frames, control, &plan) {
             Ok(()) => {
                 // Leaving is all that is done with what is another's now.
                 std::mem::forget(holds);
+                self.set_keeping(Keeping::Elsewhere);
                 if control {
                     self.control.leave();
                 }
@@ -233,16 +234,20 @@ impl Giver {
     }
 
     /// From the moment the guests wait to the one that decides.
-    fn hand_over(&self, frames: &Frames, control: bool, close_unready: bool) -> Result<(), String> {
+    fn hand_over(&self, frames: &Frames, control: bool, plan: &Plan) -> Result<(), String> {
         let rest = self.roster.rest();
         self.can_rest(&rest)?;
+        if !plan.keeps_notes {
+            // From here on, for sessions that are closed and whose front ends go to the new process.
+            self.set_keeping(Keeping::Nowhere);
+        }
         let mut deadline = Instant::now() + PATIENCE;
-        let close_until = close_unready.then(|| deadline + CLOSING);
+        let close_until = plan.close_unready.then(|| deadline + CLOSING);
         let resting = self
             .rest
             .gather(deadline, close_until)
             .map_err(|(disk, why)| format!("the session of disk {} {why}", self.serial(disk)))?;
-        if close_unready {
+        if plan.close_unready {
             // Until here no guest has waited.
             deadline = Instant::now() + PATIENCE;
         }
@@ -262,6 +267,13 @@ impl Giver {
             let base_of = |queue: QueueId| rings.get(&queue).copied();
             let name = self.names[disk.id.index()].clone();
             carried.push(carry(disk, name, with, base_of).map_err(|error| error.to_string())?);
+        }
+        // All sessions are at rest: no guest chooses any more. Where another process keeps the notes, they are right.
+        if plan.keeps_notes {
+            self.set_keeping(Keeping::Elsewhere);
+        }
+        for disk in self.roster.disks() {
+            disk.note_change();
         }
         let common = Common {
             groups: self.roster.changed_groups(),
@@ -307,6 +319,12 @@ impl Giver {
         }
     }
 
+    fn set_keeping(&self, keeping: Keeping) {
+        for disk in self.roster.disks() {
+            disk.set_keeping(keeping);
+        }
+    }
+
     fn serial(&self, disk: DiskId) -> &str {
         &self.roster.disks()[disk.index()].config.serial
     }
@@ -325,7 +343,9 @@ struct Holds<'a>(&'a Giver);
 
 impl Drop for Holds<'_> {
     fn drop(&mut self) {
+        self.0.set_keeping(Keeping::Here);
         for disk in self.0.roster.disks() {
+            disk.note_unless_changing();
             disk.release();
         }
         self.0.rest.go_on();

@@ -48,6 +48,10 @@ pub struct Plan {
     /// Sessions that are not ready in time are closed (`--close-unready`). A process that does not know of it refuses.
     #[serde(default)]
     pub close_unready: bool,
+    /// The new process keeps the notes of the guests up to date. One that does not know of them would have the process
+    /// after it believe what is not so any more.
+    #[serde(default)]
+    pub keeps_notes: bool,
 }
 
 /// What each guest was promised.

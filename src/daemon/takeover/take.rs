@@ -15,7 +15,7 @@ use crate::engine::disk::Image;
 use crate::error::StartError;
 
 use super::super::clock::Clock;
-use super::super::disk::Disk;
+use super::super::disk::{Disk, Keeping};
 use super::super::roster::Roster;
 use super::super::serve::{DiskServer, Session};
 use super::super::socket::{Door, SocketFile, listen_ourselves};
@@ -118,6 +118,7 @@ impl Predecessor {
                 .as_ref()
                 .map(|path| socket_name(&SocketSource::Path(path.clone()))),
             close_unready: config.close_unready,
+            keeps_notes: true,
         };
         let deadline = Instant::now() + PATIENCE;
         send(&frames, &plain(Kind::Plan, &plan), deadline).map_err(fail)?;
@@ -308,6 +309,8 @@ impl Inheritance {
         for (disk, beginning) in disks.iter().zip(&self.beginnings) {
             if beginning.is_some() {
                 disk.set_beside(false);
+                disk.set_keeping(Keeping::Here);
+                disk.note_change();
                 disk.release();
             }
         }

@@ -1,5 +1,5 @@
 //! What a guest was told by the process that it started with, and what it chose: kept behind the queues'
-//! records for the process after this one.
+//! records, in a region that this program made, for the process after this one.
 //!
 //! The front end keeps the region for as long as the driver goes on, and drops it when the driver begins
 //! anew. So what stands here is of the driver that runs, which reads and chooses nothing again when its
@@ -15,13 +15,16 @@
 //! the newest notes, its checksum last. The valid slot of the higher generation counts. A slot that is not
 //! understood (another version, another checksum) counts as empty.
 //!
+//! A process that does not know of notes, and takes the disk over, does not keep them up to date: they are made void
+//! before ([`InflightRegion::void_notes`]). A region with room for notes and none there says that nothing is known.
+//!
 //! The front end can write here at any time. What it makes up is what *its* guest was told: it ends its
 //! own session with it, or gives its own guest write-through.
 
-use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::{InflightRegion, MAX_RING_SIZE, kill_point, records_bytes};
+use super::layout::notes_at;
+use super::{InflightRegion, kill_point};
 
 /// Bytes of the notes.
 pub(super) const NOTES_BYTES: usize = 2 * SLOT_BYTES;
@@ -38,6 +41,8 @@ const WRITE_THROUGH: u32 = 1 << 0;
 const READ_ONLY: u32 = 1 << 1;
 /// In the flags: a ring was started.
 const STARTED: u32 = 1 << 2;
+/// In the flags: whether the guest chose write-through is not known.
+const IN_DOUBT: u32 = 1 << 3;
 
 /// What a guest was told of its disk, and chose.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,6 +55,8 @@ pub struct Notes {
     pub read_only: bool,
     /// The guest chose write-through, or was told that the disk has it.
     pub write_through: bool,
+    /// It has write-through because it is not known what it chose, until its driver begins anew.
+    pub in_doubt: bool,
     /// A ring was started since the region was made.
     pub started: bool,
 }
@@ -61,6 +68,7 @@ impl Notes {
             (self.write_through, WRITE_THROUGH),
             (self.read_only, READ_ONLY),
             (self.started, STARTED),
+            (self.in_doubt, IN_DOUBT),
         ] {
             flags |= if flag { bit } else { 0 };
         }
@@ -90,6 +98,7 @@ impl Notes {
             logical_block_size: low,
             read_only: high & READ_ONLY != 0,
             write_through: high & WRITE_THROUGH != 0,
+            in_doubt: high & IN_DOUBT != 0,
             started: high & STARTED != 0,
         };
         Some((words[1], notes))
@@ -117,7 +126,7 @@ impl InflightRegion {
     ///
     /// One thread writes at a time.
     pub fn write_notes(&self, notes: &Notes) {
-        if !self.has_notes {
+        if !self.layout.ours {
             return;
         }
         let (slot, generation) = match self.newest() {
@@ -131,9 +140,25 @@ impl InflightRegion {
         }
     }
 
+    /// Makes what was noted void: [`InflightRegion::notes`] finds none from when this returns, and never older ones
+    /// than were there.
+    ///
+    /// Nothing else writes at the same time.
+    pub fn void_notes(&self) {
+        if !self.layout.ours {
+            return;
+        }
+        // Those that do not count go first: they are never found in the place of the others.
+        let newest = self.newest().map_or(1, |(slot, ..)| slot);
+        for slot in [1 - newest, newest] {
+            kill_point();
+            self.word(slot, 0).store(0, Ordering::Release);
+        }
+    }
+
     /// The slot with the newest notes, their generation and the notes.
     fn newest(&self) -> Option<(usize, u64, Notes)> {
-        if !self.has_notes {
+        if !self.layout.ours {
             return None;
         }
         let read = |slot: usize| {
@@ -153,16 +178,9 @@ impl InflightRegion {
     }
 
     fn word(&self, slot: usize, index: usize) -> &AtomicU64 {
-        debug_assert!(self.has_notes && slot < 2 && index < WORDS);
-        let offset = records_bytes(self.queues, MAX_RING_SIZE)
-            + slot * SLOT_BYTES
-            + index * size_of::<u64>();
-        // SAFETY: a region with notes is mapped up to their end, and records end at multiples of
-        // QUEUE_ALIGN. Unsafe because the memory is shared with another process.
-        unsafe {
-            let word: NonNull<u64> = self.mapping.base.add(offset).cast();
-            AtomicU64::from_ptr(word.as_ptr())
-        }
+        let notes = notes_at(self.layout.at, self.queues);
+        self.mapping
+            .word(notes + slot * SLOT_BYTES + index * size_of::<u64>())
     }
 }
 

@@ -48,14 +48,14 @@ pub(in crate::virtio) fn stores_of(process: impl FnOnce()) -> u64 {
 
 /// A region for `queues` queues of `size`, and its file.
 pub(in crate::virtio) fn region(queues: u16, size: u16) -> (InflightRegion, File) {
-    let file = create(queues).unwrap();
+    let file = create(queues, size).unwrap();
     let bytes = region_bytes(queues) as u64;
     let region = InflightRegion::map(&file, 0, bytes, queues, size).unwrap();
     (region, file.into())
 }
 
-/// The same as a version of this program left it that had records of the size said, and nothing behind them. A record of
-/// a small ring has few entries here, so that few stores begin it.
+/// The same as the last release left it: records of the size said, and nothing else. A record of a small ring has few
+/// entries here, so that few stores begin it.
 pub(in crate::virtio) fn old_region(queues: u16, size: u16) -> (InflightRegion, File) {
     let file = memfd_create("old", MemfdFlags::ALLOW_SEALING).unwrap();
     let bytes = records_bytes(queues, size) as u64;
@@ -79,7 +79,7 @@ fn record(version: u16, last: u16, used: u16, entries: &[(u8, u16, u64)]) -> Vec
     bytes
 }
 
-fn bytes_of(file: &File, offset: u64, len: usize) -> Vec<u8> {
+pub(super) fn bytes_of(file: &File, offset: u64, len: usize) -> Vec<u8> {
     let mut bytes = vec![0; len];
     file.read_exact_at(&mut bytes, offset).unwrap();
     bytes
@@ -91,7 +91,11 @@ fn records_are_where_the_document_puts_them() {
     assert_eq!(records_bytes(1, 4), 128);
     assert_eq!(records_bytes(3, 128), 3 * 2112);
     assert_eq!(records_bytes(256, 1024), 256 * 16448);
-    assert_eq!(region_bytes(3), 3 * 16448 + 128);
+    assert_eq!(
+        [1, 3, 4, 256].map(records_at),
+        [1 << 16, 1 << 16, 2 << 16, 65 << 16]
+    );
+    assert_eq!(region_bytes(3), (1 << 16) + 3 * 16448 + 64 + 128);
 
     let (region, file) = old_region(2, 4);
     let queue = region.queue(1, 4).unwrap();
@@ -128,7 +132,7 @@ fn records_are_where_the_document_puts_them() {
 
 #[test]
 fn a_new_region_cannot_be_made_shorter() {
-    let file = create(4).unwrap();
+    let file = create(4, 128).unwrap();
     assert_eq!(ftruncate(&file, 0), Err(Errno::PERM));
     assert!(is_memory(&file));
     // One that could be is sealed when it comes, where that is allowed.
@@ -158,7 +162,7 @@ fn a_region_that_is_taken_away_harms_nobody() {
     }
     tracker.publishes();
     tracker.published(255, 255);
-    assert!(region.mapping.guard.as_ref().unwrap().is_lost());
+    assert!(region.mapping.is_lost());
     region.clear();
 }
 
@@ -179,8 +183,9 @@ fn a_new_region_has_room_for_the_largest_ring_whatever_the_front_end_says() {
     let queue = region.queue(2, 1024).unwrap();
     let (mut tracker, _) = Tracker::recover(queue, 1024, 0).unwrap();
     tracker.take(1023);
-    assert_eq!(bytes_of(&file, 2 * 16448 + 10, 2), 1024_u16.to_ne_bytes());
-    assert_eq!(bytes_of(&file, 2 * 16448 + 16 + 16 * 1023, 1), [1]);
+    let record = (1 << 16) + 2 * 16448;
+    assert_eq!(bytes_of(&file, record + 10, 2), 1024_u16.to_ne_bytes());
+    assert_eq!(bytes_of(&file, record + 16 + 16 * 1023, 1), [1]);
     let again = InflightRegion::map(&file, 0, region_bytes(3) as u64, 3, 128).unwrap();
     let queue = again.queue(2, 1024).unwrap();
     let (_, recovered) = Tracker::recover(queue, 1024, 0).unwrap();

@@ -7,6 +7,7 @@ use crate::config::SocketSource;
 use crate::engine::disk::ImageKind;
 
 use super::super::super::clock::Clock;
+use super::super::super::disk::Keeping;
 use super::super::super::files::{Share, UsedUp};
 use super::super::super::roster::Roster;
 use super::super::super::serve::{DiskServer, Session};
@@ -37,6 +38,8 @@ pub(super) fn begin(
         check_session(session)?;
     }
     disk.set_beside(true);
+    // Until the disks are ours, the notes are not.
+    disk.set_keeping(Keeping::Elsewhere);
     disk.hold()
         .wait(deadline)
         .map_err(|_| "the workers do not answer")?;

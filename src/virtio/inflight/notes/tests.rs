@@ -1,8 +1,8 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
-use super::super::region_bytes;
-use super::super::tests::{live, region, stores_of};
+use super::super::tests::{live, old_region, region, stores_of};
+use super::super::{records_at, region_bytes};
 use super::*;
 
 const NOTES: Notes = Notes {
@@ -10,12 +10,13 @@ const NOTES: Notes = Notes {
     logical_block_size: 4096,
     read_only: false,
     write_through: false,
+    in_doubt: false,
     started: false,
 };
 
 /// Where the notes of a region for `queues` queues begin.
 fn place(queues: u16) -> u64 {
-    u64::from(queues) * 16448
+    records_at(queues) as u64 + u64::from(queues) * 16448 + 64
 }
 
 fn poke(file: &File, at: u64, byte: u8) {
@@ -32,6 +33,7 @@ fn notes_are_read_back_by_the_next_process() {
             write_through: n & 1 != 0,
             read_only: n & 2 != 0,
             started: n & 4 != 0,
+            in_doubt: n & 8 != 0,
             ..NOTES
         };
         region.write_notes(&notes);
@@ -106,22 +108,51 @@ fn damaged_notes_are_no_notes() {
     }
 }
 
-/// A region of a version of this program without notes, or of another back end.
+/// A region of the last release, or of another back end.
 #[test]
-fn a_region_without_room_has_no_notes_and_records_of_the_size_said() {
-    for extra in [0, 64, 16448 - 2112, 16448] {
-        let file = super::super::create(8).unwrap();
-        let size = 2112 + extra;
-        let region = InflightRegion::map(&file, 0, size, 1, 128).unwrap();
-        assert_eq!(region.queue_size(), 128, "{size} bytes");
+fn a_region_without_a_mark_has_no_notes_and_records_of_the_size_said() {
+    for size in [2112, 16448, 16448 + 192, region_bytes(1), 1 << 20] {
+        let (_, file) = old_region(8, 1024);
+        let region = InflightRegion::map(&file, 0, size as u64, 1, 128).unwrap();
+        assert_eq!(
+            (region.queue_size(), region.records_at()),
+            (128, 0),
+            "{size} bytes"
+        );
         region.write_notes(&NOTES);
         assert_eq!(region.notes(), None, "{size} bytes");
+        region.void_notes();
         assert!(region.queue(0, 256).is_none());
+        let mut bytes = vec![0xff; 8 * 16448];
+        file.read_exact_at(&mut bytes, 0).unwrap();
+        assert!(bytes.iter().all(|byte| *byte == 0), "{size} bytes");
     }
-    // As long as ours and more, but it is not ours.
-    let file = super::super::create(8).unwrap();
-    let region = InflightRegion::map(&file, 0, 1 << 16, 1, 128).unwrap();
-    assert_eq!((region.queue_size(), region.notes()), (128, None));
+}
+
+/// Void notes are never older notes: the guest has chosen since.
+#[test]
+fn notes_that_are_void_survive_a_kill_at_every_store() {
+    let other = Notes {
+        write_through: true,
+        ..NOTES
+    };
+    for slots in 0..3 {
+        for lifetime in 0..=2 {
+            let (region, _) = region(1, 8);
+            for notes in [&NOTES, &other].into_iter().take(slots) {
+                region.write_notes(notes);
+            }
+            let newest = region.notes();
+            live(lifetime, || region.void_notes());
+            let left = if lifetime < 2 { newest } else { None };
+            assert_eq!(region.notes(), left, "{slots} slots, {lifetime} stores");
+            region.void_notes();
+            assert_eq!(region.notes(), None);
+            // As after a take-over that failed.
+            region.write_notes(&NOTES);
+            assert_eq!(region.notes(), Some(NOTES));
+        }
+    }
 }
 
 /// A front end may round the size up that it was told.
@@ -129,7 +160,6 @@ fn a_region_without_room_has_no_notes_and_records_of_the_size_said() {
 fn a_region_whose_size_was_rounded_up_is_still_ours() {
     let (region, file) = region(1, 128);
     region.write_notes(&NOTES);
-    file.set_len(1 << 16).unwrap_err();
     let size = region_bytes(1) as u64;
     let again = InflightRegion::map(&file, 0, size + 4096, 1, 128).unwrap();
     assert_eq!((again.queue_size(), again.notes()), (1024, Some(NOTES)));

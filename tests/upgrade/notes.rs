@@ -1,0 +1,174 @@
+//! What is noted of a guest when the disk goes to a process that keeps no notes, such as the last release.
+
+use std::time::Instant;
+
+use rustix::process::Signal;
+use vhost::vhost_user::message::VhostUserProtocolFeatures;
+
+use super::refused::Actor;
+use super::support::front::Inflight;
+use super::support::*;
+use super::{Lineage, MIB};
+
+const ARGS: [&str; 4] = ["--cache", "writeback", "--serial", "s"];
+/// What the log says of a guest whose choice is not known.
+const UNKNOWN: &str = "whether it chose write-through is not known";
+const TAKEN: u32 = 6;
+
+fn setup() -> Setup {
+    Setup {
+        protocol: protocol::KNOWN | VhostUserProtocolFeatures::INFLIGHT_SHMFD,
+        ..Setup::default()
+    }
+}
+
+/// A front end with a region and a ring that was used.
+fn attach(lineage: &Lineage) -> (Front, Inflight, Queue) {
+    let mut front = Front::connect(lineage.daemon.socket(), &setup()).expect("a session");
+    let region = front.new_inflight(1, 128).expect("a region");
+    front.set_inflight(&region).expect("it is taken");
+    let mut queue = front.queue(0, QueueSetup::default()).expect("a queue");
+    Request::flush().run(&mut queue);
+    assert!(region.has_notes());
+    (front, region, queue)
+}
+
+fn choose(front: &mut Front, writeback: u8) {
+    let written = front.set_config(BlkConfig::WRITEBACK_AT, &[writeback]);
+    written.expect("the guest chooses");
+}
+
+/// A process that takes over and says nothing of notes, up to the moment that decides.
+fn ask_without_notes(lineage: &Lineage, step: u32) -> Actor {
+    let (mut actor, head) = Actor::ask(lineage, "[1]");
+    assert!(head.starts_with("HTTP/1.1 101 "), "{head}");
+    actor.go(step);
+    actor
+}
+
+/// The front end goes to a daemon that is started anew, and the guest goes on.
+fn restart(
+    lineage: &Lineage,
+    front: Front,
+    region: &Inflight,
+    queue: &mut Queue,
+) -> (Daemon, Front) {
+    let next = lineage.daemon.beside(&lineage.spec.clone().args(ARGS));
+    assert!(next.wait_for_message("listening on"), "{}", next.stderr());
+    let mem = std::sync::Arc::clone(&front.mem);
+    drop(front);
+    let mut front = Front::connect_with(next.socket(), &setup(), mem).expect("it is served");
+    front.set_inflight(region).expect("it is taken");
+    front.start(queue).expect("it starts");
+    front.enable(0, true).expect("it is enabled");
+    Request::flush().run(queue);
+    (next, front)
+}
+
+fn is_write_through(lineage: &Lineage) -> bool {
+    let shown = lineage.ask("GET", "/v1/disks/s", None);
+    shown["write_through"] == serde_json::json!(true)
+}
+
+/// What its guest chooses there is not noted, so what was noted before may not be believed.
+#[test]
+fn a_daemon_that_keeps_no_notes_is_handed_a_region_without_any() {
+    let mut lineage = Lineage::start(Spec::image(8 * MIB), &ARGS);
+    let (front, region, mut queue) = attach(&lineage);
+    assert!(!is_write_through(&lineage));
+    let mut actor = ask_without_notes(&lineage, 4);
+    assert!(!region.has_notes());
+    actor.say(TAKEN, "");
+    assert!(lineage.daemon.wait_exit().success());
+    assert!(!region.has_notes());
+    // Its guest may have chosen write-through. The next daemon does not know.
+    let (next, front) = restart(&lineage, front, &region, &mut queue);
+    assert!(next.wait_for_message(UNKNOWN));
+    assert!(is_write_through(&lineage));
+    assert!(region.has_notes(), "now it is known what the guest has");
+    lineage.daemon = next;
+    lineage.daemon.signal(Signal::KILL);
+    lineage.daemon.wait_exit();
+    // The one after that knows that it is not known, and it ends when the driver begins anew.
+    let (next, mut front) = restart(&lineage, front, &region, &mut queue);
+    assert!(is_write_through(&lineage));
+    assert!(!next.stderr().contains(UNKNOWN), "{}", next.stderr());
+    front.reset_device().expect("a device can be reset");
+    assert!(!is_write_through(&lineage));
+    drop(actor);
+}
+
+/// It is cautious where the old daemon dies between the two, and nothing is lost where it does not.
+#[test]
+fn notes_come_back_when_a_take_over_fails_and_are_not_believed_when_the_daemon_dies_before() {
+    let mut lineage = Lineage::start(Spec::image(8 * MIB), &ARGS);
+    let (mut front, region, mut queue) = attach(&lineage);
+    for (writeback, step) in [(0, 3), (1, 4), (0, 4)] {
+        choose(&mut front, writeback);
+        drop(ask_without_notes(&lineage, step));
+        let deadline = Instant::now() + DEADLINE;
+        while !region.has_notes() {
+            assert!(Instant::now() < deadline, "the notes do not come back");
+            std::thread::yield_now();
+        }
+    }
+    lineage.daemon.signal(Signal::KILL);
+    lineage.daemon.wait_exit();
+    let (next, mut front) = restart(&lineage, front, &region, &mut queue);
+    assert!(next.wait_for_message("goes on with write-through"));
+    assert!(!next.stderr().contains(UNKNOWN), "{}", next.stderr());
+    lineage.daemon = next;
+    choose(&mut front, 1);
+    assert!(!is_write_through(&lineage));
+
+    let actor = ask_without_notes(&lineage, 4);
+    lineage.daemon.signal(Signal::KILL);
+    lineage.daemon.wait_exit();
+    drop(actor);
+    let (next, mut front) = restart(&lineage, front, &region, &mut queue);
+    assert!(next.wait_for_message(UNKNOWN));
+    assert!(is_write_through(&lineage));
+    lineage.daemon = next;
+    // What it chooses from then on is known.
+    choose(&mut front, 1);
+    lineage.daemon.signal(Signal::KILL);
+    lineage.daemon.wait_exit();
+    let (next, _front) = restart(&lineage, front, &region, &mut queue);
+    assert!(!is_write_through(&lineage));
+    assert!(!next.stderr().contains(UNKNOWN), "{}", next.stderr());
+}
+
+/// A process that keeps notes finds them right, whoever dies.
+#[test]
+fn a_daemon_that_keeps_notes_is_handed_them_as_they_are() {
+    let mut lineage = Lineage::start(Spec::image(8 * MIB), &ARGS);
+    let (mut front, region, mut queue) = attach(&lineage);
+    choose(&mut front, 0);
+    choose(&mut front, 1);
+    let (mut actor, _) = Actor::ask(&lineage, "[1]");
+    actor.plan = actor.plan.replacen('{', r#"{"keeps_notes": true,"#, 1);
+    actor.go(4);
+    assert!(region.has_notes());
+    lineage.daemon.signal(Signal::KILL);
+    lineage.daemon.wait_exit();
+    let (next, _front) = restart(&lineage, front, &region, &mut queue);
+    assert!(!is_write_through(&lineage));
+    assert!(!next.stderr().contains(UNKNOWN), "{}", next.stderr());
+}
+
+/// Its front end takes the region to the new daemon by itself.
+#[test]
+fn a_session_that_is_closed_for_a_daemon_that_keeps_no_notes_leaves_none() {
+    let lineage = Lineage::start(Spec::image(8 * MIB), &ARGS);
+    let (front, region, _queue) = attach(&lineage);
+    // Its guest is being migrated, so it cannot be handed over.
+    let features = front.features | 1 << 26;
+    front
+        .send_raw(2, 1, &features.to_ne_bytes(), &[])
+        .expect("it is sent");
+    let (mut actor, _) = Actor::ask(&lineage, "[1]");
+    actor.plan = actor.plan.replacen('{', r#"{"close_unready": true,"#, 1);
+    actor.go(4);
+    assert!(front.is_closed());
+    assert!(!region.has_notes());
+}
