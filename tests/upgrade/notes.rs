@@ -1,8 +1,10 @@
 //! What is noted of a guest when the disk goes to a process that keeps no notes, such as the last release.
 
+use std::os::unix::fs::FileExt;
 use std::time::Instant;
 
 use rustix::process::Signal;
+use tempfile::TempDir;
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
 
 use super::refused::Actor;
@@ -171,4 +173,42 @@ fn a_session_that_is_closed_for_a_daemon_that_keeps_no_notes_leaves_none() {
     actor.go(4);
     assert!(front.is_closed());
     assert!(!region.has_notes());
+}
+
+/// One that would note something else, and fails at the disk after that.
+#[test]
+fn a_new_daemon_writes_no_notes_before_the_disks_are_its_own() {
+    let dir = TempDir::new().expect("a directory");
+    let other = dir.path().join("other.sock");
+    let disk = format!("socket-path={},engine=null,size=1M", other.display());
+    let spec = Spec::image(8 * MIB).args(["--disk", &disk]);
+    let mut lineage = Lineage::start(spec, &ARGS);
+    let (mut front, region, mut queue) = attach(&lineage);
+    let second = Front::connect(&other, &Setup::default()).expect("a session");
+    assert_ne!(second.features & 1 << 13, 0, "its guest can discard");
+    let notes = || {
+        let mut bytes = [0; 128];
+        let read = region.file.read_exact_at(&mut bytes, region.notes_at());
+        read.map(|()| bytes).expect("there is room for notes")
+    };
+    let before = notes();
+    // The same disks, so that it gets as far as to set them up.
+    let with = format!("{disk},discard=off");
+    let control = lineage.control();
+    let control = control.to_str().expect("a plain name");
+    let new = Spec::path(lineage.daemon.image())
+        .args(["--control-path", control, "--take-over", control])
+        .args(["--disk", &with, "--cache", "writethrough", "--serial", "s"]);
+    let mut new = lineage.daemon.beside(&new);
+    assert_eq!(new.wait_exit().code(), Some(1));
+    let said = new.stderr();
+    assert!(
+        said.contains("feature bits 0x2000 were never offered"),
+        "{said}"
+    );
+    assert_eq!(notes(), before);
+    Request::flush().run(&mut queue);
+    choose(&mut front, 0);
+    assert_ne!(notes(), before);
+    assert!(lineage.daemon.is_running());
 }
