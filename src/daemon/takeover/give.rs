@@ -2,10 +2,8 @@
 
 use std::fmt;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::time::Instant;
 
 use rustix::net::sockopt::socket_peercred;
@@ -16,8 +14,8 @@ use crate::mq::ids::{DiskId, QueueId};
 use super::super::disk::{Disk, Keeping, NotHeld};
 use super::super::roster::{Restlessness, Roster};
 use super::super::session::CarriedSession;
-use super::super::socket::SocketFile;
-use super::rest::{AtRest, CarriedListener, RestPlace, RestingSession};
+use super::control::ControlSocket;
+use super::rest::{AtRest, RestPlace, RestingSession};
 use super::state::{
     Ask, CarriedDisk, Common, DiskFacts, FORMAT, Facts, Plan, plain, read_plain, read_refusal,
     refusal,
@@ -26,64 +24,6 @@ use super::still::{self, hold_still};
 use super::trust::printable;
 use super::wire::{Frame, Frames, Kind};
 use super::{CLOSING, PATIENCE, PREPARATION, file_of, socket_name};
-
-/// The control socket, which the new process takes over as well if it has the same place for its own.
-#[derive(Debug)]
-pub struct ControlSocket {
-    name: String,
-    listener: OwnedFd,
-    file: Mutex<Option<SocketFile>>,
-}
-
-impl ControlSocket {
-    /// Of `listener`, whose file is at `path`.
-    ///
-    /// # Errors
-    ///
-    /// No descriptor to be had.
-    pub fn new(
-        path: &Path,
-        listener: &UnixListener,
-        file: SocketFile,
-    ) -> io::Result<ControlSocket> {
-        Ok(ControlSocket {
-            name: socket_name(&SocketSource::Path(path.to_owned())),
-            listener: listener.as_fd().try_clone_to_owned()?,
-            file: Mutex::new(Some(file)),
-        })
-    }
-
-    /// The file is this process's from now on.
-    pub fn adopt(&self) {
-        if let Some(file) = &mut *self.lock() {
-            file.adopt();
-        }
-    }
-
-    fn carry(&self) -> io::Result<CarriedListener> {
-        Ok(CarriedListener {
-            socket: self.listener.try_clone()?,
-            file: self.lock().as_ref().map(SocketFile::identity),
-        })
-    }
-
-    /// The file is another process's from now on.
-    fn leave(&self) {
-        if let Some(file) = self.lock().take() {
-            file.leave();
-        }
-    }
-
-    /// Removes the file, unless it is another process's. A client that is still being answered keeps the socket, and
-    /// with it this, until the process has ended.
-    pub fn remove_file(&self) {
-        drop(self.lock().take());
-    }
-
-    fn lock(&self) -> std::sync::MutexGuard<'_, Option<SocketFile>> {
-        self.file.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
 
 /// An offer that somebody asked for and may have.
 #[derive(Debug)]
@@ -183,7 +123,7 @@ impl Giver {
                 "the new daemon has no disk on {name}; give it the same sockets"
             ));
         }
-        let control = plan.control.as_ref() == Some(&self.control.name);
+        let control = plan.control.as_ref() == Some(self.control.name());
         let facts = plain(Kind::Facts, &self.facts(control));
         send(frames, &facts, Instant::now() + PATIENCE)?;
         expect(frames, Kind::Ready, Instant::now() + PREPARATION)?;

@@ -32,6 +32,7 @@
 //!
 //! What travels is described in one place, `state.rs`, under a format number.
 
+mod control;
 mod give;
 pub mod rest;
 mod state;
@@ -49,7 +50,8 @@ use crate::config::{Config, SocketSource};
 use crate::engine::disk::{Image, ImageKind};
 use crate::error::StartError;
 
-pub use give::{ControlSocket, Giver, Offer};
+pub use control::ControlSocket;
+pub use give::{Giver, Offer};
 pub use take::{Beginning, Inheritance, Predecessor, TakeOverError};
 pub use trust::Trusted;
 
