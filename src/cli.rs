@@ -21,7 +21,6 @@ pub use self::choices::{
 };
 pub use self::coalesce::Coalesce;
 use self::coalesce::parse_coalesce;
-use self::cpus::CpuList;
 pub use self::safety::{DiskSafety, ProcessSafety, SandboxLayers, UserName};
 use self::tuning::{
     Group, Scheduler, parse_group, parse_group_name, parse_limits, parse_scheduler,
@@ -30,10 +29,10 @@ pub use self::values::{SERIAL_MAX_BYTES, parse_size};
 use self::values::{
     parse_block_size, parse_queue_map, parse_queue_size, parse_serial, split_pairs,
 };
+use crate::sys::cpu_list::CpuList;
 
 mod choices;
 mod coalesce;
-pub mod cpus;
 mod safety;
 pub mod tuning;
 mod values;

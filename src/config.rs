@@ -9,11 +9,11 @@ use std::thread::available_parallelism;
 
 use log::LevelFilter;
 
-use crate::cli::cpus::CpuList;
 use crate::cli::{Arguments, Discard, DiskArguments, LogLevel, SERIAL_MAX_BYTES, Switch};
 use crate::error::StartError;
 use crate::mq::map::MapKind;
 use crate::mq::qos::Limits;
+use crate::sys::cpu_list::CpuList;
 
 use self::whole::{check_control_path, check_groups, check_on_error, no_socket_twice};
 pub use crate::cli::tuning::{Group, Scheduler};

@@ -8,7 +8,8 @@ use vhost_user_blkmq::cli::{self, Invocation};
 use vhost_user_blkmq::config::Config;
 use vhost_user_blkmq::daemon::server;
 use vhost_user_blkmq::error::StartError;
-use vhost_user_blkmq::{fatal, logging};
+use vhost_user_blkmq::logging;
+use vhost_user_blkmq::sys::fatal;
 
 fn main() -> ExitCode {
     fatal::abort_on_panic();

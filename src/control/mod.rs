@@ -23,8 +23,8 @@ use std::time::{Duration, Instant};
 
 use crate::daemon::files::TurnAway;
 use crate::daemon::roster::Roster;
-use crate::daemon::socket::Stop;
 use crate::daemon::takeover::Giver;
+use crate::sys::listener::Stop;
 
 use self::api::Api;
 use self::http::Response;

@@ -15,8 +15,8 @@ use vhost_user_backend::VhostUserBackend;
 use vm_memory::{GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap};
 use vmm_sys_util::epoll::EventSet;
 
-use crate::engine::disk::filesystem::FileSystem;
 use crate::mq::limits::MAX_RING_SIZE;
+use crate::sys::filesystem::FileSystem;
 use crate::virtio::features;
 use crate::virtio::inflight::region_bytes;
 use crate::virtio::memory::MemoryTable;

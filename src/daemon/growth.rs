@@ -26,7 +26,7 @@ use crate::engine::disk::{Image, ImageKind};
 use crate::mq::ids::DiskId;
 
 use super::disk::{Disk, ResizeError};
-use super::socket::Stop;
+use crate::sys::listener::Stop;
 
 /// Enough for a few calls and a line of the log.
 const STACK_BYTES: usize = 128 * 1024;

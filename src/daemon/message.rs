@@ -25,8 +25,8 @@ use super::dirty::DiskLog;
 use super::faults::Hold;
 use super::placement::Seat;
 use super::report::{TraceReport, WorkerReport};
-use super::socket::Stop;
 use super::worker::HeldRings;
+use crate::sys::listener::Stop;
 
 /// A ring the front end has finished describing.
 #[derive(Debug)]

@@ -1,7 +1,6 @@
 //! The glue between front ends, threads, file descriptors and sockets.
 
 pub mod backend;
-pub mod clock;
 pub mod dedicated;
 pub mod device_state;
 pub mod dirty;
@@ -18,7 +17,6 @@ pub mod serve;
 pub mod server;
 pub mod session;
 pub mod signals;
-pub mod socket;
 pub mod takeover;
 pub mod vring;
 pub mod worker;

@@ -12,7 +12,7 @@ use std::path::Path;
 
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 
-use crate::cli::cpus::{CpuList, MAX_CPUS};
+use crate::sys::cpu_list::{CpuList, MAX_CPUS};
 
 /// Where the kernel describes the nodes of the machine.
 pub const NODES: &str = "/sys/devices/system/node";

@@ -5,19 +5,19 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
-use crate::cli::cpus::CpuList;
 use crate::config::Group;
 use crate::engine::disk::lock::unlock;
 use crate::mq::diskstats::DiskStats;
 use crate::mq::ids::{DiskId, WorkerId};
 use crate::mq::qos::{Limits, Throttle};
 use crate::mq::trace::Action;
+use crate::sys::cpu_list::CpuList;
 
-use super::clock::Clock;
 use super::disk::{Disk, Membership};
 use super::faults::DiskFaults;
 use super::message::{Message, Reply, WorkerHandle, ask_all_within};
 use super::report::{DiskSummary, QueueSummary, Summary, TraceReport, WorkerReport, WorkerSummary};
+use crate::sys::clock::Clock;
 
 /// How long a worker may take to answer somebody who looks at the process. None takes long, unless it waits
 /// inside the kernel for one disk.

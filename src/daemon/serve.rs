@@ -26,10 +26,11 @@ use super::session::{
     CarriedSession, ConfigNotifier, FDS_TO_BEGIN, Guard, LogKeeper, PrimeError, Reason, Served,
     SessionEnd, SessionLimits,
 };
-use super::socket::{Door, Junction, SocketFile, Stop, pass_descriptors};
 use super::takeover::Beginning;
 use super::takeover::rest::{AtRest, CarriedListener, RestPlace, RestingSession, Verdict, Woken};
 use super::vring::{GuestMemory, SessionState, bind};
+use crate::sys::listener::{Door, SocketFile, Stop, pass_descriptors};
+use crate::vhost_user::loopback::Junction;
 
 /// What one disk's thread needs.
 #[derive(Clone, Debug)]

@@ -21,12 +21,11 @@ use crate::engine::disk::Image;
 use crate::error::StartError;
 use crate::logging;
 use crate::mq::ids::DiskId;
-use crate::sigbus;
+use crate::sys::sigbus;
 
 use self::crew::Crew;
 use self::opening::{Doors, Opening, Passed};
 use self::parked::{Parked, Threads};
-use super::clock::Clock;
 use super::dedicated::DedicatedWorkers;
 use super::disk::Disk;
 use super::files::{self, TurnAway};
@@ -37,9 +36,11 @@ use super::sandbox;
 use super::serve::DiskServer;
 use super::session::open_fd_table;
 use super::signals;
-use super::socket::{Door, Junction, Stop};
 use super::takeover::rest::RestPlace;
 use super::takeover::{Beginning, ControlSocket, Giver, Inheritance, Predecessor};
+use crate::sys::clock::Clock;
+use crate::sys::listener::{Door, Stop};
+use crate::vhost_user::loopback::Junction;
 
 /// How long requests in flight may take to end when the process is to end. Front ends connect again for a
 /// minute, some of them no longer.

@@ -15,7 +15,7 @@
 //! The guest is not heard here at all: its rings and requests never cross this socket. That ring
 //! addresses lie in memory and are aligned is checked here only so that a front end's mistake has a
 //! clear message; whoever maps a ring checks the whole of it. A file that is truncated *after* its
-//! region passed is likewise beyond the guard: see [`crate::sigbus`].
+//! region passed is likewise beyond the guard: see [`crate::sys::sigbus`].
 //!
 //! The device's answers are trusted in what they say. They are still received whole and
 //! bounded in size, because the guard learns from them which features were offered.

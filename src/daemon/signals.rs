@@ -9,7 +9,7 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGTTOU, SIGUSR1, SIGXFSZ};
 use signal_hook::iterator::{Handle, Signals};
 use vmm_sys_util::signal::{get_blocked_signals, unblock_signal};
 
-use crate::sigbus::action;
+use crate::sys::sigbus::action;
 
 /// Undoes what the parent process left, before there is a second thread to inherit it. A blocked SIGTERM would have
 /// no effect, and a blocked SIGBUS would end the process where its handler should repair guest memory.

@@ -39,7 +39,7 @@ use crate::engine::{DiskSlot, Engine, Errno, Event, Waker};
 use crate::mq::Mq;
 use crate::mq::ids::{DiskId, DriverTag, HctxId, WorkerId};
 use crate::mq::tags::TagDepth;
-use crate::sigbus;
+use crate::sys::sigbus;
 use crate::virtio::pool::SegmentPool;
 use crate::virtio::receipt::GuestIo;
 use crate::virtio::shape::DiskShape;
@@ -54,11 +54,11 @@ use self::port::{Port, heat, touch};
 use self::spin::Spin;
 use self::traced::Named;
 use self::watchdog::Watchdog;
-use super::clock::Clock;
 use super::dirty::DiskLog;
 use super::message::{Message, WorkerHandle};
 use super::placement::{Load, Seat};
 use super::report::QueueReport;
+use crate::sys::clock::Clock;
 
 /// A worker that finds nothing reads the clock once in this many turns: the reading would be most of
 /// what such a turn costs.

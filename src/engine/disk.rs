@@ -22,17 +22,16 @@ use rustix::io::Errno;
 
 use self::align::{Alignment, open_direct, warn_of_page_cache};
 use self::backing::{io_poll, map, medium, not_in_memory};
-use self::filesystem::FileSystem;
 use self::limits::{QueueLimits, is_set_read_only};
 use self::witness::open_witness;
 use super::IoPoll;
 use super::mapping::{Mapping, Medium};
 use crate::config::{DiskConfig, EngineKind, ImageSource, LockWhen};
 use crate::error::StartError;
+use crate::sys::filesystem::FileSystem;
 
 mod align;
 mod backing;
-pub mod filesystem;
 mod limits;
 pub mod lock;
 mod size;

@@ -25,8 +25,8 @@ use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, munmap};
 
 use self::known::Known;
 pub(super) use self::known::Since;
-use super::disk::filesystem::FileSystem;
-use crate::sigbus::Guarded;
+use crate::sys::filesystem::FileSystem;
+use crate::sys::sigbus::Guarded;
 
 /// The unit of what is known, in bytes.
 pub(super) const PAGE_BYTES: u64 = 4096;

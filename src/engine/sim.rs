@@ -13,7 +13,6 @@ use libc::iovec;
 use self::media::{Effect, Media};
 pub(super) use self::random::Random;
 pub(super) use self::sqe::Sqe;
-use super::disk::filesystem::FileSystem;
 use super::memory::Memory;
 use super::slot::{Next, Slot, Stage};
 use super::start::start;
@@ -23,6 +22,7 @@ use crate::mq::ids::{DiskId, DriverTag, HctxId};
 use crate::mq::limits::SECTOR_SIZE;
 use crate::mq::request::{Op, Request};
 use crate::mq::{self, Parts};
+use crate::sys::filesystem::FileSystem;
 
 mod media;
 mod random;

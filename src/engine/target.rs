@@ -6,13 +6,13 @@ use std::sync::Arc;
 
 use rustix::fs::{OFlags, SeekFrom, fcntl_setfl, seek};
 
-use super::disk::filesystem::FileSystem;
 use super::lane::{CALLS, Kind, Lane, Pace, RANGES, REMOTE_CALLS};
 use super::mapping::{Mapping, Medium};
 use super::{
     BOUNCE_BYTES, CACHED_PIECE_BYTES, COPY_SMALL_BYTES, DIRECT_PER_CACHED, DIRECT_PIECE_BYTES,
     SyncFault, memory,
 };
+use crate::sys::filesystem::FileSystem;
 
 /// A regular file or a block device.
 #[derive(Debug)]

@@ -16,10 +16,10 @@ use libc::iovec;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd};
 use rustix::fs::{OFlags, fcntl_setfl};
 
-use super::disk::filesystem::FileSystem;
 use super::mapping::{Mapping, Medium};
 use super::uring::Ask;
 use super::*;
+use crate::sys::filesystem::FileSystem;
 
 const PATIENCE: Duration = Duration::from_secs(20);
 

@@ -21,7 +21,7 @@ use self::unsent::Entries;
 pub(super) use self::unsent::NOWHERE;
 use super::EngineCounters;
 use crate::mq::limits::DRIVER_TAGS;
-use crate::sigbus::Losses;
+use crate::sys::sigbus::Losses;
 
 /// How many completions are taken out of the ring at a time.
 pub(super) const REAP_BATCH: usize = 32;

@@ -14,7 +14,7 @@ use std::ptr::{self, NonNull};
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
 use crate::atomic::{AtomicU8, Ordering};
-use crate::sigbus::Guarded;
+use crate::sys::sigbus::Guarded;
 
 /// Bytes of guest memory for which one bit stands, whatever the machine's pages are (VHOST_LOG_PAGE).
 pub const LOG_PAGE_BYTES: u64 = 0x1000;

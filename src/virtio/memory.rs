@@ -6,7 +6,7 @@ use std::io;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
-use crate::sigbus::Guarded;
+use crate::sys::sigbus::Guarded;
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{
     FileOffset, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, MemoryRegionAddress,
@@ -200,7 +200,7 @@ impl MemoryTable {
         self.guards.get(at)
     }
 
-    /// Whether any of it was taken away, so that zeros are in its place; see [`crate::sigbus`].
+    /// Whether any of it was taken away, so that zeros are in its place; see [`crate::sys::sigbus`].
     pub fn is_lost(&self) -> bool {
         self.guards.iter().any(|guard| guard.is_lost())
     }

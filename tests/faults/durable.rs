@@ -142,7 +142,7 @@ fn flushes_of(device: &Path) -> u64 {
 }
 
 /// A loop device has a volatile cache and no FUA, so each durable write is one flush of it. Which file systems are
-/// relied on is written in src/engine/disk/filesystem.rs.
+/// relied on is written in src/sys/filesystem.rs.
 #[test]
 fn a_durable_write_reaches_the_device() {
     if !may_mount() {

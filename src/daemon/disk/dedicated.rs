@@ -98,12 +98,12 @@ mod tests {
     use super::*;
     use crate::cli::{self, Invocation};
     use crate::config::Config;
-    use crate::daemon::clock::Clock;
     use crate::daemon::disk::worker_id;
     use crate::daemon::placement::{Load, Seat};
     use crate::daemon::worker::{WorkerOptions, spawn};
     use crate::engine::disk::Image;
     use crate::mq::ids::{DiskId, QueueId};
+    use crate::sys::clock::Clock;
     use crate::virtio::memory::MemoryTable;
     use vm_memory::{GuestAddress, GuestMemoryMmap};
 

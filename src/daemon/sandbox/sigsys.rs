@@ -7,8 +7,8 @@ use std::io;
 use libc::{c_int, siginfo_t};
 
 use super::names::name_of;
-use crate::fatal::{self, Line};
-use crate::sigbus::action;
+use crate::sys::fatal::{self, Line};
+use crate::sys::sigbus::action;
 
 /// The kernel's siginfo of SIGSYS (`_sigsys` in asm-generic/siginfo.h), which the libc crate leaves
 /// out.

@@ -4,7 +4,6 @@ use std::path::Path;
 use std::thread::JoinHandle;
 
 use crate::config::Config;
-use crate::daemon::clock::Clock;
 use crate::daemon::dedicated;
 use crate::daemon::disk::{dealing, worker_id};
 use crate::daemon::message::WorkerHandle;
@@ -12,6 +11,7 @@ use crate::daemon::placement::{self, Load, Nodes, Seat};
 use crate::daemon::worker::{self, WorkerOptions};
 use crate::error::StartError;
 use crate::mq::limits::MAX_HCTXS;
+use crate::sys::clock::Clock;
 
 use super::{locked, system};
 

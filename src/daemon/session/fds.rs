@@ -8,7 +8,7 @@ use rustix::fs::{FileType, Mode, OFlags, fcntl_getfl, fstat, fstatfs, open, read
 use rustix::net::sockopt::{socket_domain, socket_type};
 use rustix::net::{AddressFamily, SocketType};
 
-use crate::engine::disk::filesystem::FileSystem;
+use crate::sys::filesystem::FileSystem;
 
 /// What stands behind a file descriptor, as far as a session cares.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -13,7 +13,7 @@ use super::fds::FdKind;
 use super::refusal::Reason;
 use super::rules::Rules;
 use super::wire::{Message, u64_at};
-use crate::engine::disk::filesystem::FileSystem;
+use crate::sys::filesystem::FileSystem;
 use crate::virtio::features::LOG_ALL;
 use crate::virtio::log::{DirtyLog, LOG_PAGE_BYTES};
 

@@ -11,8 +11,8 @@ use rustix::io::Errno;
 use crate::mq::ids::DiskId;
 
 use super::super::session::{CarriedInflight, CarriedRegion, Negotiated};
-use super::super::socket::Stop;
 use super::super::vring::SessionState;
+use crate::sys::listener::Stop;
 
 /// A listening socket, and the identity (device and inode) of its file if that is to be removed at
 /// the end.

@@ -14,11 +14,9 @@ use crate::config::{Config, DiskConfig, SocketSource};
 use crate::engine::disk::Image;
 use crate::error::StartError;
 
-use super::super::clock::Clock;
 use super::super::disk::{Disk, Keeping};
 use super::super::roster::Roster;
 use super::super::serve::{DiskServer, Session};
-use super::super::socket::{Door, SocketFile, listen_ourselves};
 use super::rest::CarriedListener;
 use super::state::{
     CarriedDisk, Common, DiskFacts, Facts, Plan, plain, read_plain, read_refusal, refusal,
@@ -26,6 +24,8 @@ use super::state::{
 use super::trust::{Trusted, check_listener, printable};
 use super::wire::{Frame, Frames, Kind};
 use super::{CLOSING, PATIENCE, socket_name};
+use crate::sys::clock::Clock;
+use crate::sys::listener::{Door, SocketFile, listen_ourselves};
 use ask::{answers, ask, compatible};
 use begin::begin;
 use received::check_listening;

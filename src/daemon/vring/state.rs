@@ -13,9 +13,9 @@ use super::super::dirty::Logging;
 use super::super::disk::Disk;
 use super::super::message::{Message, Reply};
 use super::super::session::{InflightStore, NoteKeeper};
-use super::super::socket::Stop;
 use super::Vring;
 use super::end::EndFromWithin;
+use crate::sys::listener::Stop;
 
 /// What all rings of one session share.
 #[derive(Debug)]

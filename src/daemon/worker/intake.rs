@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use crate::engine::Event;
 use crate::mq::ids::{HctxId, RequestTag};
 use crate::mq::request::Status;
-use crate::sigbus;
+use crate::sys::sigbus;
 use crate::virtio::parse::{Parsed, parse};
 use crate::virtio::ring::{AHEAD, RingError};
 

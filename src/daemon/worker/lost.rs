@@ -1,7 +1,7 @@
 //! Rings whose memory was taken away.
 
 use crate::mq::ids::HctxId;
-use crate::sigbus;
+use crate::sys::sigbus;
 use crate::virtio::ring::RingError;
 
 use super::Worker;

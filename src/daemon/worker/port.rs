@@ -6,8 +6,8 @@ use crate::engine::{CallSlot, Engine};
 use crate::virtio::ring::Ring;
 
 use super::super::report::RingStats;
-use super::super::socket::Stop;
 use crate::mq::ids::{HctxId, RingId};
+use crate::sys::listener::Stop;
 
 /// What keeps a ring from being drained, beside being empty.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

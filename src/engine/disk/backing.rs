@@ -9,13 +9,13 @@ use log::warn;
 use rustix::fs::Statx;
 use rustix::io::Errno;
 
-use super::filesystem::FileSystem;
 use super::limits::QueueLimits;
 use super::{DiscardLimits, FILE_RANGE_MAX_BYTES, Image, ImageKind, WriteZeroesLimits, open_error};
 use crate::config::{DiskConfig, EngineKind, PollDevice};
 use crate::engine::IoPoll;
 use crate::engine::mapping::{Mapping, Medium, medium_of};
 use crate::error::{StartError, reason};
+use crate::sys::filesystem::FileSystem;
 
 /// `STATX_ATTR_DAX` of uapi/linux/stat.h: the file is mapped from persistent memory directly.
 const STATX_ATTR_DAX: u64 = 0x0020_0000;

@@ -12,7 +12,7 @@ pub(super) fn fields(data: u64) -> (u32, u16) {
 }
 
 impl Engine {
-    /// The result of a completion. With `lost`, which [`crate::sigbus::Losses::are_any`] said after the
+    /// The result of a completion. With `lost`, which [`crate::sys::sigbus::Losses::are_any`] said after the
     /// completion was there, it is `EFAULT` if the transfer may have read zeros that were put in the place of
     /// guest memory, or written where no guest looks.
     #[inline]

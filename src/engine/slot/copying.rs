@@ -11,7 +11,7 @@ use crate::engine::mapping::{Mapping, PAGE_BYTES, Since, in_memory};
 use crate::engine::target::{Disk, FileTarget, Target};
 use crate::engine::{COPY_SMALL_BYTES, EngineCounters, Errno, Extent};
 use crate::mq::request::Op;
-use crate::sigbus::Losses;
+use crate::sys::sigbus::Losses;
 
 static ZEROES: [u8; in_memory(PAGE_BYTES)] = [0; in_memory(PAGE_BYTES)];
 

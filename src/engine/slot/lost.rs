@@ -1,9 +1,9 @@
 //! Transfers whose buffers lie in memory that was lost: what was read there are zeros, and what was written
-//! there went nowhere. See [`crate::sigbus`].
+//! there went nowhere. See [`crate::sys::sigbus`].
 
 use super::{Slot, Stage};
 use crate::engine::memory::PAGE_BYTES;
-use crate::sigbus::{Losses, losses};
+use crate::sys::sigbus::{Losses, losses};
 
 impl Slot {
     /// Whether some of the buffers left, or of those just used, are lost.

@@ -4,7 +4,7 @@ use std::ptr;
 
 use super::Slot;
 use crate::engine::BOUNCE_BYTES;
-use crate::sigbus::losses;
+use crate::sys::sigbus::losses;
 
 impl Slot {
     /// Drops `moved` transferred bytes from the front of the segments.

@@ -8,11 +8,11 @@ use std::sync::Arc;
 use io_uring::opcode as op;
 
 use super::*;
-use crate::engine::disk::filesystem::FileSystem;
 use crate::engine::memory::Memory;
 use crate::engine::target::{FileTarget, IoPoll};
 use crate::engine::{SyncFault, ZERO_BYTES};
 use crate::mq::limits::MAX_SEGMENTS;
+use crate::sys::filesystem::FileSystem;
 
 const EAGAIN: i32 = -libc::EAGAIN;
 const EINTR: i32 = -libc::EINTR;

@@ -5,7 +5,7 @@ use super::*;
 
 use std::ptr::{self, NonNull};
 
-use crate::sigbus::Guarded;
+use crate::sys::sigbus::Guarded;
 
 const PAGE: usize = 4096;
 const SIZE: u64 = 1 << 20;

@@ -1,7 +1,7 @@
 //! Entries that wait to be submitted, seen a second time: the crate lets no one change what was pushed.
 //!
 //! Between the push of a transfer and the call that submits it, a page of its buffers may be lost. The
-//! kernel would read the zeros that are there then ([`crate::sigbus`]), so such an entry gets an address
+//! kernel would read the zeros that are there then ([`crate::sys::sigbus`]), so such an entry gets an address
 //! that the kernel refuses, and completes with `EFAULT`.
 
 use std::io;
@@ -12,7 +12,7 @@ use io_uring::{IoUring, opcode};
 use libc::iovec;
 
 use super::Ring;
-use crate::sigbus::Losses;
+use crate::sys::sigbus::Losses;
 
 /// Bytes of an entry, and where in it fields are (`struct io_uring_sqe`, uapi/linux/io_uring.h).
 const ENTRY_BYTES: usize = 64;

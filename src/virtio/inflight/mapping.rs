@@ -10,7 +10,7 @@ use rustix::fs::fstat;
 use rustix::io::Errno;
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
-use crate::sigbus::Guarded;
+use crate::sys::sigbus::Guarded;
 
 /// Bytes of the smallest page there is.
 const PAGE_BYTES: usize = 4096;

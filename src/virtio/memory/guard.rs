@@ -6,7 +6,7 @@ use rustix::fs::fstatfs;
 use rustix::mm::{Advice, madvise};
 
 use super::{MemoryError, Region};
-use crate::sigbus::Guarded;
+use crate::sys::sigbus::Guarded;
 
 /// The least there is.
 const PAGE_BYTES: usize = 4096;

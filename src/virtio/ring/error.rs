@@ -67,7 +67,7 @@ pub enum RingError {
     /// The front end's dirty log was truncated.
     #[error("the file of the dirty log was made shorter")]
     LogLost,
-    /// A part of the guest's memory was taken away; see [`crate::sigbus`].
+    /// A part of the guest's memory was taken away; see [`crate::sys::sigbus`].
     #[error(
         "its memory is gone: a file of the guest's memory was truncated, or a page of it failed"
     )]

@@ -25,7 +25,7 @@ impl Ring {
         Ok(())
     }
 
-    /// Whether any of its memory was taken away; see [`crate::sigbus`].
+    /// Whether any of its memory was taken away; see [`crate::sys::sigbus`].
     pub fn is_memory_lost(&self) -> bool {
         self.memory.is_lost()
     }

@@ -71,7 +71,7 @@ mod bits;
 mod bucket;
 #[path = "../../../src/engine/mapping/known.rs"]
 mod known;
-#[path = "../../../src/sigbus/slot.rs"]
+#[path = "../../../src/sys/sigbus/slot.rs"]
 mod slot;
 #[path = "../../../src/engine/sync_fault.rs"]
 mod sync_fault;

@@ -6,16 +6,16 @@ use std::time::Instant;
 use crate::config::SocketSource;
 use crate::engine::disk::ImageKind;
 
-use super::super::super::clock::Clock;
 use super::super::super::disk::Keeping;
 use super::super::super::files::{Share, UsedUp};
 use super::super::super::roster::Roster;
 use super::super::super::serve::{DiskServer, Session};
 use super::super::super::session::{CarriedSession, FDS_TO_BEGIN, Reason};
-use super::super::super::socket::{Door, SocketFile};
 use super::super::state::CarriedDisk;
 use super::Beginning;
 use super::received::{check_listening, check_session};
+use crate::sys::clock::Clock;
+use crate::sys::listener::{Door, SocketFile};
 
 /// Sets up what a disk's thread begins with. The disk is held from here on.
 pub(super) fn begin(

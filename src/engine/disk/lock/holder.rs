@@ -7,7 +7,7 @@ use std::path::Path;
 
 use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
 
-use crate::dying::{self, Dying};
+use crate::sys::dying::{self, Dying};
 
 /// Whether another process has the file open and goes on, or this one has it more than once. True as well where that
 /// cannot be seen: there are processes that this one may not look into. A process that was killed does not count,

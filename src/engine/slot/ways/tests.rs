@@ -5,11 +5,11 @@ use libc::iovec;
 use proptest::prelude::*;
 
 use super::super::{Next, Slot, Stage};
-use crate::engine::disk::filesystem::FileSystem;
 use crate::engine::memory::PAGE_BYTES;
 use crate::engine::target::{Disk, FileTarget, IoPoll, Target};
 use crate::engine::{EngineCounters, Errno};
 use crate::mq::request::Op;
+use crate::sys::filesystem::FileSystem;
 
 fn disk() -> Disk {
     let target = Target::File(FileTarget {

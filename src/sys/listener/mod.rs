@@ -1,7 +1,6 @@
 //! The sockets front ends connect to, and the one inside the process.
 
-mod junction;
-mod listener;
+mod owner;
 mod turn;
 
 use std::fs;
@@ -17,10 +16,9 @@ use rustix::io::{Errno, FdFlags, fcntl_getfd, fcntl_setfd};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, sockopt};
 use rustix::process::{Gid, Uid};
 
-pub use self::junction::Junction;
-use self::listener::{Knock, knock};
+use self::owner::{Knock, knock};
 use self::turn::Turn;
-use super::session::remember_socket;
+use crate::daemon::session::remember_socket;
 use crate::error::StartError;
 
 /// Connections that may wait to be accepted: as many as the system allows (net.core.somaxconn), which is

@@ -12,7 +12,7 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connec
 use rustix::process::Pid;
 
 use super::peer_process;
-use crate::dying::{self, Dying};
+use crate::sys::dying::{self, Dying};
 
 /// What is found where a socket's file is.
 #[derive(Debug)]

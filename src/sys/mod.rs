@@ -1,0 +1,9 @@
+//! What every room needs of the operating system.
+
+pub mod clock;
+pub mod cpu_list;
+pub mod dying;
+pub mod fatal;
+pub mod filesystem;
+pub mod listener;
+pub mod sigbus;

@@ -1,0 +1,3 @@
+//! The vhost-user protocol: one connection, from its messages to the device behind them.
+
+pub mod loopback;
