@@ -39,6 +39,7 @@ pub mod engine;
 pub mod error;
 pub mod logging;
 pub mod mq;
+pub mod sandbox;
 pub mod sys;
 pub mod vhost_user;
 pub mod virtio;

@@ -1,5 +1,5 @@
 //! What the daemon has given up, as the kernel tells it of a process that serves; and that what it is entrusted with
-//! does not get out by its log or a core dump. What each layer refuses is tried in `src/daemon/sandbox/tests.rs`.
+//! does not get out by its log or a core dump. What each layer refuses is tried in `src/sandbox/tests.rs`.
 
 mod support;
 

@@ -12,7 +12,6 @@ pub mod message;
 pub mod placement;
 pub mod report;
 pub mod roster;
-pub mod sandbox;
 pub mod serve;
 pub mod server;
 pub mod session;

@@ -7,10 +7,10 @@ use std::path::Path;
 
 use crate::config::{Config, DiskConfig, SocketSource};
 use crate::daemon::growth::GrowthWatch;
-use crate::daemon::sandbox::{Identity, find_group};
 use crate::daemon::takeover::{Predecessor, Trusted, remember_directory};
 use crate::engine::disk::Image;
 use crate::error::StartError;
+use crate::sandbox::{Identity, find_group};
 use crate::sys::listener::{Access, Door, SocketFile, claim, listen_privately};
 
 /// The control socket: its listener and its file.

@@ -10,7 +10,7 @@ use rustix::pipe::{PipeFlags, pipe_with};
 
 use super::*;
 use crate::config::SandboxLayers;
-use crate::daemon::sandbox;
+use crate::sandbox;
 
 const PANIC: &str = "BLKMQ_FATAL_PANIC";
 

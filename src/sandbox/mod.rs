@@ -19,11 +19,11 @@
 //! another thread ([`enter`]). The last needs all threads to be there that set up a ring, and then is
 //! put on all of them at once ([`seal`]).
 
-mod files;
-mod filter;
-mod names;
+mod landlock;
 mod privileges;
+mod seccomp;
 mod sigsys;
+mod syscall_names;
 
 use std::path::Path;
 
@@ -88,7 +88,7 @@ pub fn enter(
         privileges::drop_all().map_err(fail("privileges"))?;
     }
     if layers.landlock {
-        files::restrict(sockets).map_err(fail("landlock"))?;
+        landlock::restrict(sockets).map_err(fail("landlock"))?;
     }
     Ok(())
 }
@@ -101,7 +101,7 @@ pub fn enter(
 pub fn seal(layers: SandboxLayers) -> Result<(), StartError> {
     if layers.seccomp {
         sigsys::install()
-            .and_then(|()| filter::install())
+            .and_then(|()| seccomp::install())
             .map_err(|source| StartError::Sandbox {
                 layer: "seccomp",
                 source,

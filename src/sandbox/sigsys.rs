@@ -6,7 +6,7 @@ use std::io;
 
 use libc::{c_int, siginfo_t};
 
-use super::names::name_of;
+use super::syscall_names::name_of;
 use crate::sys::fatal::{self, Line};
 use crate::sys::sigbus::action;
 
