@@ -1,7 +1,7 @@
 //! The configuration: what the arguments mean once they have been checked against each other.
 //!
 //! Nothing here opens a file or a socket: a [`Config`] can be right while its image is missing. What
-//! the image says is checked where it is opened ([`crate::engine::disk`]).
+//! the image says is checked where it is opened ([`crate::image`]).
 
 use std::num::NonZeroUsize;
 use std::path::PathBuf;

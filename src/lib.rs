@@ -37,6 +37,7 @@ pub mod control;
 pub mod daemon;
 pub mod engine;
 pub mod error;
+pub mod image;
 pub mod logging;
 pub mod mq;
 pub mod sandbox;

@@ -669,7 +669,7 @@ fn mq_is_pure_can_fail() {
         "use vm_memory::GuestAddress;",
     ] {
         fails(mq_is_pure, "src/mq/ctx.rs", line);
-        passes(mq_is_pure, "src/engine/uring.rs", line);
+        passes(mq_is_pure, "src/engine/uring/mod.rs", line);
         passes(mq_is_pure, "src/mq/ctx.rs", &format!("// {line}"));
     }
     passes(
@@ -715,7 +715,7 @@ fn arrows_point_one_way_can_fail() {
     fails(
         arrows_point_one_way,
         "src/virtio/parse.rs",
-        "fn f(image: &crate::engine::disk::Image) {}",
+        "fn f(image: &crate::image::Image) {}",
     );
     fails(
         arrows_point_one_way,
@@ -724,12 +724,12 @@ fn arrows_point_one_way_can_fail() {
     );
     fails(
         arrows_point_one_way,
-        "src/engine/uring.rs",
+        "src/engine/uring/mod.rs",
         "use crate::virtio::memory;",
     );
     passes(
         arrows_point_one_way,
-        "src/engine/uring.rs",
+        "src/engine/uring/mod.rs",
         "use crate::{config::CacheMode, mq::ids::DriverTag};",
     );
     passes(
@@ -755,7 +755,7 @@ fn unsafe_is_confined_can_fail() {
     );
     for path in [
         "src/virtio/ring.rs",
-        "src/engine/uring.rs",
+        "src/engine/uring/mod.rs",
         FD_GLUE[0],
         SIGNAL_GLUE[0],
         "tests/front_end.rs",

@@ -39,8 +39,8 @@ use support::disk::{kind, status};
 use support::*;
 use tempfile::TempDir;
 use vhost_user_blkmq::control::client;
-use vhost_user_blkmq::engine::disk::lock::{Access, LockError, lock};
 use vhost_user_blkmq::error::Held;
+use vhost_user_blkmq::image::lock::{Access, LockError, lock};
 
 const MIB: u64 = 1 << 20;
 

@@ -18,7 +18,7 @@ use std::time::Duration;
 
 use crate::config::{DiskConfig, OnError};
 use crate::engine::SyncFault;
-use crate::engine::disk::Image;
+use crate::image::Image;
 use crate::mq::elevator::Params;
 use crate::mq::ids::{DiskId, QueueId, RingId, WorkerId};
 use crate::mq::limits::SECTOR_SIZE;

@@ -21,7 +21,7 @@ use rustix::io::Errno;
 use rustix::net::netlink::{self, SocketAddrNetlink};
 use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType, recv};
 
-use crate::engine::disk::{Image, ImageKind};
+use crate::image::{Image, ImageKind};
 
 use crate::mq::ids::DiskId;
 

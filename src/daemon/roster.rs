@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use crate::config::Group;
-use crate::engine::disk::lock::unlock;
+use crate::image::lock::unlock;
 use crate::mq::diskstats::DiskStats;
 use crate::mq::ids::{DiskId, WorkerId};
 use crate::mq::qos::{Limits, Throttle};

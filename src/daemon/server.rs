@@ -17,8 +17,8 @@ use signal_hook::consts::{SIGHUP, SIGUSR1};
 
 use crate::config::{Config, SummaryFormat};
 use crate::control;
-use crate::engine::disk::Image;
 use crate::error::StartError;
+use crate::image::Image;
 use crate::logging;
 use crate::mq::ids::DiskId;
 use crate::sys::sigbus;

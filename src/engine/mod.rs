@@ -18,240 +18,408 @@
 //! Guest memory enters as host buffers (`iovec`) whose owner is the caller; the engine knows
 //! nothing of rings, guests or front ends.
 
-pub mod disk;
-mod driver;
+mod command;
+mod copy_queue;
+mod ending;
+mod eventfds;
+mod iopoll;
 mod lane;
+mod lost;
 pub mod mapping;
 mod memory;
 mod prefetch;
 mod resize;
-mod slot;
-mod start;
-mod sync_fault;
-mod target;
-mod uring;
-mod watch;
-
 #[cfg(test)]
 mod sim;
+mod slot;
+mod start;
+mod submit;
+mod sync_fault;
+mod target;
 #[cfg(test)]
 mod tests;
+mod uring;
+mod waiting;
+mod watch;
 
-use std::fmt;
+use std::collections::VecDeque;
+use std::io;
+use std::mem::MaybeUninit;
+use std::sync::Arc;
+use std::time::Duration;
 
+use io_uring::cqueue;
+
+use self::copy_queue::Small;
+use self::iopoll::Polled;
+use self::lost::fields;
+use self::submit::Batch;
+use self::waiting::{Threads, Turn};
+use crate::engine::memory::Memory;
+use crate::engine::slot::{Next, Slot, Stage};
+use crate::engine::start::start;
+use crate::engine::target::Disk;
+use crate::engine::uring::{Ask, REAP_BATCH, Ring};
+use crate::engine::watch::{Call, Table, Watch};
 use crate::mq::ids::DriverTag;
-use crate::mq::limits::{IOV_MAX, MAX_RANGES, MAX_SEGMENTS};
-use crate::mq::request::Op;
 
-pub use driver::Engine;
-pub use sync_fault::SyncFault;
-pub use target::{FileTarget, IoPoll, Target};
-pub use watch::{CallSlot, Waker};
-
-/// Disks one engine serves at most: the size of the ring's registered file table.
-pub const MAX_DISKS: u16 = 1024;
-
-/// Aligned buffers for requests whose guest buffers O_DIRECT cannot take: those that each disk can always
-/// have, whatever other disks hold.
-pub const BOUNCE_OF_DISK: u16 = 2;
-
-/// Those that any disk can take beyond that.
-pub const BOUNCE_SHARED: u16 = 14;
-
-/// The size of each of them, in bytes. Larger requests go through one buffer piece by piece.
-pub const BOUNCE_BYTES: u32 = 256 * 1024;
-
-/// How much of a large copy is done before another has its turn, in bytes: about 10 µs.
-pub const COPY_SLICE_BYTES: u64 = 64 * 1024;
-
-/// How much is copied in one turn of the worker, in bytes, give or take a slice.
-pub const COPY_TURN_BYTES: u64 = 128 * 1024;
-
-/// A copy of so many bytes at most goes before all larger ones.
-pub const COPY_SMALL_BYTES: u64 = 16 * 1024;
-
-/// The most that one transfer moves at a time past the page cache, in bytes. The submitting call looks up each
-/// of its pages, which takes some 100 µs.
-pub const DIRECT_PIECE_BYTES: u32 = 4 * 1024 * 1024;
-
-/// The same through the page cache, where the submitting call copies: about 50 µs.
-pub const CACHED_PIECE_BYTES: u32 = 256 * 1024;
-
-/// How much the submitting calls of one turn copy, in bytes, give or take a piece. What is beyond, and not
-/// small, waits for the next turn.
-pub const TURN_BYTES: u32 = 1024 * 1024;
-
-/// How many bytes past the page cache cost the submitting call as much as one that it copies.
-pub const DIRECT_PER_CACHED: u32 = 16;
-
-/// How much zeroing by writing does at a time, in bytes.
-pub const ZERO_BYTES: u32 = 1024 * 1024;
-
-/// How often an operation that makes no progress (`EAGAIN`, `EINTR`) is tried again before the
-/// guest hears of it. The delays between add up to about half a second.
-pub const RETRIES: u8 = 10;
-
-const _: () = {
-    assert!(BOUNCE_BYTES.is_multiple_of(4096) && ZERO_BYTES.is_multiple_of(4096));
-    assert!(IOV_MAX <= MAX_SEGMENTS);
-    assert!(MAX_RANGES <= 256);
-    // A piece ends where every device's blocks do.
-    assert!(
-        DIRECT_PIECE_BYTES.is_multiple_of(BOUNCE_BYTES)
-            && (CACHED_PIECE_BYTES as u64) > COPY_SMALL_BYTES
-    );
+pub use self::command::{
+    BOUNCE_BYTES, BOUNCE_OF_DISK, BOUNCE_SHARED, Busy, CACHED_PIECE_BYTES, COPY_SLICE_BYTES,
+    COPY_SMALL_BYTES, COPY_TURN_BYTES, Command, DIRECT_PER_CACHED, DIRECT_PIECE_BYTES, DiskSlot,
+    EngineCounters, Errno, Event, Extent, MAX_DISKS, Payload, RETRIES, TURN_BYTES, ZERO_BYTES,
 };
+pub use self::sync_fault::SyncFault;
+pub use self::target::{FileTarget, IoPoll, Target};
+pub use self::watch::{CallSlot, Waker};
 
-/// A disk of this engine, as [`Engine::add_disk`] numbers it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct DiskSlot(pub(crate) u16);
+/// What a completion is for: the upper byte of user data. Below it 32 bits of generation and 16 of index.
+const KIND_SLOT: u64 = 1 << 56;
+const KIND_WATCH: u64 = 2 << 56;
+const KIND_CALL: u64 = 3 << 56;
+const KIND_CANCEL: u64 = 4 << 56;
+/// Nothing, for the kernel threads to do.
+const KIND_NUDGE: u64 = 5 << 56;
+const KIND_MASK: u64 = 0xff << 56;
 
-/// A host error number (`errno`), positive.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Errno(pub i32);
+fn user_data(kind: u64, generation: u32, index: u16) -> u64 {
+    kind | u64::from(generation) << 16 | u64::from(index)
+}
 
-impl fmt::Display for Errno {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        std::io::Error::from_raw_os_error(self.0).fmt(f)
+/// One worker's host adapter: all its I/O, and all it waits for. Belongs to the thread that made it.
+///
+/// Allocates when it is made and when disks, watches and calls are added, not in between.
+#[derive(Debug)]
+pub struct Engine {
+    ring: Ring,
+    polled: Option<Polled>,
+    slots: Box<[Slot]>,
+    memory: Memory,
+    disks: Table<Disk>,
+    watches: Table<Watch>,
+    calls: Table<Call>,
+    /// Commands completed without the kernel, to be reaped.
+    ready: Vec<(DriverTag, Result<u64, Errno>)>,
+    /// Small copies to be done.
+    small: VecDeque<Small>,
+    /// Slots of larger ones that are not done, in the order in which they have their turns.
+    copying: VecDeque<u16>,
+    /// Slots of large transfers that wait for a turn.
+    large: VecDeque<u16>,
+    turn: Turn,
+    threads: Threads,
+    now_ns: u64,
+    /// Slots whose next step the ring had no room for.
+    unsent: Vec<u16>,
+    /// Calls and watches the ring had no room for.
+    unsent_fds: bool,
+    in_flight: usize,
+    batch: Batch,
+    generation: u32,
+    counters: EngineCounters,
+}
+
+impl Engine {
+    /// An engine with `depth` driver tags, which can watch `watches` fds and write to as many.
+    ///
+    /// The ring is for the calling thread. Fails with one line for the user when the kernel has no
+    /// io_uring for us.
+    pub fn new(depth: u16, watches: u16) -> io::Result<Self> {
+        Engine::asking(depth, watches, Ask::ALL)
     }
-}
 
-/// Why a request could not be taken now, and who makes it worth trying again.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Busy {
-    /// A completion of this engine will free what is missing (blk-mq's `BLK_STS_DEV_RESOURCE`).
-    WakesOnCompletion,
-    /// Nobody will say: the host lacks something for the moment, try again after a while (blk-mq's
-    /// `BLK_STS_RESOURCE`).
-    RetryLater,
-}
+    /// The same, whose ring may do all that a ring can do.
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    pub fn unrestricted(depth: u16, watches: u16) -> io::Result<Self> {
+        let ask = Ask {
+            restricted: false,
+            ..Ask::ALL
+        };
+        Engine::asking(depth, watches, ask)
+    }
 
-/// A range of the disk, in bytes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
-#[repr(C)]
-pub struct Extent {
-    /// Where it starts.
-    pub offset: u64,
-    /// How long it is.
-    pub len: u64,
-}
+    fn asking(depth: u16, watches: u16, ask: Ask) -> io::Result<Self> {
+        assert!(depth > 0, "an engine without driver tags serves nobody");
+        let (slots, fds) = (u32::from(depth), u32::from(watches) + 1);
+        // An SQE for each slot and a good part of the fds: more are submitted in between. A CQE for
+        // each slot, each call and each cancel, and for each watch as many as come from kicks
+        // between two turns, since one completion stands for all writes between two task runs. Should
+        // it not do, the kernel keeps the rest and ends the polls, and we arm them again.
+        let sqes = (slots + fds.min(slots) + 64).next_power_of_two().min(32768);
+        let cqes = (sqes + 6 * fds).next_power_of_two().min(65536);
+        let disks = u32::from(MAX_DISKS);
+        let files = [disks + u32::from(watches), disks];
+        let ring = Ring::new(sqes, cqes, &files, ask)?;
+        let memory = Memory::new(depth)?;
+        Ok(Engine {
+            ring,
+            polled: None,
+            slots: (0..depth)
+                .map(|slot| Slot::new(memory.segments(slot)))
+                .collect(),
+            memory,
+            disks: Table::new(MAX_DISKS),
+            watches: Table::new(watches.saturating_add(1)),
+            calls: Table::new(watches),
+            ready: Vec::with_capacity(usize::from(depth)),
+            small: VecDeque::with_capacity(usize::from(depth)),
+            copying: VecDeque::with_capacity(usize::from(depth)),
+            large: VecDeque::with_capacity(usize::from(depth)),
+            turn: Turn::NEW,
+            threads: Threads::default(),
+            now_ns: 0,
+            unsent: Vec::with_capacity(usize::from(depth)),
+            unsent_fds: false,
+            in_flight: 0,
+            batch: Batch::NEW,
+            generation: 0,
+            counters: EngineCounters::default(),
+        })
+    }
 
-/// What a request works on.
-pub enum Payload<'a> {
-    /// Nothing (flush).
-    None,
-    /// The host buffers of one request (read, write).
-    Buffers(&'a [libc::iovec]),
-    /// The host buffers of a merged request, one slice for each part, [`MAX_SEGMENTS`] in all at most.
-    /// The slices are copied before `queue_rq` returns; the buffers they name are not.
-    Merged(&'a mut dyn Iterator<Item = &'a [libc::iovec]>),
-    /// The ranges of a discard or write-zeroes, [`MAX_RANGES`] at most; copied.
-    Extents(&'a mut dyn Iterator<Item = Extent>),
-}
+    /// What kind of ring the kernel gave, for the log.
+    pub fn describe(&self) -> String {
+        self.ring.describe()
+    }
 
-impl fmt::Debug for Payload<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Payload::None => f.write_str("None"),
-            Payload::Buffers(b) => write!(f, "Buffers({})", b.len()),
-            Payload::Merged(_) => f.write_str("Merged(..)"),
-            Payload::Extents(_) => f.write_str("Extents(..)"),
+    /// Counts since the engine was made.
+    pub fn counters(&self) -> EngineCounters {
+        self.counters
+    }
+
+    /// Commands taken and not yet reported done.
+    pub fn in_flight(&self) -> usize {
+        self.in_flight
+    }
+
+    /// Adds a disk.
+    pub fn add_disk(&mut self, target: Target) -> io::Result<DiskSlot> {
+        let index = self.disks.vacant()?;
+        let mut disk = Disk::new(index, target)?;
+        self.memory.add_disk(index)?;
+        disk.registered = disk.fd >= 0 && self.ring.register_file(index, disk.fd);
+        self.begin_polling(&mut disk);
+        self.disks.put(index, disk);
+        Ok(DiskSlot(index))
+    }
+
+    /// Shares what is known of a disk's syncs with the others who serve the same image.
+    pub fn share_sync_fault(&mut self, slot: DiskSlot, fault: Arc<SyncFault>) {
+        let disk = self.disks.get_mut(slot.0).expect("a disk of this engine");
+        disk.sync_fault = fault;
+    }
+
+    /// Removes a disk, on which nothing may be in flight, and gives back what it stood on.
+    pub fn remove_disk(&mut self, slot: DiskSlot) -> Target {
+        let disk = self.disks.take(slot.0).expect("a disk of this engine");
+        assert_eq!(
+            disk.in_flight, 0,
+            "a disk is removed while requests of it are in flight"
+        );
+        self.memory.remove_disk(slot.0);
+        if disk.registered {
+            self.ring.unregister_file(slot.0);
+            self.end_polling(slot.0);
+        }
+        disk.target
+    }
+
+    /// Takes a command; it is submitted by the next [`Engine::commit_rqs`] or [`Engine::wait`] at the
+    /// latest.
+    ///
+    /// The tag must be free: not used, or its [`Event::Done`] reaped. A command outside the disk ends
+    /// with `EIO`.
+    ///
+    /// # Safety
+    ///
+    /// Until the tag's [`Event::Done`], the buffers must be valid to be read (write) or written
+    /// (read), and so must be the array of a [`crate::engine::Payload::Buffers`], which must not change.
+    pub unsafe fn queue_rq(
+        &mut self,
+        disk: DiskSlot,
+        tag: DriverTag,
+        command: Command<'_>,
+    ) -> Result<(), Busy> {
+        let target = self.disks.get_mut(disk.0).expect("a disk of this engine");
+        let slot = &mut self.slots[usize::from(tag.index)];
+        slot.claim(tag.generation, disk.0, command.op, command.bytes);
+
+        // SAFETY: passed on to our caller. Unsafe because the buffers are the caller's.
+        let started = unsafe {
+            start(
+                slot,
+                tag.index,
+                target,
+                command,
+                &mut self.memory,
+                &mut self.counters,
+            )
+        };
+        match started {
+            Err(busy) => {
+                self.counters.busy += 1;
+                return Err(busy);
+            }
+            Ok(Next::Done(result)) => {
+                slot.stage = Stage::Inline;
+                // Counted here and not below, where the disk has to be looked up once more.
+                target.in_flight += 1;
+                self.counters.inline += 1;
+                self.in_flight += 1;
+                self.ready.push((tag, result));
+                return Ok(());
+            }
+            Ok(Next::Copy) => self.begin_copy(tag.index),
+            Ok(Next::Issue) => {
+                if !self.send(tag.index) {
+                    self.release(tag.index);
+                    self.counters.busy += 1;
+                    return Err(Busy::RetryLater);
+                }
+                self.begin_early();
+            }
+        }
+        self.disks
+            .get_mut(disk.0)
+            .expect("looked up above")
+            .in_flight += 1;
+        self.in_flight += 1;
+        Ok(())
+    }
+
+    /// Reports what has happened and returns how many completions were looked at.
+    ///
+    /// Makes a system call only when the kernel says that it keeps something back for us.
+    pub fn reap(&mut self, on: &mut impl FnMut(Event)) -> io::Result<usize> {
+        self.ring.run_task_work(&mut self.counters)?;
+        self.begin_turn();
+        if self.has_copies() {
+            self.copy_on();
+        }
+        let mut reaped = self.ready.len();
+        if self.is_polling() {
+            reaped += self.reap_polled(on)?;
+        }
+        self.reap_inline(on);
+        let mut batch = [const { MaybeUninit::<cqueue::Entry>::uninit() }; REAP_BATCH];
+        loop {
+            let entries = self.ring.take(&mut batch);
+            reaped += entries.len();
+            // After the completions are here: what they read is counted by now.
+            let lost = self.ring.losses.are_any();
+            for entry in entries {
+                let result = self.result(entry, lost);
+                self.apply(entry.user_data(), result, entry.flags(), on);
+            }
+            if entries.len() < REAP_BATCH {
+                break;
+            }
+        }
+        self.resend();
+        Ok(reaped)
+    }
+
+    /// Reports the commands that were completed without the kernel.
+    #[inline]
+    pub fn reap_inline(&mut self, on: &mut impl FnMut(Event)) {
+        for i in 0..self.ready.len() {
+            let (tag, result) = self.ready[i];
+            self.done(tag.index, result, on);
+        }
+        self.ready.clear();
+    }
+
+    /// Whether [`Self::reap_inline`] has something to report.
+    #[inline]
+    pub fn has_inline(&self) -> bool {
+        !self.ready.is_empty()
+    }
+
+    /// Whether [`Self::reap`] has something to report without a system call.
+    pub fn has_events(&mut self) -> bool {
+        self.has_copies()
+            || !self.large.is_empty()
+            || self.polls_now()
+            || !self.ready.is_empty()
+            || self.ring.has_completions()
+    }
+
+    /// Submits what is queued and sleeps until there is something to reap, a signal comes, or
+    /// `timeout` is over. Returns at once if there is something to reap already. Where the kernel refuses
+    /// to be entered it sleeps for a moment, so that a caller that tries again takes no CPU to speak of.
+    pub fn wait(&mut self, timeout: Option<Duration>) -> io::Result<()> {
+        self.resend();
+        self.batch = Batch::NEW;
+        let short = !self.unsent.is_empty() || self.unsent_fds;
+        if self.has_events() || timeout == Some(Duration::ZERO) {
+            return self.submit();
+        }
+        // The kernel had no room: look again soon.
+        let sooner = short.then_some(Duration::from_millis(1));
+        let sooner = sooner.or_else(|| self.pause_polling());
+        let timeout = [sooner, self.pause_for_threads(), timeout];
+        let timeout = timeout.into_iter().flatten().min();
+        self.ring.wait(timeout, &mut self.counters)
+    }
+
+    /// Gives a completion to whom it belongs.
+    #[inline]
+    fn apply(&mut self, data: u64, res: i32, flags: u32, on: &mut impl FnMut(Event)) {
+        self.counters.cqes += 1;
+        let (generation, index) = fields(data);
+        match data & KIND_MASK {
+            KIND_SLOT => self.apply_to_slot(generation, index, res, on),
+            KIND_WATCH => self.apply_to_watch(generation, index, (res, flags), on),
+            KIND_CALL => self.apply_to_call(generation, index, res, on),
+            KIND_NUDGE => self.nudged(),
+            _ => {}
         }
     }
 }
 
-/// One operation for a disk.
-#[derive(Debug)]
-pub struct Command<'a> {
-    /// What to do.
-    pub op: Op,
-    /// Where on the disk, in bytes. Unused for flush, discard and write-zeroes.
-    pub offset: u64,
-    /// How much, in bytes: exactly the sum of the payload's buffers or ranges.
-    pub bytes: u64,
-    /// Durable when done.
-    pub fua: bool,
-    /// Write-zeroes may free the blocks.
-    pub unmap: bool,
-    /// Whoever asks polls for the answer (`REQ_POLLED`).
-    pub polled: bool,
-    /// Its buffers or ranges.
-    pub payload: Payload<'a>,
+impl Drop for Engine {
+    /// Waits until nothing is in flight: the buffers are the guest's, and the kernel writes to them
+    /// until then. If the ring is broken its memory is leaked rather than freed under the kernel.
+    fn drop(&mut self) {
+        while self.in_flight > 0 {
+            let drained = self.wait(None).and_then(|()| self.reap(&mut |_| {}));
+            if let Err(error) = drained {
+                log::error!(
+                    "the ring broke with {} requests in flight: {error}",
+                    self.in_flight
+                );
+                self.memory.leak();
+                return;
+            }
+        }
+    }
 }
 
-/// What [`Engine::reap`] reports.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Event {
-    /// A command is over, as a whole or failed; its buffers belong to the caller again.
-    Done {
-        /// The tag it was queued with.
-        tag: DriverTag,
-        /// The bytes of the command, or the error that ended it.
-        result: Result<u64, Errno>,
-    },
-    /// A watched eventfd was written to. One event may stand for several writes.
-    Kick(u32),
-    /// The [`Waker`] was used. One event may stand for several uses.
-    Message,
-    /// A watched fd hung up or cannot be polled; it will not report again.
-    WatchLost {
-        /// What it was watched as.
-        token: u32,
-        /// Why; `EPIPE` for a hang-up.
-        error: Errno,
-    },
-    /// A call fd cannot be written to; later calls on it do nothing.
-    CallLost {
-        /// What it was added as.
-        token: u32,
-        /// Why.
-        error: Errno,
-    },
-}
+#[cfg(test)]
+impl Engine {
+    /// Feeds a completion as if the kernel had sent it.
+    fn feed_slot(&mut self, tag: DriverTag, res: i32, on: &mut impl FnMut(Event)) {
+        self.apply(
+            user_data(KIND_SLOT, u32::from(tag.generation), tag.index),
+            res,
+            0,
+            on,
+        );
+    }
 
-/// What an engine has done since it was made.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct EngineCounters {
-    /// System calls (`io_uring_enter`).
-    pub enters: u64,
-    /// Those of them that the kernel refused for the moment (`EAGAIN`, `EBUSY`, `ENOMEM`, `EINTR`).
-    pub refused: u64,
-    /// Submission entries prepared.
-    pub sqes: u64,
-    /// Completion entries seen.
-    pub cqes: u64,
-    /// Commands completed without the kernel (null disk, flush of an unsafe disk, small copies).
-    pub inline: u64,
-    /// Commands that were copied from or to an image in memory.
-    pub copied: u64,
-    /// System calls of such copies, where the image may have a hole.
-    pub copy_calls: u64,
-    /// Commands that went through an aligned buffer.
-    pub bounced: u64,
-    /// Transfers whose completion the device was polled for.
-    pub polled: u64,
-    /// Partial transfers that were continued.
-    pub continued: u64,
-    /// Operations tried again after `EAGAIN` or `EINTR`.
-    pub retried: u64,
-    /// Transfers that could not go on without waiting, and were given to a kernel thread.
-    pub punted: u64,
-    /// Operations that the kernel gave up because it could start no thread, and that were tried again.
-    pub threadless: u64,
-    /// Steps that waited in the engine because their disk has enough of them with the kernel.
-    pub waited: u64,
-    /// Discarded ranges the disk had no way to discard.
-    pub discards_ignored: u64,
-    /// Ranges zeroed by writing, because the disk had no shorter way.
-    pub zeroes_written: u64,
-    /// Commands refused for the moment.
-    pub busy: u64,
-    /// Calls written, and calls that were folded into one still under way.
-    pub calls: u64,
-    /// See `calls`.
-    pub calls_folded: u64,
-    /// Watches the kernel ended and that were armed again.
-    pub rearmed: u64,
-    /// Completions that belonged to nobody any more.
-    pub stale: u64,
+    /// The same for the watch with this token.
+    fn feed_watch(&mut self, token: u32, res: i32, flags: u32, on: &mut impl FnMut(Event)) {
+        let index = self
+            .watches
+            .find(|w| w.whom == watch::Watched::Kick(token))
+            .expect("a watch");
+        let generation = self.watches.get(index).expect("found").generation;
+        self.apply(user_data(KIND_WATCH, generation, index), res, flags, on);
+    }
+
+    fn memory_free_bounces(&self) -> usize {
+        self.memory.free_bounces()
+    }
 }

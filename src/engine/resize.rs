@@ -2,7 +2,7 @@
 
 use std::io;
 
-use super::driver::Engine;
+use super::Engine;
 use super::{DiskSlot, Target};
 
 impl Engine {

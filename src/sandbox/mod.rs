@@ -13,7 +13,7 @@
 //! | `seccomp` | all system calls but those of `filter.rs` |
 //!
 //! What io_uring does is no system call, so each ring has a list of its own of what it may do: see
-//! `engine/uring.rs`.
+//! `engine/uring/mod.rs`.
 //!
 //! The layers but the last belong to a thread and are inherited, so they are put on before there is
 //! another thread ([`enter`]). The last needs all threads to be there that set up a ring, and then is

@@ -8,7 +8,7 @@ use super::Disk;
 use crate::daemon::device_state::DeviceState;
 use crate::daemon::message::Message;
 use crate::engine::Errno;
-use crate::engine::disk::ImageKind;
+use crate::image::ImageKind;
 use crate::virtio::config_space::{ConfigError, WriteCache};
 use crate::virtio::features::{self, CacheControl};
 use crate::virtio::inflight::{InflightRegion, Notes};

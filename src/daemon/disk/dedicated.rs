@@ -101,7 +101,7 @@ mod tests {
     use crate::daemon::disk::worker_id;
     use crate::daemon::placement::{Load, Seat};
     use crate::daemon::worker::{WorkerOptions, spawn};
-    use crate::engine::disk::Image;
+    use crate::image::Image;
     use crate::mq::ids::{DiskId, QueueId};
     use crate::sys::clock::Clock;
     use crate::virtio::memory::MemoryTable;

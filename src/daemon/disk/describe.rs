@@ -3,8 +3,8 @@
 use std::io;
 
 use crate::config::DiskConfig;
-use crate::engine::disk::{Image, ImageKind};
 use crate::engine::{FileTarget, Target};
+use crate::image::{Image, ImageKind};
 use crate::mq::ids::Sector;
 use crate::mq::limits::{MAX_RANGES, SECTOR_SIZE};
 use crate::virtio::abi::ID_BYTES;

@@ -16,7 +16,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::config::ImageSource;
-use crate::engine::disk::ImageKind;
+use crate::image::ImageKind;
 
 use super::super::message::{Message, ask_all};
 use super::super::session::ConfigNotifier;

@@ -5,8 +5,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use crate::config::{ImageSource, LockWhen};
-use crate::engine::disk::lock::{lock_beside, lock_image, unlock};
 use crate::error::StartError;
+use crate::image::lock::{lock_beside, lock_image, unlock};
 
 use super::Disk;
 

@@ -8,8 +8,8 @@ use std::path::Path;
 use crate::config::{Config, DiskConfig, SocketSource};
 use crate::daemon::growth::GrowthWatch;
 use crate::daemon::takeover::{Predecessor, Trusted, remember_directory};
-use crate::engine::disk::Image;
 use crate::error::StartError;
+use crate::image::Image;
 use crate::sandbox::{Identity, find_group};
 use crate::sys::listener::{Access, Door, SocketFile, claim, listen_privately};
 

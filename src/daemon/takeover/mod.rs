@@ -47,8 +47,8 @@ use std::sync::LazyLock;
 use std::time::Duration;
 
 use crate::config::{Config, SocketSource};
-use crate::engine::disk::{Image, ImageKind};
 use crate::error::StartError;
+use crate::image::{Image, ImageKind};
 
 pub use control::ControlSocket;
 pub use give::{Giver, Offer};

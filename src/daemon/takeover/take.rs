@@ -11,8 +11,8 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use crate::config::{Config, DiskConfig, SocketSource};
-use crate::engine::disk::Image;
 use crate::error::StartError;
+use crate::image::Image;
 
 use super::super::disk::{Disk, Keeping};
 use super::super::roster::Roster;

@@ -7,7 +7,7 @@ use super::*;
 #[test]
 fn a_disk_whose_image_does_not_answer_leaves_other_disks_their_bounce_buffers() {
     let image = Image::new(On::Direct, 1 << 20);
-    let (silent, mut end) = std::io::pipe().expect("a pipe");
+    let (silent, mut end) = io::pipe().expect("a pipe");
     let mut engine = engine(64);
     let Target::File(file) = image.target() else {
         unreachable!()

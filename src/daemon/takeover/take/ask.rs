@@ -6,7 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::time::Instant;
 
 use crate::config::DiskConfig;
-use crate::engine::disk::{Image, ImageKind};
+use crate::image::{Image, ImageKind};
 
 use super::super::state::{Ask, DiskFacts, Facts, Plan, READS};
 use super::super::trust::printable;

@@ -4,7 +4,7 @@ use std::io;
 use std::time::Instant;
 
 use crate::config::SocketSource;
-use crate::engine::disk::ImageKind;
+use crate::image::ImageKind;
 
 use super::super::super::disk::Keeping;
 use super::super::super::files::{Share, UsedUp};

@@ -19,6 +19,7 @@ use rustix::fs::{OFlags, fcntl_setfl};
 use super::mapping::{Mapping, Medium};
 use super::uring::Ask;
 use super::*;
+use crate::mq::request::Op;
 use crate::sys::filesystem::FileSystem;
 
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -752,7 +753,7 @@ fn what_cannot_be_polled_is_refused() {
     let error = engine
         .watch(tempfile::tempfile().unwrap().into(), 9)
         .unwrap_err();
-    assert_eq!(error.kind(), std::io::ErrorKind::InvalidInput);
+    assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
     assert!(engine.unwatch(9).is_none());
 }
 

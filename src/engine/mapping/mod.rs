@@ -268,7 +268,7 @@ pub(super) const fn in_memory(bytes: u64) -> usize {
 }
 
 /// The medium of an image on this file system, if it lies in memory.
-pub(super) fn medium_of(file_system: FileSystem, is_dax: bool) -> Option<Medium> {
+pub fn medium_of(file_system: FileSystem, is_dax: bool) -> Option<Medium> {
     match file_system {
         _ if is_dax => Some(Medium::Dax),
         FileSystem::Tmpfs => Some(Medium::Tmpfs),

@@ -20,18 +20,18 @@ use std::sync::Arc;
 use rustix::fs::{AtFlags, OFlags, StatxFlags, fcntl_setfl, statx};
 use rustix::io::Errno;
 
-use self::align::{Alignment, open_direct, warn_of_page_cache};
 use self::backing::{io_poll, map, medium, not_in_memory};
+use self::direct_io::{Alignment, open_direct, warn_of_page_cache};
 use self::limits::{QueueLimits, is_set_read_only};
 use self::witness::open_witness;
-use super::IoPoll;
-use super::mapping::{Mapping, Medium};
 use crate::config::{DiskConfig, EngineKind, ImageSource, LockWhen};
+use crate::engine::IoPoll;
+use crate::engine::mapping::{Mapping, Medium};
 use crate::error::StartError;
 use crate::sys::filesystem::FileSystem;
 
-mod align;
 mod backing;
+mod direct_io;
 mod limits;
 pub mod lock;
 mod size;
@@ -112,7 +112,7 @@ pub struct Image {
     /// The image, mapped, if it lies in memory and was not to be used otherwise.
     pub mapping: Option<Arc<Mapping>>,
     /// The file, opened a second time, to ask whether pages of its page cache were lost
-    /// ([`super::SyncFault`]); taken by whoever serves the image.
+    /// ([`crate::engine::SyncFault`]); taken by whoever serves the image.
     pub witness: Option<OwnedFd>,
 }
 

@@ -4,7 +4,7 @@ use std::os::unix::net::UnixListener;
 use rustix::fs::{CWD, FileType, Mode, fcntl_getfl, mknodat};
 use tempfile::TempDir;
 
-use super::align::{reads, tried_memory_align, tried_offset_align};
+use super::direct_io::{reads, tried_memory_align, tried_offset_align};
 use super::*;
 use crate::cli::{CacheMode, EngineKind};
 use crate::config::{PollDevice, Scheduler, SocketSource};
