@@ -11,9 +11,9 @@ use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, Parser};
 
 use crate::error::StartError;
+use crate::mq::cpumap::MapKind;
 use crate::mq::limits::MAX_QUEUES;
-use crate::mq::map::MapKind;
-use crate::mq::qos::Limits;
+use crate::mq::throttle::Limits;
 
 pub use self::choices::{
     CacheMode, Discard, EngineKind, LockWhen, LogLevel, OnError, OnTimeout, PollDevice,

@@ -11,8 +11,8 @@ use log::LevelFilter;
 
 use crate::cli::{Arguments, Discard, DiskArguments, LogLevel, SERIAL_MAX_BYTES, Switch};
 use crate::error::StartError;
-use crate::mq::map::MapKind;
-use crate::mq::qos::Limits;
+use crate::mq::cpumap::MapKind;
+use crate::mq::throttle::Limits;
 use crate::sys::cpu_list::CpuList;
 
 use self::whole::{check_control_path, check_groups, check_on_error, no_socket_twice};

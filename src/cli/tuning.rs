@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use crate::mq::elevator::{Kind, Params};
-use crate::mq::qos::{Limits, Rate};
+use crate::mq::throttle::{Limits, Rate};
 
 /// Most bytes of a group's name.
 pub const GROUP_NAME_MAX_BYTES: usize = 64;

@@ -1,7 +1,7 @@
 //! Values on the command line: text that becomes a number or a name, or says what it should have been.
 
+use crate::mq::cpumap::MapKind;
 use crate::mq::limits::MAX_RING_SIZE;
-use crate::mq::map::MapKind;
 
 /// Bytes of a serial number: VIRTIO_BLK_T_GET_ID fills a field of this size (virtio 1.3, 5.2.6).
 pub const SERIAL_MAX_BYTES: usize = 20;

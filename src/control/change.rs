@@ -12,7 +12,7 @@ use crate::daemon::disk::{Disk, Membership, Switch};
 use crate::daemon::roster::Roster;
 use crate::mq::elevator::Params;
 use crate::mq::limits::MAX_TRACE_EVENTS;
-use crate::mq::qos::{Limits, Rate};
+use crate::mq::throttle::{Limits, Rate};
 use crate::mq::trace::Action;
 
 /// Events a worker keeps if nothing is said.

@@ -7,7 +7,7 @@ use std::time::UNIX_EPOCH;
 
 use crate::daemon::report::{QueueReport, WorkerReport};
 use crate::daemon::roster::Roster;
-use crate::mq::hist::Histogram;
+use crate::mq::stats::histogram::Histogram;
 
 use self::columns::{DISK_COLUMNS, QUEUE_COLUMNS, QUEUE_TIMES, WORKER_COUNTERS};
 

@@ -10,7 +10,7 @@ use crate::daemon::disk::Disk;
 use crate::daemon::report::{DiskSummary, Summary, WorkerSummary};
 use crate::daemon::roster::Roster;
 use crate::engine::IoPoll;
-use crate::mq::qos::Limits;
+use crate::mq::throttle::Limits;
 use crate::virtio::features;
 
 /// A limit.

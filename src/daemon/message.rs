@@ -14,7 +14,7 @@ use crate::config::{Coalesce, OnError};
 use crate::engine::{SyncFault, Target, Waker};
 use crate::mq::elevator::{ParamError, Params};
 use crate::mq::ids::{DiskId, RingId, WorkerId};
-use crate::mq::qos::Throttle;
+use crate::mq::throttle::Throttle;
 use crate::mq::trace::Action;
 use crate::virtio::inflight::InflightQueue;
 use crate::virtio::memory::MemoryTable;

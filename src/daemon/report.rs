@@ -6,8 +6,8 @@ use std::time::Duration;
 use serde::Serialize;
 
 use crate::engine::EngineCounters;
-use crate::mq::diskstats::DiskStats;
-use crate::mq::hist::Histogram;
+use crate::mq::stats::diskstats::DiskStats;
+use crate::mq::stats::histogram::Histogram;
 use crate::mq::stats::{CtxStats, HctxStats, HctxTimes};
 
 use super::faults::{DiskFaults, IoErrors};

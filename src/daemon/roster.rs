@@ -7,9 +7,9 @@ use std::time::{Duration, SystemTime};
 
 use crate::config::Group;
 use crate::image::lock::unlock;
-use crate::mq::diskstats::DiskStats;
 use crate::mq::ids::{DiskId, WorkerId};
-use crate::mq::qos::{Limits, Throttle};
+use crate::mq::stats::diskstats::DiskStats;
+use crate::mq::throttle::{Limits, Throttle};
 use crate::mq::trace::Action;
 use crate::sys::cpu_list::CpuList;
 

@@ -8,8 +8,8 @@ use super::direct_io::{reads, tried_memory_align, tried_offset_align};
 use super::*;
 use crate::cli::{CacheMode, EngineKind};
 use crate::config::{PollDevice, Scheduler, SocketSource};
-use crate::mq::map::MapKind;
-use crate::mq::qos::Limits;
+use crate::mq::cpumap::MapKind;
+use crate::mq::throttle::Limits;
 
 fn config(image: ImageSource) -> DiskConfig {
     assert_eq!(EngineKind::default(), EngineKind::Auto);

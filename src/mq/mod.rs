@@ -10,30 +10,23 @@
 #![forbid(unsafe_code)]
 
 mod abandon;
-mod complete;
-mod ctx;
-pub mod diskstats;
+pub mod cpumap;
 pub mod elevator;
 mod hctx;
-pub mod hist;
 pub mod ids;
-mod issue;
 pub mod limits;
-pub mod map;
 mod merge;
 mod overdue;
-pub mod qos;
-mod queue;
 pub mod request;
+mod request_queue;
 mod requeue;
 mod run;
 mod settings;
 pub mod stats;
 mod table;
 pub mod tags;
-mod tally;
+pub mod throttle;
 pub mod trace;
-pub mod types;
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, VecDeque};
@@ -43,8 +36,8 @@ use self::hctx::{Hctx, Want};
 use self::ids::{DiskId, DriverTag, HctxId, RequestTag};
 use self::limits::ACTIVITY_DECAY_NS;
 pub use self::overdue::Overdue;
-use self::queue::{Below, RequestQueue};
 use self::request::{Request, Status};
+use self::request_queue::{Below, RequestQueue};
 use self::stats::{HctxStats, HctxTimes};
 pub use self::table::Parts;
 use self::tags::{Returned, TagDepth, TagSet};

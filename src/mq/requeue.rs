@@ -5,8 +5,8 @@ use super::Mq;
 use super::elevator::Times;
 use super::hctx::{Hctx, Want};
 use super::ids::{DriverTag, HctxId, RequestTag};
-use super::queue::Below;
 use super::request::{Op, Request};
+use super::request_queue::Below;
 use super::tags::Returned;
 use super::trace::Action;
 

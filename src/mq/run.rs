@@ -6,7 +6,7 @@ use super::elevator::{Elevator, Queued};
 use super::hctx::{Driver, Issue, Want, want_after};
 use super::ids::{DiskId, HctxId};
 use super::limits::RESOURCE_DELAY_NS;
-use super::tally::Sent;
+use super::stats::batch::Sent;
 use super::{Mq, Place};
 
 impl<P> Mq<P> {

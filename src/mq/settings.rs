@@ -3,11 +3,11 @@
 use std::cmp::Reverse;
 use std::sync::Arc;
 
-use super::ctx::Ctxs;
 use super::elevator::{Kind, ParamError, Params};
+use super::hctx::ctx::Ctxs;
 use super::hctx::{Hctx, Want};
 use super::ids::{DiskId, HctxId};
-use super::qos::{RetryAt, Throttle};
+use super::throttle::{RetryAt, Throttle};
 use super::{Mq, Place};
 
 impl<P> Mq<P> {

@@ -2,8 +2,8 @@
 
 use crate::daemon::report::QueueReport;
 use crate::engine::EngineCounters;
-use crate::mq::diskstats::{Direction, DiskStats};
-use crate::mq::hist::Histogram;
+use crate::mq::stats::diskstats::{Direction, DiskStats};
+use crate::mq::stats::histogram::Histogram;
 
 use super::seconds;
 

@@ -9,7 +9,7 @@ use std::time::Instant;
 use crate::engine::Errno;
 use crate::mq::elevator::Params;
 use crate::mq::ids::QueueId;
-use crate::mq::qos::Limits;
+use crate::mq::throttle::Limits;
 
 use super::super::message::Message;
 use super::super::worker::{HeldRings, WaitsAfterError};

@@ -4,7 +4,7 @@ use std::sync::{Arc, MutexGuard, PoisonError, TryLockError};
 
 use crate::config::Scheduler;
 use crate::mq::elevator::{Kind, ParamError, Params};
-use crate::mq::qos::{Limits, Throttle};
+use crate::mq::throttle::{Limits, Throttle};
 
 use super::super::message::Message;
 use super::Disk;

@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::cli::tuning::{Scheduler, list_limits, scheduler, set_limit};
 use crate::mq::elevator::Params;
-use crate::mq::qos::{Limits, Rate};
+use crate::mq::throttle::{Limits, Rate};
 
 use super::super::disk::Changes;
 use super::super::session::CarriedSession;

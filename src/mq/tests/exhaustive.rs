@@ -12,8 +12,8 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 
 use super::elevator::{DeadlineParams, Elevator, KyberParams, Params};
 use super::ids::{DiskId, QueueId};
-use super::qos::{Directions, Limits, Rate};
 use super::request::{IoPrio, Op};
+use super::throttle::{Directions, Limits, Rate};
 use super::*;
 
 /// The path: which alternative was taken at each point, of how many.

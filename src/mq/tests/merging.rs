@@ -64,7 +64,7 @@ fn add(list: &mut Vec<Group>, late: Group, lookback: usize) {
 
 /// What is dispatched, in order, of drains that came while nothing went out.
 fn oracle(drains: &[Vec<Request>], ctxs: u16) -> Vec<Group> {
-    let of = ctx::Ctxs::new(ctxs);
+    let of = hctx::ctx::Ctxs::new(ctxs);
     let mut staged = vec![Vec::new(); usize::from(ctxs)];
     let mut tag = 0;
     for drain in drains {

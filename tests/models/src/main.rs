@@ -67,7 +67,7 @@ mod atomic {
 
 #[path = "../../../src/virtio/log/bits.rs"]
 mod bits;
-#[path = "../../../src/mq/qos/bucket.rs"]
+#[path = "../../../src/mq/throttle/bucket.rs"]
 mod bucket;
 #[path = "../../../src/engine/mapping/known.rs"]
 mod known;

@@ -7,10 +7,10 @@ use std::sync::Arc;
 use super::*;
 use crate::mq::elevator::{DeadlineParams, Kind, KyberParams, Params};
 use crate::mq::ids::{HctxId, QueueId, RequestTag, Sector};
-use crate::mq::qos::{Limits, Rate, Throttle};
 use crate::mq::request::{IoPrio, Status};
 use crate::mq::stats::HctxStats;
 use crate::mq::tags::TagDepth;
+use crate::mq::throttle::{Limits, Rate, Throttle};
 use crate::mq::{HctxConfig, Mq};
 
 mod power;

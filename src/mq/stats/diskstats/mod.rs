@@ -5,7 +5,7 @@ use std::fmt;
 
 use serde::Serialize;
 
-use super::request::Op;
+use crate::mq::request::Op;
 
 /// What the kernel tells apart (op_stat_group, include/linux/blk_types.h): write-zeroes are writes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

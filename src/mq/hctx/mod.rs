@@ -4,16 +4,20 @@
 //! decides what goes to the engine when. Nothing here knows about other hctxs but what they share:
 //! the disk's request queue and the worker's tags.
 
-use super::ctx::Ctxs;
+use self::ctx::Ctxs;
 use super::ids::{CtxId, DiskId, DriverTag, HctxId, QueueId, RequestId, RequestTag};
 use super::limits::{PLUG_FLUSH_BYTES, PLUG_REQUESTS};
 use super::merge::{self, Merged};
-use super::queue::Below;
 use super::request::{Op, Request};
+use super::request_queue::Below;
+use super::stats::batch::{Kin, Sent, Tally};
 use super::stats::{HctxStats, HctxTimes};
 use super::table::{Fifo, Parts, Table};
-use super::tally::{Kin, Sent, Tally};
 use super::trace::Action;
+
+mod complete;
+pub(super) mod ctx;
+mod issue;
 
 /// The engine does not take a request now; the variant says who wakes us.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

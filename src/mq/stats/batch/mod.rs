@@ -10,17 +10,17 @@
 //! first: none ends or is merged there that never started.
 
 use super::diskstats::{Account, DiskStats};
-use super::hctx::Hctx;
-use super::ids::{CtxId, DiskId, HctxId};
-use super::limits::SECTOR_SIZE;
-use super::queue::Below;
-use super::request::{Op, Request};
-use super::stats::{CtxStats, HctxStats, HctxTimes};
-use super::{Mq, NOBODY};
+use super::{CtxStats, HctxStats, HctxTimes};
+use crate::mq::hctx::Hctx;
+use crate::mq::ids::{CtxId, DiskId, HctxId};
+use crate::mq::limits::SECTOR_SIZE;
+use crate::mq::request::{Op, Request};
+use crate::mq::request_queue::Below;
+use crate::mq::{Mq, NOBODY};
 
 /// The operation of a request and its ctx, in one word that tells at once whether two are alike.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Kin(u32);
+pub(in crate::mq) struct Kin(u32);
 
 impl Kin {
     #[inline]
@@ -36,7 +36,7 @@ impl Kin {
 
 /// Requests a plug has taken.
 #[derive(Debug)]
-pub(super) struct Arrived {
+pub(in crate::mq) struct Arrived {
     kin: Kin,
     op: Op,
     count: u32,
@@ -46,7 +46,7 @@ pub(super) struct Arrived {
 
 /// Requests of one ctx that were handed to the engine one after the other, for as long as they are.
 #[derive(Debug)]
-pub(super) struct Sent {
+pub(in crate::mq) struct Sent {
     ctx: CtxId,
     count: u64,
 }
@@ -64,7 +64,7 @@ impl Sent {
 
 /// Requests that ended well, each by itself.
 #[derive(Debug)]
-pub(super) struct Ended {
+pub(in crate::mq) struct Ended {
     kin: Kin,
     op: Op,
     queued_ns: u64,
@@ -75,7 +75,7 @@ pub(super) struct Ended {
 
 /// The runs of one hctx.
 #[derive(Debug)]
-pub(super) struct Tally {
+pub(in crate::mq) struct Tally {
     /// Nothing is counted.
     pub off: bool,
     arrived: Arrived,
@@ -109,7 +109,7 @@ impl Tally {
 impl<P> Hctx<P> {
     /// A request came.
     #[inline]
-    pub(super) fn count_arrived<D>(&mut self, op: Op, kin: Kin, below: &mut Below<'_, D>) {
+    pub(in crate::mq) fn count_arrived<D>(&mut self, op: Op, kin: Kin, below: &mut Below<'_, D>) {
         if self.tally.off {
             return;
         }
@@ -122,7 +122,7 @@ impl<P> Hctx<P> {
 
     /// The one that came last became a part of another in the plug.
     #[inline]
-    pub(super) fn count_merged_arrival(&mut self) {
+    pub(in crate::mq) fn count_merged_arrival(&mut self) {
         if !self.tally.off {
             self.tally.arrived.merged += 1;
         }
@@ -148,7 +148,7 @@ impl<P> Hctx<P> {
 
     /// The disk's account, with all in it that came.
     #[inline]
-    pub(super) fn account<'a, D>(&mut self, below: &'a mut Below<'_, D>) -> &'a mut Account {
+    pub(in crate::mq) fn account<'a, D>(&mut self, below: &'a mut Below<'_, D>) -> &'a mut Account {
         let account = &mut below.queue.account;
         self.fold_arrived(below.now_ns, account);
         account
@@ -156,7 +156,7 @@ impl<P> Hctx<P> {
 
     /// A request of `ctx` was handed to the engine, after those in `sent`.
     #[inline]
-    pub(super) fn count_sent(&mut self, sent: &mut Sent, ctx: CtxId) {
+    pub(in crate::mq) fn count_sent(&mut self, sent: &mut Sent, ctx: CtxId) {
         if sent.ctx != ctx {
             self.add_sent(std::mem::replace(sent, Sent { ctx, count: 0 }));
         }
@@ -164,7 +164,7 @@ impl<P> Hctx<P> {
     }
 
     #[inline]
-    pub(super) fn add_sent(&mut self, sent: Sent) {
+    pub(in crate::mq) fn add_sent(&mut self, sent: Sent) {
         if sent.count != 0 && !self.tally.off {
             self.stats.dispatched += sent.count;
             self.ctxs.stats[sent.ctx.index()].dispatched += sent.count;
@@ -173,7 +173,7 @@ impl<P> Hctx<P> {
 
     /// A request of one part ended well.
     #[inline]
-    pub(super) fn count_ended<D>(
+    pub(in crate::mq) fn count_ended<D>(
         &mut self,
         request: &Request,
         kin: Kin,
@@ -199,7 +199,7 @@ impl<P> Hctx<P> {
     /// Adds everything to the statistics, what came before what ended. `now_ns` is the time of the turn it
     /// was counted in.
     #[inline]
-    pub(super) fn fold(&mut self, now_ns: u64, account: &mut Account) {
+    pub(in crate::mq) fn fold(&mut self, now_ns: u64, account: &mut Account) {
         self.fold_arrived(now_ns, account);
         if self.tally.ended.count != 0 {
             self.add_ended(now_ns, account);
@@ -223,7 +223,7 @@ impl<P> Hctx<P> {
 
 impl<P> Mq<P> {
     /// Adds to the statistics what was counted apart.
-    pub(super) fn fold(&mut self) {
+    pub(in crate::mq) fn fold(&mut self) {
         if self.tallied == NOBODY {
             return;
         }

@@ -1,9 +1,9 @@
-use super::super::hist::Histogram;
-use super::super::ids::{DriverTag, QueueId, RequestTag, Sector};
-use super::super::request::{IoPrio, Status};
-use super::super::tags::TagDepth;
-use super::super::{Busy, Driver, HctxConfig, Parts};
+use super::super::histogram::Histogram;
 use super::*;
+use crate::mq::ids::{DriverTag, QueueId, RequestTag, Sector};
+use crate::mq::request::{IoPrio, Status};
+use crate::mq::tags::TagDepth;
+use crate::mq::{Busy, Driver, HctxConfig, Parts};
 
 struct Taken(Vec<DriverTag>);
 

@@ -2,8 +2,8 @@ use std::sync::Arc;
 
 use super::ids::{DiskId, QueueId, Sector};
 use super::limits::RESOURCE_DELAY_NS;
-use super::qos::{Directions, Limits, Rate, Throttle};
 use super::request::{IoPrio, Op};
+use super::throttle::{Directions, Limits, Rate, Throttle};
 use super::*;
 
 mod abandoned;
@@ -294,11 +294,11 @@ fn while_busy_ctxs_are_served_in_turn() {
 }
 
 /// Finds regions of the disk whose flows fall into different ctxs of two.
-struct Ctxs2(ctx::Ctxs);
+struct Ctxs2(hctx::ctx::Ctxs);
 
 impl Ctxs2 {
     fn new() -> Self {
-        Ctxs2(ctx::Ctxs::new(2))
+        Ctxs2(hctx::ctx::Ctxs::new(2))
     }
 
     fn two_regions(&self) -> (u64, u64) {
@@ -311,7 +311,7 @@ impl Ctxs2 {
 
 #[test]
 fn flows_stay_together_and_use_every_ctx() {
-    let ctxs = ctx::Ctxs::new(4);
+    let ctxs = hctx::ctx::Ctxs::new(4);
     let mut used = [0u32; 4];
     for region in 0..4000u64 {
         let first = ctxs.of(&read(region * 2048));

@@ -5,8 +5,8 @@
 //! (blk_mq_map_queue_type and blk_mq_map_swqueue, block/blk-mq.c). virtio-blk has default and poll
 //! queues, the poll queues last, and no read queues (drivers/block/virtio_blk.c).
 
-use super::map::{MapError, MapKind, QueueMap, Topology};
-use super::request::Op;
+use super::{MapError, MapKind, QueueMap, Topology};
+use crate::mq::request::Op;
 
 /// What a queue is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -2,15 +2,15 @@
 
 use std::sync::Arc;
 
-use super::diskstats::Account;
 use super::elevator::{Elevator, MergeSide, Params, Queued, Times};
 use super::ids::{DiskId, HctxId, RequestId, RequestTag};
 use super::limits::RESOURCE_DELAY_NS;
 use super::merge::Merged;
-use super::qos::{RetryAt, Throttle};
 use super::request::Request;
+use super::stats::diskstats::Account;
 use super::table::Table;
 use super::tags::{TagSet, TagShare};
+use super::throttle::{RetryAt, Throttle};
 use super::trace::{Action, Trace};
 
 /// One disk's share of a worker.

@@ -5,19 +5,19 @@
 //! wrote a descriptor, so requests are told apart by *flow*: the 1 MiB region they touch and their
 //! ioprio. That keeps one stream together and lets the round-robin be fair between streams.
 
-use super::ids::{CtxId, RequestTag};
-use super::limits::{MERGE_LOOKBACK, SECTOR_SIZE};
-use super::merge::{self, Merged};
-use super::request::Request;
-use super::stats::CtxStats;
-use super::table::{Fifo, Table};
+use crate::mq::ids::{CtxId, RequestTag};
+use crate::mq::limits::{MERGE_LOOKBACK, SECTOR_SIZE};
+use crate::mq::merge::{self, Merged};
+use crate::mq::request::Request;
+use crate::mq::stats::CtxStats;
+use crate::mq::table::{Fifo, Table};
 
 /// The region of the disk whose requests count as one flow: 1 MiB.
 const FLOW_SECTORS: u64 = 1024 * 1024 / SECTOR_SIZE;
 
 /// The ctxs of one hctx, with one bit each that says who has something (the kernel's `ctx_map`).
 #[derive(Debug)]
-pub(super) struct Ctxs {
+pub(in crate::mq) struct Ctxs {
     queues: Vec<Fifo>,
     pub stats: Vec<CtxStats>,
     map: Vec<u64>,

@@ -1,11 +1,11 @@
 //! Handing one request to the engine, and remembering how willing it was.
 
-use super::hctx::{Driver, Hctx, Issue};
-use super::ids::{CtxId, RequestId, RequestTag};
-use super::qos::RetryAt;
-use super::queue::Below;
-use super::request::Op;
-use super::trace::Action;
+use super::{Driver, Hctx, Issue};
+use crate::mq::ids::{CtxId, RequestId, RequestTag};
+use crate::mq::request::Op;
+use crate::mq::request_queue::Below;
+use crate::mq::throttle::RetryAt;
+use crate::mq::trace::Action;
 
 /// Weight of the past in the busy average (`BLK_MQ_DISPATCH_BUSY_EWMA_WEIGHT`).
 const BUSY_WEIGHT: u32 = 8;

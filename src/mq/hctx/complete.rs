@@ -1,12 +1,12 @@
 //! The way back: from the engine's word to each guest request's own status.
 
-use super::elevator::Times;
-use super::hctx::{Hctx, Want};
-use super::ids::RequestTag;
-use super::limits::SECTOR_SIZE;
-use super::queue::Below;
-use super::request::{Op, Status};
-use super::trace::Action;
+use super::{Hctx, Want};
+use crate::mq::elevator::Times;
+use crate::mq::ids::RequestTag;
+use crate::mq::limits::SECTOR_SIZE;
+use crate::mq::request::{Op, Status};
+use crate::mq::request_queue::Below;
+use crate::mq::trace::Action;
 
 impl<P> Hctx<P> {
     /// A request came back from the engine; `finish` gets every part's payload with its status and

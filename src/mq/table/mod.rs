@@ -6,7 +6,7 @@
 
 use super::ids::{CtxId, RequestTag, Sector};
 use super::request::{IoPrio, Op, Request};
-use super::tally::Kin;
+use super::stats::batch::Kin;
 
 /// No entry. Larger than any tag ([`super::limits::MAX_RING_SIZE`]).
 const NONE: u16 = u16::MAX;

@@ -299,5 +299,6 @@ fn take_group(topology: &Topology, cpus: &mut Vec<usize>, size: usize) -> Vec<us
     taken
 }
 
+pub mod queue_types;
 #[cfg(test)]
 mod tests;

@@ -2,8 +2,12 @@
 
 use serde::Serialize;
 
-use super::hist::{Dispatched, Histogram};
 use super::request::Op;
+use super::stats::histogram::{Dispatched, Histogram};
+
+pub(super) mod batch;
+pub mod diskstats;
+pub mod histogram;
 
 /// What one hctx did since its ring was first started.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
