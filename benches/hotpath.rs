@@ -18,12 +18,12 @@ use vhost_user_blkmq::mq::limits::DRIVER_TAGS;
 use vhost_user_blkmq::mq::request::{Op, Request, Status};
 use vhost_user_blkmq::mq::tags::TagDepth;
 use vhost_user_blkmq::mq::{Busy, Driver, HctxConfig, Mq, Parts};
+use vhost_user_blkmq::virtio::geometry::DiskShape;
+use vhost_user_blkmq::virtio::guest_io::GuestIo;
 use vhost_user_blkmq::virtio::memory::MemoryTable;
 use vhost_user_blkmq::virtio::parse::{Parsed, parse};
 use vhost_user_blkmq::virtio::pool::SegmentPool;
-use vhost_user_blkmq::virtio::receipt::GuestIo;
 use vhost_user_blkmq::virtio::ring::{Ring, RingSetup};
-use vhost_user_blkmq::virtio::shape::DiskShape;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 const RING_SIZE: u16 = 128;

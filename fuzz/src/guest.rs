@@ -5,7 +5,7 @@ use std::sync::Arc;
 use vhost_user_blkmq::mq::ids::Sector;
 use vhost_user_blkmq::virtio::memory::MemoryTable;
 use vhost_user_blkmq::virtio::ring::RingSetup;
-use vhost_user_blkmq::virtio::shape::{DiskShape, RangeLimits};
+use vhost_user_blkmq::virtio::geometry::{DiskShape, RangeLimits};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 /// Two adjacent regions, a hole, and a small one.

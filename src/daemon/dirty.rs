@@ -18,7 +18,7 @@ use super::message::Message;
 use super::session::LogKeeper;
 use super::vring::SessionState;
 use crate::mq::ids::QueueId;
-use crate::virtio::log::DirtyLog;
+use crate::virtio::dirty_log::DirtyLog;
 
 /// What a disk's workers need to know to mark pages.
 #[derive(Clone, Debug)]

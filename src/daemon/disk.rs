@@ -27,7 +27,7 @@ use crate::mq::limits::SECTOR_SIZE;
 use crate::mq::throttle::Throttle;
 use crate::virtio::config_space::ConfigSpace;
 use crate::virtio::features;
-use crate::virtio::shape::DiskShape;
+use crate::virtio::geometry::DiskShape;
 
 pub use self::cache::CacheError;
 use self::cache::CacheState;

@@ -16,10 +16,10 @@ use crate::mq::elevator::{ParamError, Params};
 use crate::mq::ids::{DiskId, RingId, WorkerId};
 use crate::mq::throttle::Throttle;
 use crate::mq::trace::Action;
+use crate::virtio::geometry::DiskShape;
 use crate::virtio::inflight::InflightQueue;
 use crate::virtio::memory::MemoryTable;
 use crate::virtio::ring::{RingError, RingSetup};
-use crate::virtio::shape::DiskShape;
 
 use super::dirty::DiskLog;
 use super::faults::Hold;

@@ -40,9 +40,9 @@ use crate::mq::Mq;
 use crate::mq::ids::{DiskId, DriverTag, HctxId, WorkerId};
 use crate::mq::tags::TagDepth;
 use crate::sys::sigbus;
+use crate::virtio::geometry::DiskShape;
+use crate::virtio::guest_io::GuestIo;
 use crate::virtio::pool::SegmentPool;
-use crate::virtio::receipt::GuestIo;
-use crate::virtio::shape::DiskShape;
 
 use self::coalesce::Patience;
 use self::control::Pending;

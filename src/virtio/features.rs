@@ -3,7 +3,7 @@
 use virtio_bindings::{virtio_blk, virtio_config, virtio_ring};
 
 use super::config_space::ConfigSpace;
-use super::shape::DiskShape;
+use super::geometry::DiskShape;
 
 /// `VHOST_USER_F_PROTOCOL_FEATURES`: not a virtio feature, but negotiated among them
 /// (docs/interop/vhost-user, "Feature negotiation").
@@ -123,7 +123,7 @@ const NAMES: [(u64, &str); 15] = [
 mod tests {
     use super::*;
     use crate::mq::ids::Sector;
-    use crate::virtio::shape::RangeLimits;
+    use crate::virtio::geometry::RangeLimits;
 
     fn shape(read_only: bool) -> DiskShape {
         let limits = Some(RangeLimits {

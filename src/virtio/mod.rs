@@ -11,15 +11,15 @@
 pub mod abi;
 mod chain;
 pub mod config_space;
+pub mod dirty_log;
 pub mod features;
+pub mod geometry;
+pub mod guest_io;
 pub mod inflight;
-pub mod log;
 pub mod memory;
 pub mod parse;
 pub mod pool;
-pub mod receipt;
 pub mod ring;
-pub mod shape;
 
 #[cfg(test)]
 mod testing;

@@ -6,9 +6,9 @@ use std::sync::atomic::{AtomicU16, Ordering};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::abi::{DESC_NEXT, Descriptor};
+use super::geometry::{DiskShape, RangeLimits};
 use super::memory::MemoryTable;
 use super::ring::{Ring, RingSetup};
-use super::shape::{DiskShape, RangeLimits};
 use crate::mq::ids::Sector;
 
 /// Where the guest's memory is: two adjacent regions, a hole, and two adjacent ones again.

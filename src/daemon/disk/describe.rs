@@ -9,7 +9,7 @@ use crate::mq::ids::Sector;
 use crate::mq::limits::{MAX_RANGES, SECTOR_SIZE};
 use crate::virtio::abi::ID_BYTES;
 use crate::virtio::config_space::{self, ConfigSpace};
-use crate::virtio::shape::{DiskShape, RangeLimits};
+use crate::virtio::geometry::{DiskShape, RangeLimits};
 
 /// The longest range that a guest is offered, in sectors: 64 MiB. Longer ones are done as well, for guests that
 /// were offered more by an older daemon, but what takes long is better known to the guest as several requests.

@@ -14,8 +14,8 @@ use super::refusal::Reason;
 use super::rules::Rules;
 use super::wire::{Message, u64_at};
 use crate::sys::filesystem::FileSystem;
+use crate::virtio::dirty_log::{DirtyLog, LOG_PAGE_BYTES};
 use crate::virtio::features::LOG_ALL;
-use crate::virtio::log::{DirtyLog, LOG_PAGE_BYTES};
 
 /// Who marks pages. Both return when nobody marks pages as before any more.
 pub trait LogKeeper: fmt::Debug + Send + Sync {

@@ -4,7 +4,7 @@ use crate::engine::{self, Command, DiskSlot, Engine, Extent, Payload};
 use crate::mq::ids::{DiskId, DriverTag, HctxId};
 use crate::mq::request::{Op, Request};
 use crate::mq::{Busy, Driver, Parts};
-use crate::virtio::receipt::GuestIo;
+use crate::virtio::guest_io::GuestIo;
 
 /// The worker's engine, seen from blk-mq.
 pub(super) struct EngineDriver<'a> {

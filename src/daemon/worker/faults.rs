@@ -15,8 +15,8 @@ use crate::engine::Errno;
 use crate::mq::Mq;
 use crate::mq::ids::{DiskId, DriverTag, HctxId};
 use crate::mq::request::{Op, Status};
-use crate::virtio::receipt::GuestIo;
-use crate::virtio::shape::DiskShape;
+use crate::virtio::geometry::DiskShape;
+use crate::virtio::guest_io::GuestIo;
 
 use super::super::faults::{DiskFaults, Followed, Hold};
 use super::port::{Gates, Port};

@@ -3,8 +3,8 @@
 
 use super::super::abi::{Header, request_type};
 use super::super::chain::Layout;
+use super::super::geometry::DiskShape;
 use super::super::pool::SegmentPool;
-use super::super::shape::DiskShape;
 use crate::mq::limits::SECTOR_SIZE;
 use crate::mq::request::Status;
 

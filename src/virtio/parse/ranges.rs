@@ -4,8 +4,8 @@ use crate::mq::ids::Sector;
 use crate::mq::limits::{MAX_RANGES, SECTOR_SIZE};
 use crate::mq::request::{Op, Status};
 use crate::virtio::abi::{RANGE_BYTES, RANGE_UNMAP};
+use crate::virtio::geometry::{DiskShape, RangeLimits};
 use crate::virtio::pool::{Extent, Segment};
-use crate::virtio::shape::{DiskShape, RangeLimits};
 
 /// What the ranges of a request come to, leaving empty ones out.
 pub(super) struct Ranges {

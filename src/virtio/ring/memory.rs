@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use super::{Parts, Ring, RingError, ahead};
+use super::{Parts, Ring, RingError, prefetch};
 use crate::virtio::memory::{MemoryTable, Region};
 
 impl Ring {
@@ -18,7 +18,7 @@ impl Ring {
             "the memory changed under requests in flight"
         );
         self.parts = Parts::find(&self.setup, &memory)?;
-        self.ahead = ahead::Ahead::new(self.parts.desc);
+        self.ahead = prefetch::Ahead::new(self.parts.desc);
         self.memory = memory;
         self.meta_region = Region::NONE;
         self.data_region = Region::NONE;

@@ -1,9 +1,9 @@
 use super::*;
 use crate::mq::request::Status;
 use crate::virtio::abi::{DESC_INDIRECT, DESC_WRITE, request_type};
+use crate::virtio::guest_io::Used;
 use crate::virtio::parse::{Parsed, parse};
 use crate::virtio::pool::SegmentPool;
-use crate::virtio::receipt::Used;
 use crate::virtio::testing::{AVAIL, DESC, Guest, USED, shape};
 use std::sync::atomic::{AtomicU32, fence};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};

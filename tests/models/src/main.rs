@@ -65,7 +65,7 @@ mod atomic {
     }
 }
 
-#[path = "../../../src/virtio/log/bits.rs"]
+#[path = "../../../src/virtio/dirty_log/bits.rs"]
 mod bits;
 #[path = "../../../src/mq/throttle/bucket.rs"]
 mod bucket;

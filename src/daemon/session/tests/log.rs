@@ -3,7 +3,7 @@
 use std::sync::Mutex;
 
 use super::*;
-use crate::virtio::log::DirtyLog;
+use crate::virtio::dirty_log::DirtyLog;
 
 const PAGE: u64 = 0x1000;
 const LOG_ALL: u64 = 1 << 26;

@@ -15,8 +15,8 @@ use super::{Bench, R, W};
 use crate::mq::ids::Sector;
 use crate::mq::request::{Op, Status};
 use crate::virtio::abi::Descriptor;
+use crate::virtio::geometry::DiskShape;
 use crate::virtio::parse::Parsed;
-use crate::virtio::shape::DiskShape;
 use crate::virtio::testing::{DESC, Guest, shape};
 
 const SIZE: u16 = 16;

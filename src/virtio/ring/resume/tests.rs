@@ -5,9 +5,9 @@ use std::sync::Arc;
 
 use proptest::prelude::*;
 
+use crate::virtio::guest_io::Used;
 use crate::virtio::inflight::InflightRegion;
 use crate::virtio::inflight::tests::{live, old_region, region, stores_of};
-use crate::virtio::receipt::Used;
 use crate::virtio::ring::{Ring, RingError};
 use crate::virtio::testing::{AVAIL, Guest, USED};
 

@@ -294,7 +294,7 @@ impl World {
             Op::Flush => (0, 0),
             _ => (bytes, sectors.start as u64),
         };
-        // As virtio/parse.rs does.
+        // As virtio/parse/mod.rs does.
         let fua = self.write_through && op != Op::Flush && self.broken != Broken::FuaDropped;
         let request = Request {
             op,

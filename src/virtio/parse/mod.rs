@@ -8,10 +8,10 @@ use std::ptr::NonNull;
 
 use super::abi::{self, DESC_INDIRECT, DESC_NEXT, DESC_WRITE, HEADER_BYTES, Header, request_type};
 use super::chain::{self, Layout};
+use super::geometry::DiskShape;
+use super::guest_io::{self, GuestIo, Holds, Slot, Used};
 use super::pool::{Segment, SegmentPool};
-use super::receipt::{self, GuestIo, Holds, Slot, Used};
 use super::ring::{Head, Ring, RingError};
-use super::shape::DiskShape;
 use crate::mq::ids::Sector;
 use crate::mq::limits::{INLINE_SEGMENTS, MAX_SEGMENTS};
 use crate::mq::request::{IoPrio, Op, Request, Status};
@@ -227,7 +227,7 @@ fn any(
             let head = ring.commit(head);
             // SAFETY: the walk found the status byte in the guest's memory, which the ring keeps.
             // Unsafe because the compiler does not see that.
-            let used = unsafe { receipt::answer(head, layout.status, status, bytes) };
+            let used = unsafe { guest_io::answer(head, layout.status, status, bytes) };
             if ring.log.is_some() {
                 let pieces = &pool.scratch[layout.readable..layout.pieces];
                 ring.log_answer(layout.status, pieces, bytes);

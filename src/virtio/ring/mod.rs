@@ -12,23 +12,23 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering};
 
 use super::abi::{self, Descriptor};
+use super::guest_io::{GuestIo, Slot, Used};
 use super::inflight::{Tracker, kill_point};
 use super::memory::{MemoryTable, Region};
 use super::pool::{RawTable, SegmentPool};
-use super::receipt::{GuestIo, Slot, Used};
 use crate::mq::limits::MAX_RING_SIZE;
 
-mod ahead;
+mod dirty_log;
 mod error;
 mod history;
-mod logged;
 mod memory;
 mod notify;
+mod prefetch;
 mod resume;
 mod walk;
 
-pub use ahead::AHEAD;
 pub use error::{RingError, RingPart};
+pub use prefetch::AHEAD;
 use resume::Resume;
 
 /// What the front end says about a ring.
@@ -133,14 +133,14 @@ pub struct Ring {
     in_flight_heads: Box<[u64]>,
     /// One for each head; in use while it is in flight.
     slots: RawTable<Slot>,
-    ahead: ahead::Ahead,
+    ahead: prefetch::Ahead,
     /// Keeps account for the process after this one, if the front end wants that.
     tracker: Option<Tracker>,
     /// What the process before had in flight; `None` as soon as all of it has been taken again.
     resume: Option<Box<Resume>>,
     pub(super) memory: Arc<MemoryTable>,
     /// Where what is written to the guest's memory is marked while it migrates.
-    pub(super) log: Option<Box<logged::RingLog>>,
+    pub(super) log: Option<Box<dirty_log::RingLog>>,
     /// The region headers, status bytes and indirect tables were last found in.
     pub(super) meta_region: Region,
     /// The region data was last found in.
@@ -191,7 +191,7 @@ impl Ring {
             in_flight: 0,
             in_flight_heads: vec![0; usize::from(size).div_ceil(64)].into_boxed_slice(),
             slots: RawTable::new(usize::from(size)),
-            ahead: ahead::Ahead::new(parts.desc),
+            ahead: prefetch::Ahead::new(parts.desc),
             tracker: None,
             resume: None,
             memory,

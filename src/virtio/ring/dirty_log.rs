@@ -1,16 +1,16 @@
 //! What a ring does while its guest is being migrated: every page it writes is marked in the dirty log.
 //!
 //! Without a log it costs a branch for each request and each batch. All marks are made after the
-//! write they stand for, see [`crate::virtio::log`], and before anybody is told that a ring has stopped.
+//! write they stand for, see [`crate::virtio::dirty_log`], and before anybody is told that a ring has stopped.
 
 use std::ptr::NonNull;
 use std::sync::Arc;
 
 use super::{Ring, RingError};
 use crate::mq::request::Status;
-use crate::virtio::log::DirtyLog;
+use crate::virtio::dirty_log::DirtyLog;
+use crate::virtio::guest_io::GuestIo;
 use crate::virtio::pool::{Segment, SegmentPool};
-use crate::virtio::receipt::GuestIo;
 
 /// A ring's log.
 #[derive(Debug)]
