@@ -132,7 +132,7 @@ const WORKLOADS: &[Workload] = &[
     },
 ];
 
-/// The engine as the worker shows it to blk-mq (daemon/worker/driver.rs).
+/// The engine as the worker shows it to blk-mq (worker/driver.rs).
 struct Null<'a> {
     engine: &'a mut Engine,
     slot: DiskSlot,
@@ -302,7 +302,7 @@ impl Bench {
         arrived || *answered > before || self.engine.has_events()
     }
 
-    /// In slices, as daemon/worker/intake.rs does with what is answered at once.
+    /// In slices, as worker/drain.rs does with what is answered at once.
     fn drain(&mut self, answered: &mut u16) {
         let Bench {
             ring,

@@ -44,3 +44,4 @@ pub mod sandbox;
 pub mod sys;
 pub mod vhost_user;
 pub mod virtio;
+pub mod worker;

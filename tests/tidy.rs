@@ -12,7 +12,7 @@ use clap::CommandFactory;
 
 /// Files outside src/virtio and src/engine that may hold `unsafe`: those that make an owned descriptor
 /// from a number received from elsewhere.
-const FD_GLUE: &[&str] = &["src/sys/listener/mod.rs", "src/daemon/worker/driver.rs"];
+const FD_GLUE: &[&str] = &["src/sys/listener/mod.rs", "src/worker/driver.rs"];
 
 /// The module that replaces memory under a signal, with its tests.
 const SIGNAL_GLUE: &[&str] = &[
@@ -743,7 +743,7 @@ fn arrows_point_one_way_can_fail() {
     );
     passes(
         arrows_point_one_way,
-        "src/daemon/worker.rs",
+        "src/worker/mod.rs",
         "use crate::{engine, virtio};",
     );
 }
@@ -751,7 +751,7 @@ fn arrows_point_one_way_can_fail() {
 #[test]
 fn unsafe_is_confined_can_fail() {
     let block = "fn f() {\n    unsafe { g() }\n}";
-    fails(unsafe_is_confined, "src/daemon/worker.rs", block);
+    fails(unsafe_is_confined, "src/worker/mod.rs", block);
     fails(
         unsafe_is_confined,
         "src/config.rs",

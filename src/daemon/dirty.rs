@@ -14,11 +14,11 @@ use vm_memory::GuestMemoryRegion;
 use vm_memory::bitmap::{Bitmap, BitmapSlice, WithBitmapSlice};
 use vm_memory::mmap::NewBitmap;
 
-use super::message::Message;
 use super::session::LogKeeper;
 use super::vring::SessionState;
 use crate::mq::ids::QueueId;
 use crate::virtio::dirty_log::DirtyLog;
+use crate::worker::message::Message;
 
 /// What a disk's workers need to know to mark pages.
 #[derive(Clone, Debug)]

@@ -39,9 +39,9 @@ use self::resize::Size;
 pub use self::resize::{Resize, ResizeError};
 pub use self::tuning::{Membership, Switch};
 use self::usage::Usage;
-use super::dedicated::DedicatedWorkers;
-use super::faults::Hold;
-use super::message::{Message, Reply, WorkerGone, WorkerHandle, ask_all, ask_all_within};
+use crate::worker::dedicated::DedicatedWorkers;
+use crate::worker::io_errors::Hold;
+use crate::worker::message::{Message, Reply, WorkerGone, WorkerHandle, ask_all, ask_all_within};
 
 /// How long a change waits for workers to adopt it. None takes long, unless it waits inside the kernel for one disk.
 const PATIENCE: Duration = Duration::from_secs(3);

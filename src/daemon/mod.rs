@@ -1,14 +1,11 @@
 //! The glue between front ends, threads, file descriptors and sockets.
 
 pub mod backend;
-pub mod dedicated;
 pub mod device_state;
 pub mod dirty;
 pub mod disk;
-pub mod faults;
 pub mod files;
 pub mod growth;
-pub mod message;
 pub mod placement;
 pub mod report;
 pub mod roster;
@@ -18,4 +15,3 @@ pub mod session;
 pub mod signals;
 pub mod takeover;
 pub mod vring;
-pub mod worker;

@@ -10,9 +10,9 @@ use crate::mq::stats::diskstats::DiskStats;
 use crate::mq::stats::histogram::Histogram;
 use crate::mq::stats::{CtxStats, HctxStats, HctxTimes};
 
-use super::faults::{DiskFaults, IoErrors};
 use crate::mq::ids::{DiskId, RingId, WorkerId};
 use crate::mq::trace::Event;
+use crate::worker::io_errors::{DiskFaults, IoErrors};
 
 /// What a ring itself counted, beside blk-mq.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]

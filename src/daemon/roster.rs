@@ -14,10 +14,10 @@ use crate::mq::trace::Action;
 use crate::sys::cpu_list::CpuList;
 
 use super::disk::{Disk, Membership};
-use super::faults::DiskFaults;
-use super::message::{Message, Reply, WorkerHandle, ask_all_within};
 use super::report::{DiskSummary, QueueSummary, Summary, TraceReport, WorkerReport, WorkerSummary};
 use crate::sys::clock::Clock;
+use crate::worker::io_errors::DiskFaults;
+use crate::worker::message::{Message, Reply, WorkerHandle, ask_all_within};
 
 /// How long a worker may take to answer somebody who looks at the process. None takes long, unless it waits
 /// inside the kernel for one disk.

@@ -26,7 +26,6 @@ use crate::sys::sigbus;
 use self::crew::Crew;
 use self::opening::{Doors, Opening, Passed};
 use self::parked::{Parked, Threads};
-use super::dedicated::DedicatedWorkers;
 use super::disk::Disk;
 use super::files::{self, TurnAway};
 use super::growth::GrowthWatch;
@@ -41,6 +40,7 @@ use crate::sandbox;
 use crate::sys::clock::Clock;
 use crate::sys::listener::{Door, Stop};
 use crate::vhost_user::loopback::Junction;
+use crate::worker::dedicated::DedicatedWorkers;
 
 /// How long requests in flight may take to end when the process is to end. Front ends connect again for a
 /// minute, some of them no longer.

@@ -25,7 +25,7 @@ use crate::mq::limits::MAX_RING_SIZE;
 use crate::virtio::ring::{RingError, RingSetup};
 
 use super::dirty::Unlogged;
-use super::message::{FdRole, Message, Reply, StartRing};
+use crate::worker::message::{FdRole, Message, Reply, StartRing};
 
 use snapshot::Closing;
 pub use state::SessionState;

@@ -6,12 +6,12 @@ use std::sync::{MutexGuard, PoisonError, TryLockError};
 
 use super::Disk;
 use crate::daemon::device_state::DeviceState;
-use crate::daemon::message::Message;
 use crate::engine::Errno;
 use crate::image::ImageKind;
 use crate::virtio::config_space::{ConfigError, WriteCache};
 use crate::virtio::features::{self, CacheControl};
 use crate::virtio::inflight::{InflightRegion, Notes};
+use crate::worker::message::Message;
 
 /// Why writes may have to be durable when they complete, and what is known of the guest's choice.
 #[derive(Debug)]

@@ -3,11 +3,11 @@
 use std::sync::PoisonError;
 
 use super::Disk;
-use crate::daemon::dedicated::DedicateError;
-use crate::daemon::message::WorkerHandle;
 use crate::daemon::placement::deal;
 use crate::mq::ids::QueueId;
 use crate::virtio::memory::MemoryTable;
+use crate::worker::dedicated::DedicateError;
+use crate::worker::message::WorkerHandle;
 
 /// The worker of each queue at first, when no memory is known.
 pub fn at_first(disk: usize, queues: u16, workers: usize) -> Vec<usize> {

@@ -5,9 +5,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::{Disk, PATIENCE};
-use crate::daemon::dedicated::{DedicateError, DedicatedWorkers};
-use crate::daemon::message::{Message, WorkerHandle};
 use crate::mq::elevator::Params;
+use crate::worker::dedicated::{DedicateError, DedicatedWorkers};
+use crate::worker::message::{Message, WorkerHandle};
 
 /// The disk's dedicated worker, if it was ever needed, and where it comes from.
 #[derive(Debug)]
@@ -100,11 +100,11 @@ mod tests {
     use crate::config::Config;
     use crate::daemon::disk::worker_id;
     use crate::daemon::placement::{Load, Seat};
-    use crate::daemon::worker::{WorkerOptions, spawn};
     use crate::image::Image;
     use crate::mq::ids::{DiskId, QueueId};
     use crate::sys::clock::Clock;
     use crate::virtio::memory::MemoryTable;
+    use crate::worker::{WorkerOptions, spawn};
     use vm_memory::{GuestAddress, GuestMemoryMmap};
 
     /// Workers, ended with the test.

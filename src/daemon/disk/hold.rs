@@ -11,9 +11,9 @@ use crate::mq::elevator::Params;
 use crate::mq::ids::QueueId;
 use crate::mq::throttle::Limits;
 
-use super::super::message::Message;
-use super::super::worker::{HeldRings, WaitsAfterError};
 use super::{Disk, Membership};
+use crate::worker::message::Message;
+use crate::worker::{HeldRings, WaitsAfterError};
 
 /// What was chosen while the disk was served, by its guest or with the control socket, and differs
 /// from its configuration. `None`: as configured.

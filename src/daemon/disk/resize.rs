@@ -18,9 +18,9 @@ use std::time::{Duration, Instant};
 use crate::config::ImageSource;
 use crate::image::ImageKind;
 
-use super::super::message::{Message, ask_all};
 use super::super::session::ConfigNotifier;
 use super::Disk;
+use crate::worker::message::{Message, ask_all};
 
 /// How long a look at the image is waited for. Only storage that does not answer takes longer.
 const LOOK: Duration = Duration::from_secs(1);

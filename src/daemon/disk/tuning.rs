@@ -6,8 +6,8 @@ use crate::config::Scheduler;
 use crate::mq::elevator::{Kind, ParamError, Params};
 use crate::mq::throttle::{Limits, Throttle};
 
-use super::super::message::Message;
 use super::Disk;
+use crate::worker::message::Message;
 
 /// The group a disk is in.
 #[derive(Clone, Debug)]

@@ -4,14 +4,14 @@ use std::path::Path;
 use std::thread::JoinHandle;
 
 use crate::config::Config;
-use crate::daemon::dedicated;
 use crate::daemon::disk::{dealing, worker_id};
-use crate::daemon::message::WorkerHandle;
 use crate::daemon::placement::{self, Load, Nodes, Seat};
-use crate::daemon::worker::{self, WorkerOptions};
 use crate::error::StartError;
 use crate::mq::limits::MAX_HCTXS;
 use crate::sys::clock::Clock;
+use crate::worker::dedicated;
+use crate::worker::message::WorkerHandle;
+use crate::worker::{self, WorkerOptions};
 
 use super::{locked, system};
 

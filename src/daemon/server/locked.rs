@@ -5,7 +5,7 @@ use std::io;
 
 use rustix::process::{Resource, getrlimit};
 
-use crate::daemon::worker::{WorkerOptions, make_engine};
+use crate::worker::{WorkerOptions, make_engine};
 
 /// Says so if there is no room for the rings of as many workers once more. A daemon that takes over has its
 /// rings while this one still has its own, and then it would be too late to raise the limit.

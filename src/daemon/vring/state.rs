@@ -8,14 +8,14 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use crate::mq::ids::RingId;
 use crate::virtio::memory::MemoryTable;
 
-use super::super::dedicated::DedicateError;
 use super::super::dirty::Logging;
 use super::super::disk::Disk;
-use super::super::message::{Message, Reply};
 use super::super::session::{InflightStore, NoteKeeper};
 use super::Vring;
 use super::end::EndFromWithin;
 use crate::sys::listener::Stop;
+use crate::worker::dedicated::DedicateError;
+use crate::worker::message::{Message, Reply};
 
 /// What all rings of one session share.
 #[derive(Debug)]

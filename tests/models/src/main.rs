@@ -75,7 +75,7 @@ mod known;
 mod slot;
 #[path = "../../../src/engine/sync_fault.rs"]
 mod sync_fault;
-#[path = "../../../src/daemon/faults/times.rs"]
+#[path = "../../../src/worker/io_errors/times.rs"]
 mod times;
 
 // What these files take from the modules they stand in.

@@ -235,7 +235,7 @@ impl World {
         *self.seen.entry(what).or_default() += 1;
     }
 
-    /// One turn of a worker, as in daemon/worker.rs; whether there was something to do.
+    /// One turn of a worker, as in worker/mod.rs; whether there was something to do.
     fn turn(&mut self, feeding: bool) {
         self.engine.now_ns = self.now_ns;
         self.mq.start_turn(self.now_ns);

@@ -11,15 +11,15 @@ use crate::mq::elevator::Params;
 use crate::mq::ids::{DiskId, HctxId, RingId};
 use crate::virtio::memory::MemoryTable;
 
-use super::super::message::{FdRole, Message, Reply};
-use super::super::report::WorkerReport;
 use super::coalesce::Patience;
-use super::faults::Care;
-use super::hold::HeldRings;
-use super::intake::Taken;
-use super::port::Port;
-use super::tally::report_of;
+use super::drain::Taken;
+use super::error_policy::Care;
+use super::handover::HeldRings;
+use super::queue::Port;
+use super::report::report_of;
 use super::{LOOK_FOR_LOSSES, Worker, WorkerDisk, heat, open_port};
+use crate::daemon::report::WorkerReport;
+use crate::worker::message::{FdRole, Message, Reply};
 
 /// What waits for requests in flight to end.
 #[derive(Debug)]

@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use crate::mq::ids::{DiskId, HctxId, RingId, WorkerId};
 
-use super::super::report::{QueueReport, WorkerReport};
 use super::Worker;
+use crate::daemon::report::{QueueReport, WorkerReport};
 
 impl Worker {
     /// Counts of the rings that were stopped and of those that run.

@@ -21,11 +21,11 @@ use crate::virtio::inflight::InflightQueue;
 use crate::virtio::memory::MemoryTable;
 use crate::virtio::ring::{RingError, RingSetup};
 
-use super::dirty::DiskLog;
-use super::faults::Hold;
-use super::placement::Seat;
-use super::report::{TraceReport, WorkerReport};
-use super::worker::HeldRings;
+use super::HeldRings;
+use super::io_errors::Hold;
+use crate::daemon::dirty::DiskLog;
+use crate::daemon::placement::Seat;
+use crate::daemon::report::{TraceReport, WorkerReport};
 use crate::sys::listener::Stop;
 
 /// A ring the front end has finished describing.

@@ -62,12 +62,12 @@ impl DedicatedWorkers {
     }
 
     /// Whether workers serve several disks.
-    pub(super) fn are_needed(&self) -> bool {
+    pub fn are_needed(&self) -> bool {
         self.shared
     }
 
     /// A worker for a disk to keep.
-    pub(super) fn take(&self) -> Option<WorkerHandle> {
+    pub fn take(&self) -> Option<WorkerHandle> {
         let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
         free.pop()
     }

@@ -3,10 +3,10 @@
 use crate::mq::HctxConfig;
 use crate::virtio::ring::{Ring, RingError};
 
-use super::super::message::{FdRole, StartRing};
-use super::super::report::RingStats;
-use super::port::{Gates, Port};
+use super::queue::{Gates, Port};
 use super::{LOOK_FOR_LOSSES, Worker, open_disk};
+use crate::daemon::report::RingStats;
+use crate::worker::message::{FdRole, StartRing};
 
 impl Worker {
     /// Begins to serve a ring, with everything it will need.

@@ -18,9 +18,9 @@ use crate::mq::request::{Op, Status};
 use crate::virtio::geometry::DiskShape;
 use crate::virtio::guest_io::GuestIo;
 
-use super::super::faults::{DiskFaults, Followed, Hold};
-use super::port::{Gates, Port};
+use super::queue::{Gates, Port};
 use super::{Worker, WorkerDisk, heat, open_port};
+use crate::worker::io_errors::{DiskFaults, Followed, Hold};
 
 /// At most one line about the failed I/O of a disk in this time.
 const LOG_INTERVAL_NS: u64 = 1_000_000_000;

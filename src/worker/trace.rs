@@ -5,8 +5,8 @@
 
 use crate::mq::trace::Action;
 
-use super::super::report::{TraceReport, Traced};
 use super::Worker;
+use crate::daemon::report::{TraceReport, Traced};
 
 /// Events of rings that have ended since, until somebody takes them.
 #[derive(Debug, Default)]

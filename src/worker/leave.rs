@@ -7,9 +7,9 @@
 
 use crate::mq::ids::{DiskId, HctxId};
 
-use super::super::message::Reply;
-use super::control::Pending;
+use super::mailbox::Pending;
 use super::{Worker, open_disk, open_port};
+use crate::worker::message::Reply;
 
 impl Worker {
     /// Begins to let go of a ring.

@@ -10,22 +10,25 @@
 //! Nothing in here locks, and nothing sleeps but `wait`.
 
 mod coalesce;
-mod control;
 mod debt;
+pub mod dedicated;
+mod dirty_log;
+mod drain;
 mod driver;
-mod faults;
-mod hold;
-mod intake;
+mod error_policy;
+mod handover;
+mod idle;
+pub mod io_errors;
 mod leave;
-mod logged;
-mod lost;
-mod port;
+mod lost_memory;
+mod mailbox;
+pub mod message;
+mod polling;
+mod queue;
+mod report;
 mod resize;
-mod rest;
-mod spin;
 mod start;
-mod tally;
-mod traced;
+mod trace;
 mod watchdog;
 
 use std::io;
@@ -45,20 +48,20 @@ use crate::virtio::guest_io::GuestIo;
 use crate::virtio::pool::SegmentPool;
 
 use self::coalesce::Patience;
-use self::control::Pending;
+use self::drain::{Intake, Taken};
 use self::driver::EngineDriver;
-use self::faults::{Care, failed};
-pub use self::hold::{HeldRings, WaitsAfterError};
-use self::intake::{Intake, Taken};
-use self::port::{Port, heat, touch};
-use self::spin::Spin;
-use self::traced::Named;
+use self::error_policy::{Care, failed};
+pub use self::handover::{HeldRings, WaitsAfterError};
+use self::mailbox::Pending;
+use self::polling::Spin;
+use self::queue::{Port, heat, touch};
+use self::trace::Named;
 use self::watchdog::Watchdog;
-use super::dirty::DiskLog;
-use super::message::{Message, WorkerHandle};
-use super::placement::{Load, Seat};
-use super::report::QueueReport;
+use crate::daemon::dirty::DiskLog;
+use crate::daemon::placement::{Load, Seat};
+use crate::daemon::report::QueueReport;
 use crate::sys::clock::Clock;
+use crate::worker::message::{Message, WorkerHandle};
 
 /// A worker that finds nothing reads the clock once in this many turns: the reading would be most of
 /// what such a turn costs.

@@ -5,7 +5,7 @@ use std::io;
 use std::time::Duration;
 
 use super::debt::owes;
-use super::spin::Awaited;
+use super::polling::Awaited;
 use super::{Worker, open_port};
 use crate::sys::fatal::{self, Line};
 

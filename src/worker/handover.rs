@@ -6,9 +6,9 @@
 
 use crate::mq::ids::{DiskId, HctxId, QueueId};
 
-use super::super::message::Reply;
-use super::control::Pending;
+use super::mailbox::Pending;
 use super::{Worker, heat, open_port};
+use crate::worker::message::Reply;
 
 /// The rings of a held disk: the next avail index of each. An error if the disk waits for its user after an I/O error
 /// (`--on-error`): what failed is to be tried again and was not answered, so it is in flight until then.

@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use super::Worker;
 use crate::daemon::dirty::DiskLog;
-use crate::daemon::message::Reply;
 use crate::mq::ids::{DiskId, HctxId};
+use crate::worker::message::Reply;
 
 impl Worker {
     #[cold]
