@@ -35,6 +35,7 @@ pub mod cli;
 pub mod config;
 pub mod control;
 pub mod daemon;
+pub mod disk;
 pub mod engine;
 pub mod error;
 pub mod image;

@@ -9,10 +9,10 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, TryLockError};
 use serde_json::json;
 
 use crate::cli::tuning::parse_group_name;
-use crate::daemon::disk::Disk;
-use crate::daemon::report::{TraceReport, Traced};
-use crate::daemon::roster::Roster;
 use crate::daemon::takeover::Giver;
+use crate::disk::Disk;
+use crate::disk::registry::Roster;
+use crate::disk::summary::{TraceReport, Traced};
 use crate::mq::ids::HctxId;
 use crate::mq::limits::MAX_GROUPS;
 

@@ -8,8 +8,8 @@ use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 
 use crate::cli::tuning::{check_rate, parse_rate, scheduler, set_limit};
-use crate::daemon::disk::{Disk, Membership, Switch};
-use crate::daemon::roster::Roster;
+use crate::disk::registry::Roster;
+use crate::disk::{Disk, Membership, Switch};
 use crate::mq::elevator::Params;
 use crate::mq::limits::MAX_TRACE_EVENTS;
 use crate::mq::throttle::{Limits, Rate};

@@ -5,8 +5,8 @@
 use std::fmt::Write as _;
 use std::time::UNIX_EPOCH;
 
-use crate::daemon::report::{QueueReport, WorkerReport};
-use crate::daemon::roster::Roster;
+use crate::disk::registry::Roster;
+use crate::disk::summary::{QueueReport, WorkerReport};
 use crate::mq::stats::histogram::Histogram;
 
 use self::columns::{DISK_COLUMNS, QUEUE_COLUMNS, QUEUE_TIMES, WORKER_COUNTERS};

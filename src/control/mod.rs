@@ -22,8 +22,8 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use crate::daemon::files::TurnAway;
-use crate::daemon::roster::Roster;
 use crate::daemon::takeover::Giver;
+use crate::disk::registry::Roster;
 use crate::sys::listener::Stop;
 
 use self::api::Api;

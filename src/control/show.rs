@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use serde_json::Value;
 
-use crate::daemon::report::bytes;
+use crate::disk::summary::bytes;
 
 /// The table for the answer to `GET /v1/disks`. What an older daemon does not say shows as `-`.
 pub fn status(overview: &Value) -> String {

@@ -6,9 +6,9 @@ use serde::Serialize;
 
 use crate::cli::tuning::list_limits;
 use crate::config::{CacheMode, ImageSource};
-use crate::daemon::disk::Disk;
-use crate::daemon::report::{DiskSummary, Summary, WorkerSummary};
-use crate::daemon::roster::Roster;
+use crate::disk::Disk;
+use crate::disk::registry::Roster;
+use crate::disk::summary::{DiskSummary, Summary, WorkerSummary};
 use crate::engine::IoPoll;
 use crate::mq::throttle::Limits;
 use crate::virtio::features;

@@ -21,12 +21,12 @@ use crate::virtio::features;
 use crate::virtio::inflight::region_bytes;
 use crate::virtio::memory::MemoryTable;
 
-use super::device_state::DeviceState;
 use super::dirty::Unlogged;
-use super::disk::CacheError;
 use super::files;
 use super::session::config_read_from;
 use super::vring::{GuestMemory, SessionState, Vring};
+use crate::disk::CacheError;
+use crate::disk::device_state::DeviceState;
 
 /// One session's device.
 pub struct DeviceBackend {

@@ -20,7 +20,6 @@ use crate::mq::limits::MAX_RING_SIZE;
 
 use super::backend::DeviceBackend;
 use super::dirty::Unlogged;
-use super::disk::Disk;
 use super::files::{self, Share, TurnAway, UsedUp};
 use super::session::{
     CarriedSession, ConfigNotifier, FDS_TO_BEGIN, Guard, LogKeeper, PrimeError, Reason, Served,
@@ -29,6 +28,7 @@ use super::session::{
 use super::takeover::Beginning;
 use super::takeover::rest::{AtRest, CarriedListener, RestPlace, RestingSession, Verdict, Woken};
 use super::vring::{GuestMemory, SessionState, bind};
+use crate::disk::Disk;
 use crate::sys::listener::{Door, SocketFile, Stop, pass_descriptors};
 use crate::vhost_user::loopback::Junction;
 

@@ -18,7 +18,7 @@ use super::handover::HeldRings;
 use super::queue::Port;
 use super::report::report_of;
 use super::{LOOK_FOR_LOSSES, Worker, WorkerDisk, heat, open_port};
-use crate::daemon::report::WorkerReport;
+use crate::disk::summary::WorkerReport;
 use crate::worker::message::{FdRole, Message, Reply};
 
 /// What waits for requests in flight to end.

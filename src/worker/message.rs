@@ -25,7 +25,7 @@ use super::HeldRings;
 use super::io_errors::Hold;
 use crate::daemon::dirty::DiskLog;
 use crate::daemon::placement::Seat;
-use crate::daemon::report::{TraceReport, WorkerReport};
+use crate::disk::summary::{TraceReport, WorkerReport};
 use crate::sys::listener::Stop;
 
 /// A ring the front end has finished describing.

@@ -59,7 +59,7 @@ use self::trace::Named;
 use self::watchdog::Watchdog;
 use crate::daemon::dirty::DiskLog;
 use crate::daemon::placement::{Load, Seat};
-use crate::daemon::report::QueueReport;
+use crate::disk::summary::QueueReport;
 use crate::sys::clock::Clock;
 use crate::worker::message::{Message, WorkerHandle};
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use crate::engine::{CallSlot, Engine};
 use crate::virtio::ring::Ring;
 
-use crate::daemon::report::RingStats;
+use crate::disk::summary::RingStats;
 use crate::mq::ids::{HctxId, RingId};
 use crate::sys::listener::Stop;
 

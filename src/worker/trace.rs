@@ -6,7 +6,7 @@
 use crate::mq::trace::Action;
 
 use super::Worker;
-use crate::daemon::report::{TraceReport, Traced};
+use crate::disk::summary::{TraceReport, Traced};
 
 /// Events of rings that have ended since, until somebody takes them.
 #[derive(Debug, Default)]

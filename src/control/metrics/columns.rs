@@ -1,6 +1,6 @@
 //! Which counters there are, under which names.
 
-use crate::daemon::report::QueueReport;
+use crate::disk::summary::QueueReport;
 use crate::engine::EngineCounters;
 use crate::mq::stats::diskstats::{Direction, DiskStats};
 use crate::mq::stats::histogram::Histogram;

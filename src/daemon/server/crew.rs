@@ -4,8 +4,8 @@ use std::path::Path;
 use std::thread::JoinHandle;
 
 use crate::config::Config;
-use crate::daemon::disk::{dealing, worker_id};
 use crate::daemon::placement::{self, Load, Nodes, Seat};
+use crate::disk::{queue_assignment, worker_id};
 use crate::error::StartError;
 use crate::mq::limits::MAX_HCTXS;
 use crate::sys::clock::Clock;
@@ -133,7 +133,7 @@ fn loads(config: &Config, seats: &[Seat]) -> Vec<Load> {
             // The guest's memory may bring all queues to the workers of one node.
             rings.fill(disk.num_queues);
         } else {
-            for worker in dealing::at_first(index, disk.num_queues, seats.len()) {
+            for worker in queue_assignment::at_first(index, disk.num_queues, seats.len()) {
                 rings[worker] += 1;
             }
         }

@@ -6,8 +6,8 @@ use std::os::unix::net::UnixListener;
 use std::path::Path;
 
 use crate::config::{Config, DiskConfig, SocketSource};
-use crate::daemon::growth::GrowthWatch;
 use crate::daemon::takeover::{Predecessor, Trusted, remember_directory};
+use crate::disk::size_watch::GrowthWatch;
 use crate::error::StartError;
 use crate::image::Image;
 use crate::sandbox::{Identity, find_group};

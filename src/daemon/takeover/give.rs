@@ -11,8 +11,6 @@ use rustix::net::sockopt::socket_peercred;
 use crate::config::SocketSource;
 use crate::mq::ids::{DiskId, QueueId};
 
-use super::super::disk::{Disk, Keeping, NotHeld};
-use super::super::roster::{Restlessness, Roster};
 use super::super::session::CarriedSession;
 use super::control::ControlSocket;
 use super::rest::{AtRest, RestPlace, RestingSession};
@@ -24,6 +22,8 @@ use super::still::{self, hold_still};
 use super::trust::printable;
 use super::wire::{Frame, Frames, Kind};
 use super::{CLOSING, PATIENCE, PREPARATION, file_of, socket_name};
+use crate::disk::registry::{Restlessness, Roster};
+use crate::disk::{Disk, Keeping, NotHeld};
 
 /// An offer that somebody asked for and may have.
 #[derive(Debug)]

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use crate::mq::ids::QueueId;
 
-use super::super::disk::{Disk, Holding, NotHeld};
+use crate::disk::{Disk, Holding, NotHeld};
 
 /// How long disks wait for each other at most, and what a request takes at most that is not slow.
 const TOGETHER: Duration = Duration::from_millis(250);

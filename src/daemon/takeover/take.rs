@@ -14,8 +14,6 @@ use crate::config::{Config, DiskConfig, SocketSource};
 use crate::error::StartError;
 use crate::image::Image;
 
-use super::super::disk::{Disk, Keeping};
-use super::super::roster::Roster;
 use super::super::serve::{DiskServer, Session};
 use super::rest::CarriedListener;
 use super::state::{
@@ -24,6 +22,8 @@ use super::state::{
 use super::trust::{Trusted, check_listener, printable};
 use super::wire::{Frame, Frames, Kind};
 use super::{CLOSING, PATIENCE, socket_name};
+use crate::disk::registry::Roster;
+use crate::disk::{Disk, Keeping};
 use crate::sys::clock::Clock;
 use crate::sys::listener::{Door, SocketFile, listen_ourselves};
 use ask::{answers, ask, compatible};

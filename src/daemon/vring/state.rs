@@ -9,10 +9,10 @@ use crate::mq::ids::RingId;
 use crate::virtio::memory::MemoryTable;
 
 use super::super::dirty::Logging;
-use super::super::disk::Disk;
 use super::super::session::{InflightStore, NoteKeeper};
 use super::Vring;
 use super::end::EndFromWithin;
+use crate::disk::Disk;
 use crate::sys::listener::Stop;
 use crate::worker::dedicated::DedicateError;
 use crate::worker::message::{Message, Reply};

@@ -6,14 +6,14 @@ use std::time::Instant;
 use crate::config::SocketSource;
 use crate::image::ImageKind;
 
-use super::super::super::disk::Keeping;
 use super::super::super::files::{Share, UsedUp};
-use super::super::super::roster::Roster;
 use super::super::super::serve::{DiskServer, Session};
 use super::super::super::session::{CarriedSession, FDS_TO_BEGIN, Reason};
 use super::super::state::CarriedDisk;
 use super::Beginning;
 use super::received::{check_listening, check_session};
+use crate::disk::Keeping;
+use crate::disk::registry::Roster;
 use crate::sys::clock::Clock;
 use crate::sys::listener::{Door, SocketFile};
 

@@ -349,7 +349,7 @@ impl World {
         self.mq.unplug(self.rings[ring].hctx, &mut self.engine);
     }
 
-    /// The guest turns write-through on or off. As in daemon/disk/cache.rs: what it sends from now on is
+    /// The guest turns write-through on or off. As in disk/write_cache.rs: what it sends from now on is
     /// sent in the new mode, and it hears that write-through is on when what was sent before has ended
     /// and the image is synced.
     pub fn toggle(&mut self) {

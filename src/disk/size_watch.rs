@@ -25,7 +25,7 @@ use crate::image::{Image, ImageKind};
 
 use crate::mq::ids::DiskId;
 
-use super::disk::{Disk, ResizeError};
+use super::{Disk, ResizeError};
 use crate::sys::listener::Stop;
 
 /// Enough for a few calls and a line of the log.

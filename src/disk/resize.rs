@@ -18,8 +18,8 @@ use std::time::{Duration, Instant};
 use crate::config::ImageSource;
 use crate::image::ImageKind;
 
-use super::super::session::ConfigNotifier;
 use super::Disk;
+use crate::daemon::session::ConfigNotifier;
 use crate::worker::message::{Message, ask_all};
 
 /// How long a look at the image is waited for. Only storage that does not answer takes longer.
@@ -145,7 +145,7 @@ impl Disk {
     }
 
     /// Looks at the image as long as that is wished and no other thread changes the size.
-    pub(in crate::daemon) fn look_again(&self) -> Result<u64, ResizeError> {
+    pub(crate) fn look_again(&self) -> Result<u64, ResizeError> {
         let mut outcome = Ok(self.size_bytes());
         while self.size.look.load(Ordering::SeqCst) {
             let Some(_alone) = self.size.try_lock() else {

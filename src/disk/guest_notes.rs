@@ -4,7 +4,7 @@
 use std::sync::{MutexGuard, PoisonError};
 
 use super::Disk;
-use super::cache::CacheState;
+use super::write_cache::CacheState;
 use crate::daemon::session::NoteKeeper;
 use crate::virtio::inflight::{InflightRegion, Notes};
 

@@ -1,14 +1,18 @@
 //! A disk of the process, from its configuration to the workers that serve its queues.
 
-mod cache;
-pub mod dealing;
-mod dedicated;
-mod describe;
-mod hold;
-mod notes;
+mod dedicated_worker;
+pub mod device_state;
+mod freeze;
+mod geometry;
+mod guest_notes;
+mod image_lock;
+pub mod queue_assignment;
+pub mod registry;
 mod resize;
+pub mod size_watch;
+pub mod summary;
 mod tuning;
-mod usage;
+mod write_cache;
 
 use std::collections::BTreeSet;
 use std::io;
@@ -29,16 +33,16 @@ use crate::virtio::config_space::ConfigSpace;
 use crate::virtio::features;
 use crate::virtio::geometry::DiskShape;
 
-pub use self::cache::CacheError;
-use self::cache::CacheState;
-use self::dedicated::Dedicated;
-use self::describe::{shape, space, target};
-pub use self::hold::{Changes, Holding, NotHeld};
-pub use self::notes::Keeping;
+use self::dedicated_worker::Dedicated;
+pub use self::freeze::{Changes, Holding, NotHeld};
+use self::geometry::{shape, space, target};
+pub use self::guest_notes::Keeping;
+use self::image_lock::Usage;
 use self::resize::Size;
 pub use self::resize::{Resize, ResizeError};
 pub use self::tuning::{Membership, Switch};
-use self::usage::Usage;
+pub use self::write_cache::CacheError;
+use self::write_cache::CacheState;
 use crate::worker::dedicated::DedicatedWorkers;
 use crate::worker::io_errors::Hold;
 use crate::worker::message::{Message, Reply, WorkerGone, WorkerHandle, ask_all, ask_all_within};
@@ -112,7 +116,7 @@ impl Disk {
         log::info!(disk = id.0; "disk {}: {}", config.serial, image.describe());
         let shape = shape(&config, &image);
         let space = space(&config, &image, &shape);
-        let dealt = Mutex::new(dealing::at_first(
+        let dealt = Mutex::new(queue_assignment::at_first(
             id.index(),
             config.num_queues,
             workers.len(),

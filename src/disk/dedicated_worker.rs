@@ -98,8 +98,8 @@ mod tests {
     use super::*;
     use crate::cli::{self, Invocation};
     use crate::config::Config;
-    use crate::daemon::disk::worker_id;
     use crate::daemon::placement::{Load, Seat};
+    use crate::disk::worker_id;
     use crate::image::Image;
     use crate::mq::ids::{DiskId, QueueId};
     use crate::sys::clock::Clock;

@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{MutexGuard, PoisonError, TryLockError};
 
 use super::Disk;
-use crate::daemon::device_state::DeviceState;
+use crate::disk::device_state::DeviceState;
 use crate::engine::Errno;
 use crate::image::ImageKind;
 use crate::virtio::config_space::{ConfigError, WriteCache};

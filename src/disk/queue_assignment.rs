@@ -85,7 +85,7 @@ fn in_words(shares: &[(u16, u64)]) -> String {
     if shares.is_empty() {
         return "no node that is known".to_owned();
     }
-    let bytes = crate::daemon::report::bytes;
+    let bytes = crate::disk::summary::bytes;
     let nodes = shares
         .iter()
         .map(|(node, share)| format!("node {node} ({})", bytes(*share)));
