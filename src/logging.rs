@@ -95,7 +95,7 @@ impl Write for Sink {
 }
 
 /// What a line is about, by its key-value `disk`, or else by the thread: one that serves a single disk is named after it
-/// (`daemon/serve.rs`).
+/// (`vhost_user/session.rs`).
 fn source_of(record: &Record<'_>) -> Source {
     let disk = record.key_values().get(Key::from_str("disk"));
     let disk = disk.and_then(|disk| u16::try_from(disk.to_u64()?).ok());

@@ -13,7 +13,7 @@ use arbitrary::Arbitrary;
 use libfuzzer_sys::fuzz_target;
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
-use vhost_user_blkmq::daemon::session::{Guard, SessionLimits};
+use vhost_user_blkmq::vhost_user::guard::{Guard, SessionLimits};
 use vhost_user_blkmq_fuzz::wire::{message, request, send};
 
 #[derive(Arbitrary, Clone, Copy, Debug)]

@@ -9,8 +9,8 @@ use std::os::fd::OwnedFd;
 use rustix::io::fcntl_dupfd_cloexec;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-use super::session::MAX_REGIONS;
 use crate::config::DiskConfig;
+use crate::vhost_user::guard::MAX_REGIONS;
 use crate::virtio::inflight::region_bytes;
 
 pub use self::budget::{Share, UsedUp, settle};

@@ -27,10 +27,7 @@ use self::crew::Crew;
 use self::opening::{Doors, Opening, Passed};
 use self::parked::{Parked, Threads};
 use super::files::{self, TurnAway};
-use super::serve::DiskServer;
-use super::session::open_fd_table;
 use super::signals;
-use super::takeover::rest::RestPlace;
 use super::takeover::{Beginning, ControlSocket, Giver, Inheritance, Predecessor};
 use crate::disk::Disk;
 use crate::disk::registry::{Groups, Roster};
@@ -39,7 +36,10 @@ use crate::disk::summary::Summary;
 use crate::sandbox;
 use crate::sys::clock::Clock;
 use crate::sys::listener::{Door, Stop};
+use crate::vhost_user::guard::open_fd_table;
+use crate::vhost_user::handover::RestPlace;
 use crate::vhost_user::loopback::Junction;
+use crate::vhost_user::session::DiskServer;
 use crate::worker::dedicated::DedicatedWorkers;
 
 /// How long requests in flight may take to end when the process is to end. Front ends connect again for a

@@ -5,7 +5,7 @@ use std::sync::{MutexGuard, PoisonError};
 
 use super::Disk;
 use super::write_cache::CacheState;
-use crate::daemon::session::NoteKeeper;
+use crate::vhost_user::guard::NoteKeeper;
 use crate::virtio::inflight::{InflightRegion, Notes};
 
 /// Who writes the notes of a disk.

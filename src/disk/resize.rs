@@ -19,7 +19,7 @@ use crate::config::ImageSource;
 use crate::image::ImageKind;
 
 use super::Disk;
-use crate::daemon::session::ConfigNotifier;
+use crate::vhost_user::guard::ConfigNotifier;
 use crate::worker::message::{Message, ask_all};
 
 /// How long a look at the image is waited for. Only storage that does not answer takes longer.

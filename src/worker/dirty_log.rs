@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use super::Worker;
-use crate::daemon::dirty::DiskLog;
 use crate::mq::ids::{DiskId, HctxId};
+use crate::vhost_user::device::dirty_log::DiskLog;
 use crate::worker::message::Reply;
 
 impl Worker {

@@ -23,10 +23,10 @@ use crate::virtio::ring::{RingError, RingSetup};
 
 use super::HeldRings;
 use super::io_errors::Hold;
-use crate::daemon::dirty::DiskLog;
 use crate::daemon::placement::Seat;
 use crate::disk::summary::{TraceReport, WorkerReport};
 use crate::sys::listener::Stop;
+use crate::vhost_user::device::dirty_log::DiskLog;
 
 /// A ring the front end has finished describing.
 #[derive(Debug)]

@@ -57,10 +57,10 @@ use self::polling::Spin;
 use self::queue::{Port, heat, touch};
 use self::trace::Named;
 use self::watchdog::Watchdog;
-use crate::daemon::dirty::DiskLog;
 use crate::daemon::placement::{Load, Seat};
 use crate::disk::summary::QueueReport;
 use crate::sys::clock::Clock;
+use crate::vhost_user::device::dirty_log::DiskLog;
 use crate::worker::message::{Message, WorkerHandle};
 
 /// A worker that finds nothing reads the clock once in this many turns: the reading would be most of

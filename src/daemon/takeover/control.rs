@@ -8,9 +8,9 @@ use std::sync::{Mutex, PoisonError};
 
 use crate::config::SocketSource;
 
-use super::rest::CarriedListener;
 use super::socket_name;
 use crate::sys::listener::SocketFile;
+use crate::vhost_user::handover::CarriedListener;
 
 /// The control socket, which the new process takes over as well if it has the same place for its own.
 #[derive(Debug)]

@@ -11,9 +11,7 @@ use rustix::net::sockopt::socket_peercred;
 use crate::config::SocketSource;
 use crate::mq::ids::{DiskId, QueueId};
 
-use super::super::session::CarriedSession;
 use super::control::ControlSocket;
-use super::rest::{AtRest, RestPlace, RestingSession};
 use super::state::{
     Ask, CarriedDisk, Common, DiskFacts, FORMAT, Facts, Plan, plain, read_plain, read_refusal,
     refusal,
@@ -24,6 +22,8 @@ use super::wire::{Frame, Frames, Kind};
 use super::{CLOSING, PATIENCE, PREPARATION, file_of, socket_name};
 use crate::disk::registry::{Restlessness, Roster};
 use crate::disk::{Disk, Keeping, NotHeld};
+use crate::vhost_user::guard::CarriedSession;
+use crate::vhost_user::handover::{AtRest, RestPlace, RestingSession};
 
 /// An offer that somebody asked for and may have.
 #[derive(Debug)]

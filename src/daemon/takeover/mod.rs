@@ -34,7 +34,6 @@
 
 mod control;
 mod give;
-pub mod rest;
 mod state;
 mod still;
 mod take;

@@ -18,11 +18,11 @@ use crate::cli::tuning::{Scheduler, list_limits, scheduler, set_limit};
 use crate::mq::elevator::Params;
 use crate::mq::throttle::{Limits, Rate};
 
-use super::super::session::CarriedSession;
-use super::rest::CarriedListener;
 use super::trust::printable;
 use super::wire::{Frame, Kind};
 use crate::disk::Changes;
+use crate::vhost_user::guard::CarriedSession;
+use crate::vhost_user::handover::CarriedListener;
 use session::{SessionState, read_session, write_session};
 
 /// The format this program writes.

@@ -14,8 +14,6 @@ use crate::config::{Config, DiskConfig, SocketSource};
 use crate::error::StartError;
 use crate::image::Image;
 
-use super::super::serve::{DiskServer, Session};
-use super::rest::CarriedListener;
 use super::state::{
     CarriedDisk, Common, DiskFacts, Facts, Plan, plain, read_plain, read_refusal, refusal,
 };
@@ -26,6 +24,8 @@ use crate::disk::registry::Roster;
 use crate::disk::{Disk, Keeping};
 use crate::sys::clock::Clock;
 use crate::sys::listener::{Door, SocketFile, listen_ourselves};
+use crate::vhost_user::handover::CarriedListener;
+use crate::vhost_user::session::{DiskServer, Session};
 use ask::{answers, ask, compatible};
 use begin::begin;
 use received::check_listening;

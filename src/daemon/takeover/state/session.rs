@@ -4,10 +4,10 @@ use std::io;
 
 use serde::{Deserialize, Serialize};
 
-use super::super::super::session::{
+use super::{In, Out};
+use crate::vhost_user::guard::{
     CarriedInflight, CarriedRegion, CarriedRing, CarriedSession, Negotiated,
 };
-use super::{In, Out};
 
 /// A session.
 #[derive(Debug, Serialize, Deserialize)]

@@ -2,9 +2,9 @@ use std::os::fd::AsRawFd;
 
 use serde_json::Value;
 
-use super::super::super::session::{CarriedInflight, CarriedRegion, CarriedRing, Negotiated};
 use super::*;
 use crate::mq::elevator::Kind as Elevator;
+use crate::vhost_user::guard::{CarriedInflight, CarriedRegion, CarriedRing, Negotiated};
 
 /// A descriptor, and which file it is.
 fn fd() -> (OwnedFd, u64) {

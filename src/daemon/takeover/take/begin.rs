@@ -7,8 +7,6 @@ use crate::config::SocketSource;
 use crate::image::ImageKind;
 
 use super::super::super::files::{Share, UsedUp};
-use super::super::super::serve::{DiskServer, Session};
-use super::super::super::session::{CarriedSession, FDS_TO_BEGIN, Reason};
 use super::super::state::CarriedDisk;
 use super::Beginning;
 use super::received::{check_listening, check_session};
@@ -16,6 +14,8 @@ use crate::disk::Keeping;
 use crate::disk::registry::Roster;
 use crate::sys::clock::Clock;
 use crate::sys::listener::{Door, SocketFile};
+use crate::vhost_user::guard::{CarriedSession, FDS_TO_BEGIN, Reason};
+use crate::vhost_user::session::{DiskServer, Session};
 
 /// Sets up what a disk's thread begins with. The disk is held from here on.
 pub(super) fn begin(

@@ -8,8 +8,8 @@ use std::os::fd::AsFd;
 use rustix::net::sockopt::{socket_acceptconn, socket_domain, socket_type};
 use rustix::net::{AddressFamily, SocketType};
 
-use super::super::super::session::CarriedSession;
-use super::super::rest::CarriedListener;
+use crate::vhost_user::guard::CarriedSession;
+use crate::vhost_user::handover::CarriedListener;
 
 /// A stream socket of the Unix domain that listens: from anything else connections could not be accepted.
 pub(super) fn check_listening(listener: &CarriedListener) -> Result<(), String> {

@@ -8,10 +8,10 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use crate::mq::ids::RingId;
 use crate::virtio::memory::MemoryTable;
 
-use super::super::dirty::Logging;
-use super::super::session::{InflightStore, NoteKeeper};
-use super::Vring;
-use super::end::EndFromWithin;
+use super::super::device::dirty_log::Logging;
+use super::super::guard::{InflightStore, NoteKeeper};
+use super::session_end::EndFromWithin;
+use super::vring::Vring;
 use crate::disk::Disk;
 use crate::sys::listener::Stop;
 use crate::worker::dedicated::DedicateError;
@@ -31,7 +31,7 @@ pub struct SessionState {
     /// The device's state was saved, and nothing was set up since.
     saved: AtomicBool,
     /// What is logged while the guest migrates.
-    pub(in crate::daemon) logging: Mutex<Logging>,
+    pub(crate) logging: Mutex<Logging>,
 }
 
 impl SessionState {

@@ -12,9 +12,9 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use vhost::vhost_user::message::{FrontendReq, VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 
+use super::barrier;
 use super::inflight::{self, CarriedInflight};
-use super::memory::REGION_BYTES;
-use super::rest;
+use super::memory_regions::REGION_BYTES;
 use super::wire::{Flushed, Header, MAX_FDS, Message, Progress, VERSION, u64_at};
 use super::{Guard, Refusal, RequestName, rules};
 
@@ -171,7 +171,7 @@ impl Guard {
             self.tell(message, deadline)?;
         }
         // It works in order, so when it answers this it has carried out all else.
-        self.tell(rest::question(), deadline)?;
+        self.tell(barrier::question(), deadline)?;
         self.hear(deadline)
     }
 

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use vhost::vhost_user::message::VhostUserVringAddrFlags;
 
-use super::fds::FdKind;
+use super::received_fds::FdKind;
 use super::refusal::Reason;
 use super::rules::Rules;
 use super::wire::{Message, u64_at};

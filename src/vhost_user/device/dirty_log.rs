@@ -14,9 +14,9 @@ use vm_memory::GuestMemoryRegion;
 use vm_memory::bitmap::{Bitmap, BitmapSlice, WithBitmapSlice};
 use vm_memory::mmap::NewBitmap;
 
-use super::session::LogKeeper;
 use super::vring::SessionState;
 use crate::mq::ids::QueueId;
+use crate::vhost_user::guard::LogKeeper;
 use crate::virtio::dirty_log::DirtyLog;
 use crate::worker::message::Message;
 

@@ -18,16 +18,16 @@ use vm_memory::{
 use crate::config::SocketSource;
 use crate::mq::limits::MAX_RING_SIZE;
 
-use super::backend::DeviceBackend;
-use super::dirty::Unlogged;
-use super::files::{self, Share, TurnAway, UsedUp};
-use super::session::{
+use super::device::backend::DeviceBackend;
+use super::device::dirty_log::Unlogged;
+use super::device::vring::{GuestMemory, SessionState, bind};
+use super::guard::{
     CarriedSession, ConfigNotifier, FDS_TO_BEGIN, Guard, LogKeeper, PrimeError, Reason, Served,
     SessionEnd, SessionLimits,
 };
-use super::takeover::Beginning;
-use super::takeover::rest::{AtRest, CarriedListener, RestPlace, RestingSession, Verdict, Woken};
-use super::vring::{GuestMemory, SessionState, bind};
+use super::handover::{AtRest, CarriedListener, RestPlace, RestingSession, Verdict, Woken};
+use crate::daemon::files::{self, Share, TurnAway, UsedUp};
+use crate::daemon::takeover::Beginning;
 use crate::disk::Disk;
 use crate::sys::listener::{Door, SocketFile, Stop, pass_descriptors};
 use crate::vhost_user::loopback::Junction;

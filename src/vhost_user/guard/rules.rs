@@ -11,16 +11,16 @@ use vhost::vhost_user::message::{
 };
 
 use super::SessionLimits;
-use super::contents;
-use super::fds::FdKind;
+use super::config_notifier::Channel;
+use super::dirty_log::Log;
+use super::fd_share::Promised;
 use super::inflight::{self, InflightStore};
-use super::log::Log;
-use super::memory::{REGION_BYTES, Region, RegionTable};
-use super::notifier::Channel;
-use super::promised::Promised;
+use super::memory_regions::{REGION_BYTES, Region, RegionTable};
+use super::payload_checks;
+use super::payload_sizes::{SINGLE_HEADER_BYTES, Shape, TABLE_HEADER_BYTES, U64_BYTES};
+use super::received_fds::FdKind;
 use super::refusal::Reason;
-use super::shape::{SINGLE_HEADER_BYTES, Shape, TABLE_HEADER_BYTES, U64_BYTES};
-use super::streams;
+use super::stream_sockets;
 use super::wire::{
     FLAG_NEED_REPLY, FLAG_REPLY, Header, MAX_FDS, Message, VERSION, VERSION_MASK, u32_at, u64_at,
 };
@@ -126,7 +126,7 @@ impl Rules {
             }
             R::SET_DEVICE_STATE_FD => {
                 expect_fds(&message, 1)?;
-                contents::device_state(&message)?;
+                payload_checks::device_state(&message)?;
             }
             R::SET_BACKEND_REQ_FD => {
                 expect_fds(&message, 1)?;
@@ -158,7 +158,7 @@ impl Rules {
                     R::GET_VRING_BASE => self.queue_index(u32_at(payload, 0))?,
                     R::SET_VRING_ENABLE => self.vring_enable(payload)?,
                     R::SET_VRING_ADDR => self.vring_addr(payload)?,
-                    R::GET_CONFIG | R::SET_CONFIG => contents::config(request, payload)?,
+                    R::GET_CONFIG | R::SET_CONFIG => payload_checks::config(request, payload)?,
                     // No payload and nothing to remember.
                     _ => {}
                 }
@@ -217,7 +217,7 @@ impl Rules {
             FdKind::UnixStream => {}
             other => return Err(Reason::ChannelKind(other.describe())),
         }
-        streams::written(fd, "back-end channel's")?;
+        stream_sockets::written(fd, "back-end channel's")?;
         let duplicate = fd.as_fd().try_clone_to_owned().map_err(examine)?;
         self.channel.set_socket(duplicate);
         Ok(())
@@ -314,7 +314,7 @@ impl Rules {
         match kind {
             FdKind::Eventfd => Ok(()),
             FdKind::Pipe { writable: true } if !read => Ok(()),
-            FdKind::UnixStream if !read => streams::written(fd, role),
+            FdKind::UnixStream if !read => stream_sockets::written(fd, role),
             other => Err(Reason::FdKind {
                 queue,
                 role,

@@ -21,12 +21,12 @@ use crate::virtio::features;
 use crate::virtio::inflight::region_bytes;
 use crate::virtio::memory::MemoryTable;
 
-use super::dirty::Unlogged;
-use super::files;
-use super::session::config_read_from;
+use super::dirty_log::Unlogged;
 use super::vring::{GuestMemory, SessionState, Vring};
+use crate::daemon::files;
 use crate::disk::CacheError;
 use crate::disk::device_state::DeviceState;
+use crate::vhost_user::guard::config_read_from;
 
 /// One session's device.
 pub struct DeviceBackend {

@@ -10,8 +10,8 @@ use virtio_queue::QueueT;
 use crate::mq::ids::QueueId;
 use crate::mq::limits::MAX_RING_SIZE;
 
-use super::super::session::CarriedRing;
 use super::{SessionState, Vring};
+use crate::vhost_user::guard::CarriedRing;
 
 impl SessionState {
     /// All rings about which something was said. `base_of` is the next avail index of a ring that a

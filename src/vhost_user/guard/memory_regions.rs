@@ -5,7 +5,7 @@
 
 use std::os::fd::OwnedFd;
 
-use super::fds::{FdKind, granule};
+use super::received_fds::{FdKind, granule};
 use super::refusal::Reason;
 use super::wire::u64_at;
 

@@ -10,9 +10,9 @@ use rustix::io::Errno;
 
 use crate::mq::ids::DiskId;
 
-use super::super::session::{CarriedInflight, CarriedRegion, Negotiated};
-use super::super::vring::SessionState;
 use crate::sys::listener::Stop;
+use crate::vhost_user::device::vring::SessionState;
+use crate::vhost_user::guard::{CarriedInflight, CarriedRegion, Negotiated};
 
 /// A listening socket, and the identity (device and inode) of its file if that is to be removed at
 /// the end.

@@ -15,7 +15,7 @@ use rustix::fs::fstat;
 use vhost::vhost_user::message::FrontendReq;
 
 use super::SessionLimits;
-use super::fds::FdKind;
+use super::received_fds::FdKind;
 use super::refusal::Reason;
 use super::wire::{FLAG_NEED_REPLY, FLAG_REPLY, Header, Message, VERSION, u16_at, u64_at};
 use crate::virtio::inflight::{

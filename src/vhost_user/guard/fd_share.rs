@@ -5,9 +5,9 @@ use std::collections::BTreeSet;
 
 use vhost::vhost_user::message::FrontendReq;
 
-use super::super::files::{Share, UsedUp};
 use super::refusal::Reason;
 use super::wire::{Message, u64_at};
+use crate::daemon::files::{Share, UsedUp};
 
 /// What a kick, a call or an error becomes: what negotiates has one, the control plane one, and the ring's worker one.
 const OF_A_RINGS: u64 = 3;

@@ -3,10 +3,10 @@
 use vhost::vhost_user::message::{FrontendReq, VhostUserConfigFlags};
 
 use super::CONFIG_SPACE_BYTES;
-use super::fds::FdKind;
+use super::payload_sizes::CONFIG_HEADER_BYTES;
+use super::received_fds::FdKind;
 use super::refusal::Reason;
-use super::shape::CONFIG_HEADER_BYTES;
-use super::streams;
+use super::stream_sockets;
 use super::wire::{Message, u32_at};
 use crate::virtio::config_space::CONFIG_BYTES;
 
@@ -66,7 +66,9 @@ pub(super) fn device_state(message: &Message) -> Result<(), Reason> {
         FdKind::Pipe { .. } | FdKind::File { .. } => Ok(()),
         // A state that is loaded comes some time after its channel, which is kept until then. A socket that is to be
         // read cannot be kept: what waits in it may be the session's own connection.
-        FdKind::UnixStream if direction == SAVE => streams::written(channel, "device state's"),
+        FdKind::UnixStream if direction == SAVE => {
+            stream_sockets::written(channel, "device state's")
+        }
         other => Err(Reason::StateChannel(other.describe())),
     }
 }

@@ -398,7 +398,7 @@ fn descriptors_lost_for_want_of_numbers_end_the_session() {
 
 #[test]
 fn a_message_that_leaves_in_parts_hands_its_descriptors_over_once() {
-    use crate::daemon::session::wire::{Header, Message};
+    use crate::vhost_user::guard::wire::{Header, Message};
     let (ours, theirs) = UnixStream::pair().unwrap();
     let payload = vec![7; 1 << 20];
     let mut queue = SendQueue::default();

@@ -5,10 +5,8 @@
 //! each change that matters on to the worker that owns the ring, waiting until the worker has
 //! adopted it.
 
-mod carry;
-mod end;
+mod resume_in_place;
 mod snapshot;
-mod state;
 
 use std::cell::RefCell;
 use std::fs::File;
@@ -24,11 +22,11 @@ use crate::mq::ids::{QueueId, RingId};
 use crate::mq::limits::MAX_RING_SIZE;
 use crate::virtio::ring::{RingError, RingSetup};
 
-use super::dirty::Unlogged;
+use super::dirty_log::Unlogged;
 use crate::worker::message::{FdRole, Message, Reply, StartRing};
 
-use snapshot::Closing;
-pub use state::SessionState;
+pub use crate::vhost_user::device::session_state::SessionState;
+use resume_in_place::Closing;
 
 /// Guest memory as the crate hands it out. The data path does not go through it.
 pub type GuestMemory = GuestMemoryAtomic<GuestMemoryMmap<Unlogged>>;
@@ -186,7 +184,7 @@ impl Vring {
     }
 
     /// Back to how it was made.
-    fn reset(&self, message: fn(RingId, Reply<Option<u16>>) -> Message) {
+    pub(super) fn reset(&self, message: fn(RingId, Reply<Option<u16>>) -> Message) {
         self.take_back(message);
         self.inner.set_queue_ready(false);
         self.inner.set_enabled(false);

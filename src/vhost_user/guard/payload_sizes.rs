@@ -7,7 +7,7 @@ use vhost::vhost_user::message::{FrontendReq, VhostUserProtocolFeatures as Proto
 
 use super::CONFIG_SPACE_BYTES;
 use super::inflight::{DESCRIPTION_BYTES, DESCRIPTION_BYTES_PADDED};
-use super::memory::REGION_BYTES;
+use super::memory_regions::REGION_BYTES;
 use super::wire::MAX_FDS;
 
 /// Bytes of a u64 payload.

@@ -27,20 +27,20 @@
 //! other side is not read. So a peer that stops reading stops its own session, whose memory stays
 //! bounded and which can still be stopped.
 
-mod carry;
-mod contents;
-mod fds;
+mod barrier;
+mod config_notifier;
+mod dirty_log;
+mod fd_share;
 mod inflight;
-mod log;
-mod memory;
-mod notifier;
-mod promised;
+mod memory_regions;
+mod payload_checks;
+mod payload_sizes;
+mod received_fds;
 mod refusal;
-mod rest;
 mod rules;
-mod shape;
+mod snapshot;
 mod stall;
-mod streams;
+mod stream_sockets;
 mod wait;
 mod wire;
 
@@ -52,21 +52,21 @@ use std::time::Instant;
 
 use rustix::event::PollFlags;
 
-pub use carry::{CarriedRegion, CarriedRing, CarriedSession, Negotiated, PrimeError};
-pub use contents::read_from as config_read_from;
-pub use fds::open_fd_table;
+pub use config_notifier::ConfigNotifier;
+pub use dirty_log::LogKeeper;
 pub use inflight::{CarriedInflight, InflightStore, NoteKeeper};
-pub use log::LogKeeper;
-pub use notifier::ConfigNotifier;
+pub use payload_checks::read_from as config_read_from;
+pub use received_fds::open_fd_table;
 pub use refusal::{Reason, Refusal, RequestName};
-pub use streams::remember_socket;
+pub use snapshot::{CarriedRegion, CarriedRing, CarriedSession, Negotiated, PrimeError};
+pub use stream_sockets::remember_socket;
 
-use super::files::Share;
+use crate::daemon::files::Share;
+use barrier::Rest;
+pub use barrier::Served;
+use config_notifier::Channel;
+use fd_share::Promised;
 use inflight::Turnstile;
-use notifier::Channel;
-use promised::Promised;
-use rest::Rest;
-pub use rest::Served;
 use rules::Rules;
 use stall::Stall;
 use wait::HUNG_UP;
