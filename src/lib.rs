@@ -43,6 +43,7 @@ pub mod logging;
 pub mod mq;
 pub mod sandbox;
 pub mod sys;
+pub mod takeover;
 pub mod vhost_user;
 pub mod virtio;
 pub mod worker;

@@ -9,12 +9,12 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, TryLockError};
 use serde_json::json;
 
 use crate::cli::tuning::parse_group_name;
-use crate::daemon::takeover::Giver;
 use crate::disk::Disk;
 use crate::disk::registry::Roster;
 use crate::disk::summary::{TraceReport, Traced};
 use crate::mq::ids::HctxId;
 use crate::mq::limits::MAX_GROUPS;
+use crate::takeover::Giver;
 
 use super::change::{self, DiskChange};
 use super::http::{Request, Response};
@@ -23,7 +23,7 @@ use super::{MAX_CONNECTIONS, metrics, view};
 /// Where another daemon asks for the disks.
 const TAKE_OVER: &str = "/v1/take-over";
 
-/// What is said on this connection from here on is not HTTP (see [`crate::daemon::takeover`]).
+/// What is said on this connection from here on is not HTTP (see [`crate::takeover`]).
 const SWITCH: &[u8] =
     b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: blkmq-take-over\r\n\r\n";
 

@@ -22,9 +22,9 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use crate::daemon::files::TurnAway;
-use crate::daemon::takeover::Giver;
 use crate::disk::registry::Roster;
 use crate::sys::listener::Stop;
+use crate::takeover::Giver;
 
 use self::api::Api;
 use self::http::Response;

@@ -4,4 +4,3 @@ pub mod files;
 pub mod placement;
 pub mod server;
 pub mod signals;
-pub mod takeover;

@@ -27,9 +27,9 @@ use super::guard::{
 };
 use super::handover::{AtRest, CarriedListener, RestPlace, RestingSession, Verdict, Woken};
 use crate::daemon::files::{self, Share, TurnAway, UsedUp};
-use crate::daemon::takeover::Beginning;
 use crate::disk::Disk;
 use crate::sys::listener::{Door, SocketFile, Stop, pass_descriptors};
+use crate::takeover::Beginning;
 use crate::vhost_user::loopback::Junction;
 
 /// What one disk's thread needs.

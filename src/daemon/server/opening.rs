@@ -6,12 +6,12 @@ use std::os::unix::net::UnixListener;
 use std::path::Path;
 
 use crate::config::{Config, DiskConfig, SocketSource};
-use crate::daemon::takeover::{Predecessor, Trusted, remember_directory};
 use crate::disk::size_watch::GrowthWatch;
 use crate::error::StartError;
 use crate::image::Image;
 use crate::sandbox::{Identity, find_group};
 use crate::sys::listener::{Access, Door, SocketFile, claim, listen_privately};
+use crate::takeover::{Predecessor, Trusted, remember_directory};
 
 /// The control socket: its listener and its file.
 pub(super) type ControlDoor = (UnixListener, SocketFile);

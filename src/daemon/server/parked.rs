@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::mpsc::Sender;
 use std::thread::JoinHandle;
 
-use super::super::takeover::{Beginning, ControlSocket};
+use crate::takeover::{Beginning, ControlSocket};
 
 /// The threads that serve, to be joined in this order.
 pub struct Threads {

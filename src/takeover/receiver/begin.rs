@@ -6,10 +6,10 @@ use std::time::Instant;
 use crate::config::SocketSource;
 use crate::image::ImageKind;
 
-use super::super::super::files::{Share, UsedUp};
 use super::super::state::CarriedDisk;
 use super::Beginning;
 use super::received::{check_listening, check_session};
+use crate::daemon::files::{Share, UsedUp};
 use crate::disk::Keeping;
 use crate::disk::registry::Roster;
 use crate::sys::clock::Clock;

@@ -1,7 +1,7 @@
 //! The new process's side: asks, prepares, sets up what it gets, and takes it.
 
-mod ask;
 mod begin;
+mod compatibility;
 mod received;
 
 use std::io;
@@ -26,8 +26,8 @@ use crate::sys::clock::Clock;
 use crate::sys::listener::{Door, SocketFile, listen_ourselves};
 use crate::vhost_user::handover::CarriedListener;
 use crate::vhost_user::session::{DiskServer, Session};
-use ask::{answers, ask, compatible};
 use begin::begin;
+use compatibility::{answers, ask, compatible};
 use received::check_listening;
 
 /// Why the disks stay where they are. One line; the other daemon serves on.

@@ -32,11 +32,11 @@
 //!
 //! What travels is described in one place, `state.rs`, under a format number.
 
-mod control;
-mod give;
+mod control_socket;
+mod freeze_order;
+mod receiver;
+mod sender;
 mod state;
-mod still;
-mod take;
 mod trust;
 mod wire;
 
@@ -49,9 +49,9 @@ use crate::config::{Config, SocketSource};
 use crate::error::StartError;
 use crate::image::{Image, ImageKind};
 
-pub use control::ControlSocket;
-pub use give::{Giver, Offer};
-pub use take::{Beginning, Inheritance, Predecessor, TakeOverError};
+pub use control_socket::ControlSocket;
+pub use receiver::{Beginning, Inheritance, Predecessor, TakeOverError};
+pub use sender::{Giver, Offer};
 pub use trust::Trusted;
 
 /// How long the guests may stand still until it is given up: sessions have to come to rest, what is in

@@ -11,12 +11,12 @@ use rustix::net::sockopt::socket_peercred;
 use crate::config::SocketSource;
 use crate::mq::ids::{DiskId, QueueId};
 
-use super::control::ControlSocket;
+use super::control_socket::ControlSocket;
+use super::freeze_order::{self, hold_still};
 use super::state::{
     Ask, CarriedDisk, Common, DiskFacts, FORMAT, Facts, Plan, plain, read_plain, read_refusal,
     refusal,
 };
-use super::still::{self, hold_still};
 use super::trust::printable;
 use super::wire::{Frame, Frames, Kind};
 use super::{CLOSING, PATIENCE, PREPARATION, file_of, socket_name};
@@ -203,7 +203,11 @@ impl Giver {
             }
         })?;
         let mut carried = Vec::new();
-        for ((disk, rings), with) in disks.into_iter().zip(still::rings(still)).zip(resting) {
+        for ((disk, rings), with) in disks
+            .into_iter()
+            .zip(freeze_order::rings(still))
+            .zip(resting)
+        {
             let base_of = |queue: QueueId| rings.get(&queue).copied();
             let name = self.names[disk.id.index()].clone();
             carried.push(carry(disk, name, with, base_of).map_err(|error| error.to_string())?);
