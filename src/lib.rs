@@ -34,7 +34,6 @@ mod atomic {
 pub mod cli;
 pub mod config;
 pub mod control;
-pub mod daemon;
 pub mod disk;
 pub mod engine;
 pub mod error;
@@ -42,6 +41,7 @@ pub mod image;
 pub mod logging;
 pub mod mq;
 pub mod sandbox;
+pub mod server;
 pub mod sys;
 pub mod takeover;
 pub mod vhost_user;

@@ -25,7 +25,7 @@ use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use rustix::io::write;
 use vhost_user_blkmq::cli::{self, Invocation};
 use vhost_user_blkmq::config::Config;
-use vhost_user_blkmq::daemon::server;
+use vhost_user_blkmq::server;
 use vhost_user_blkmq_fuzz::wire::{halves, message, request, send, words};
 
 use support::Disk;

@@ -21,8 +21,8 @@ use std::sync::mpsc::Receiver;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use crate::daemon::files::TurnAway;
 use crate::disk::registry::Roster;
+use crate::server::fd_limit::TurnAway;
 use crate::sys::listener::Stop;
 use crate::takeover::Giver;
 

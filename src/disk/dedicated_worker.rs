@@ -98,10 +98,10 @@ mod tests {
     use super::*;
     use crate::cli::{self, Invocation};
     use crate::config::Config;
-    use crate::daemon::placement::{Load, Seat};
     use crate::disk::worker_id;
     use crate::image::Image;
     use crate::mq::ids::{DiskId, QueueId};
+    use crate::server::placement::{Load, Seat};
     use crate::sys::clock::Clock;
     use crate::virtio::memory::MemoryTable;
     use crate::worker::{WorkerOptions, spawn};

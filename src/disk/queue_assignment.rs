@@ -3,8 +3,8 @@
 use std::sync::PoisonError;
 
 use super::Disk;
-use crate::daemon::placement::deal;
 use crate::mq::ids::QueueId;
+use crate::server::placement::deal;
 use crate::virtio::memory::MemoryTable;
 use crate::worker::dedicated::DedicateError;
 use crate::worker::message::WorkerHandle;

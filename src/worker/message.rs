@@ -23,8 +23,8 @@ use crate::virtio::ring::{RingError, RingSetup};
 
 use super::HeldRings;
 use super::io_errors::Hold;
-use crate::daemon::placement::Seat;
 use crate::disk::summary::{TraceReport, WorkerReport};
+use crate::server::placement::Seat;
 use crate::sys::listener::Stop;
 use crate::vhost_user::device::dirty_log::DiskLog;
 

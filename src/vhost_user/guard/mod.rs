@@ -61,7 +61,7 @@ pub use refusal::{Reason, Refusal, RequestName};
 pub use snapshot::{CarriedRegion, CarriedRing, CarriedSession, Negotiated, PrimeError};
 pub use stream_sockets::remember_socket;
 
-use crate::daemon::files::Share;
+use crate::server::fd_limit::Share;
 use barrier::Rest;
 pub use barrier::Served;
 use config_notifier::Channel;

@@ -4,16 +4,16 @@ use std::path::Path;
 use std::thread::JoinHandle;
 
 use crate::config::Config;
-use crate::daemon::placement::{self, Load, Nodes, Seat};
 use crate::disk::{queue_assignment, worker_id};
 use crate::error::StartError;
 use crate::mq::limits::MAX_HCTXS;
+use crate::server::placement::{self, Load, Nodes, Seat};
 use crate::sys::clock::Clock;
 use crate::worker::dedicated;
 use crate::worker::message::WorkerHandle;
 use crate::worker::{self, WorkerOptions};
 
-use super::{locked, system};
+use super::{locked_memory, system};
 
 /// All workers.
 pub(super) struct Crew {
@@ -64,7 +64,7 @@ impl Crew {
         }
         crew.start_dedicated(config, options);
         if config.control_path.is_some() {
-            locked::check(options, crew.threads.len());
+            locked_memory::check(options, crew.threads.len());
         }
         Ok(crew)
     }

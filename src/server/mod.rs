@@ -1,10 +1,13 @@
 //! The process: opens the images, starts the workers, serves one session after another on each
 //! disk's socket, and takes everything down in order.
 
-mod crew;
-mod locked;
-mod opening;
+pub mod fd_limit;
+mod locked_memory;
 mod parked;
+pub mod placement;
+pub mod signals;
+mod startup;
+mod workers;
 
 use std::io;
 use std::os::unix::net::UnixListener;
@@ -23,16 +26,15 @@ use crate::logging;
 use crate::mq::ids::DiskId;
 use crate::sys::sigbus;
 
-use self::crew::Crew;
-use self::opening::{Doors, Opening, Passed};
 use self::parked::{Parked, Threads};
-use super::files::{self, TurnAway};
-use super::signals;
+use self::startup::{Doors, Opening, Passed};
+use self::workers::Crew;
 use crate::disk::Disk;
 use crate::disk::registry::{Groups, Roster};
 use crate::disk::size_watch::GrowthWatch;
 use crate::disk::summary::Summary;
 use crate::sandbox;
+use crate::server::fd_limit::TurnAway;
 use crate::sys::clock::Clock;
 use crate::sys::listener::{Door, Stop};
 use crate::takeover::{Beginning, ControlSocket, Giver, Inheritance, Predecessor};
@@ -70,8 +72,8 @@ pub fn run(config: Config) -> Result<(), StartError> {
     // Before any other descriptor is opened.
     let passed = Passed::claim(&config.disks)?;
     let inherited = signals::prepare();
-    let listeners_from = files::allow(&config.disks);
-    files::allow_large(&config.disks);
+    let listeners_from = fd_limit::allow(&config.disks);
+    fd_limit::allow_large(&config.disks);
     // What needs names and rights, in the order in which a user gets it wrong.
     let Opening {
         identity,
@@ -83,19 +85,19 @@ pub fn run(config: Config) -> Result<(), StartError> {
     // There are sockets now, which are removed however the process ends.
     let signals = signals::Watch::new(inherited)
         .map_err(|source| system("install signal handlers", source))?;
-    let seats = crew::seats(&config)?;
+    let seats = workers::seats(&config)?;
     sigbus::install().map_err(|source| system("handle SIGBUS", source))?;
     open_fd_table().map_err(|source| system("look into /proc/self/fd", source))?;
     let owner = identity.as_ref().map(sandbox::Identity::ids);
     let junction =
-        Junction::new(owner, &opening::directories(&config)).map_err(|source| StartError::System {
+        Junction::new(owner, &startup::directories(&config)).map_err(|source| StartError::System {
             what: "create an internal socket".to_owned(),
             source,
             advice: "set TMPDIR to a directory that can be written to; the file there is removed at once",
         })?;
 
     // From here on there are no files to be opened, and no rights.
-    sandbox::enter(config.sandbox, identity.as_ref(), &opening::paths(&config))?;
+    sandbox::enter(config.sandbox, identity.as_ref(), &startup::paths(&config))?;
     let stop = Arc::new(Stop::new().map_err(|source| system("create an eventfd", source))?);
     let (events, happened) = mpsc::channel();
     logging::start().map_err(|source| system("start the log's thread", source))?;
@@ -117,7 +119,7 @@ pub fn run(config: Config) -> Result<(), StartError> {
         events,
     };
     let servers = service.servers(&Arc::new(junction), listeners_from);
-    files::settle(service.roster.disks().len());
+    fd_limit::settle(service.roster.disks().len());
     let Doors { disks, control } = doors;
     let (inheritance, control) = service.inherit(&config, predecessor, &servers, control, clock)?;
     // All that can fail is done before the disks are ours: a take-over that fails leaves them to the other daemon.
@@ -215,9 +217,9 @@ impl Service {
         config: &Config,
         predecessor: Option<Predecessor>,
         servers: &[DiskServer],
-        mut control: Option<opening::ControlDoor>,
+        mut control: Option<startup::ControlDoor>,
         clock: Clock,
-    ) -> Result<(Option<Inheritance>, Option<opening::ControlDoor>), StartError> {
+    ) -> Result<(Option<Inheritance>, Option<startup::ControlDoor>), StartError> {
         let Some(predecessor) = predecessor else {
             return Ok((None, control));
         };
@@ -256,7 +258,7 @@ impl Service {
         config: &Config,
         servers: Vec<DiskServer>,
         growth: GrowthWatch,
-        control: Option<opening::ControlDoor>,
+        control: Option<startup::ControlDoor>,
     ) -> Result<Parked, StartError> {
         let (begin_growth, begin) = mpsc::channel();
         let growth = growth
