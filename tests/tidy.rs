@@ -379,7 +379,7 @@ fn nothing_is_left_to_do(path: &str, text: &str) -> Vec<String> {
         .collect()
 }
 
-/// A log line about a disk names it as a key-value, by which the lines of each disk are limited (src/logging.rs).
+/// A log line about a disk names it as a key-value, by which the lines of each disk are limited (src/logging/mod.rs).
 fn log_lines_name_their_disk(path: &str, text: &str) -> Vec<String> {
     if !path.starts_with("src/") {
         return Vec::new();
@@ -754,7 +754,7 @@ fn unsafe_is_confined_can_fail() {
     fails(unsafe_is_confined, "src/worker/mod.rs", block);
     fails(
         unsafe_is_confined,
-        "src/config.rs",
+        "src/config/mod.rs",
         "unsafe impl Send for Config {}",
     );
     for path in [
