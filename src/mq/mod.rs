@@ -10,12 +10,13 @@
 #![forbid(unsafe_code)]
 
 mod abandon;
+mod accounting;
 pub mod cpumap;
 pub mod elevator;
 mod hctx;
 pub mod ids;
 pub mod limits;
-mod merge;
+mod merge_fit;
 mod overdue;
 pub mod request;
 mod request_queue;
@@ -76,7 +77,7 @@ pub struct Mq<P> {
     completed_since_run: bool,
     trace: Trace,
     /// The hctx whose latest requests are not in the statistics yet; there is never a second.
-    tallied: HctxId,
+    batched: HctxId,
     now_ns: u64,
     next_decay_ns: u64,
     stale_completions: u64,
@@ -104,7 +105,7 @@ impl<P> Mq<P> {
             delays: 0,
             completed_since_run: false,
             trace: Trace::new(),
-            tallied: NOBODY,
+            batched: NOBODY,
             now_ns: 0,
             next_decay_ns: 0,
             stale_completions: 0,
@@ -123,7 +124,7 @@ impl<P> Mq<P> {
         let id = HctxId(u16::try_from(index).expect("fewer hctxs than MAX_HCTXS"));
         assert!(id.0 < limits::MAX_HCTXS, "more hctxs than MAX_HCTXS");
         let mut hctx = Hctx::new(id, config);
-        hctx.tally.off = !self.queue_of(config.disk).account.is_on();
+        hctx.batch.off = !self.queue_of(config.disk).account.is_on();
         let member = Some(Member {
             hctx,
             place: Place::Nowhere,
@@ -272,9 +273,9 @@ impl<P> Mq<P> {
         id: HctxId,
         driver: &'a mut D,
     ) -> (&'a mut Hctx<P>, Below<'a, D>) {
-        if self.tallied != id {
+        if self.batched != id {
             self.fold();
-            self.tallied = id;
+            self.batched = id;
         }
         let member = self.hctxs[id.index()].as_mut().expect("the hctx exists");
         let disk = member.hctx.config.disk;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::elevator::{Elevator, MergeSide, Params, Queued, Times};
 use super::ids::{DiskId, HctxId, RequestId, RequestTag};
 use super::limits::RESOURCE_DELAY_NS;
-use super::merge::Merged;
+use super::merge_fit::Merged;
 use super::request::Request;
 use super::stats::diskstats::Account;
 use super::table::Table;

@@ -6,7 +6,7 @@ use super::elevator::{Elevator, Queued};
 use super::hctx::{Driver, Issue, Want, want_after};
 use super::ids::{DiskId, HctxId};
 use super::limits::RESOURCE_DELAY_NS;
-use super::stats::batch::Sent;
+use super::stats::batch::SentRun;
 use super::{Mq, Place};
 
 impl<P> Mq<P> {
@@ -115,7 +115,7 @@ impl<P> Mq<P> {
             };
             let want = match hctx.issue_staged(next.tag, &mut below) {
                 Issue::Sent(ctx) => {
-                    hctx.add_sent(Sent::one(ctx));
+                    hctx.add_sent(SentRun::one(ctx));
                     continue;
                 }
                 Issue::Joined => continue,

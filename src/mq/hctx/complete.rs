@@ -24,7 +24,7 @@ impl<P> Hctx<P> {
         let now_ns = below.now_ns;
         let entry = self.table.get(tag);
         let request = entry.request;
-        let (queued_ns, started_ns, kin) = (entry.queued_ns, entry.issued_ns, entry.kin);
+        let (queued_ns, started_ns, key) = (entry.queued_ns, entry.issued_ns, entry.key);
         if entry.elevated {
             let times = Times {
                 queued_ns,
@@ -48,7 +48,7 @@ impl<P> Hctx<P> {
             _ => 0,
         };
         if status == Status::Ok && !merged {
-            self.count_ended(&request, kin, (queued_ns, started_ns), below);
+            self.count_ended(&request, key, (queued_ns, started_ns), below);
             finish(self.table.remove(tag), status, read(request.bytes));
         } else {
             self.times.device(request.op).record(now_ns - started_ns);

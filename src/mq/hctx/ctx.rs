@@ -7,10 +7,10 @@
 
 use crate::mq::ids::{CtxId, RequestTag};
 use crate::mq::limits::{MERGE_LOOKBACK, SECTOR_SIZE};
-use crate::mq::merge::{self, Merged};
+use crate::mq::merge_fit::Merged;
 use crate::mq::request::Request;
 use crate::mq::stats::CtxStats;
-use crate::mq::table::{Fifo, Table};
+use crate::mq::table::{Fifo, Table, merge};
 
 /// The region of the disk whose requests count as one flow: 1 MiB.
 const FLOW_SECTORS: u64 = 1024 * 1024 / SECTOR_SIZE;
@@ -67,7 +67,7 @@ impl Ctxs {
 
     /// Puts a request into its ctx, or joins it to one of the newest that wait there.
     pub fn stage<P>(&mut self, table: &mut Table<P>, tag: RequestTag) -> Merged {
-        let ctx = table.get(tag).kin.ctx().index();
+        let ctx = table.get(tag).key.ctx().index();
         let queue = &mut self.queues[ctx];
         let merged = merge::into_newest(table, queue, tag, MERGE_LOOKBACK);
         if merged != Merged::No {
@@ -110,7 +110,7 @@ impl Ctxs {
 
     /// Puts back what `take_one` took last: it stays the first of its ctx, whose turn it still is.
     pub fn give_back<P>(&mut self, table: &mut Table<P>, tag: RequestTag) {
-        let ctx = table.get(tag).kin.ctx().index();
+        let ctx = table.get(tag).key.ctx().index();
         self.queues[ctx].push_front(table, tag);
         self.map[ctx / 64] |= 1 << (ctx % 64);
         self.from = ctx;

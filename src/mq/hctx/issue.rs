@@ -82,7 +82,7 @@ impl<P> Hctx<P> {
             self.times.staged.record(dispatch_ns - entry.queued_ns);
             self.times.dispatch.record(now_ns - dispatch_ns);
         }
-        entry.kin.ctx()
+        entry.key.ctx()
     }
 
     /// A flush that comes while one runs becomes a part of the next, or is it.

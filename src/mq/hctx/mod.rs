@@ -7,11 +7,13 @@
 use self::ctx::Ctxs;
 use super::ids::{CtxId, DiskId, DriverTag, HctxId, QueueId, RequestId, RequestTag};
 use super::limits::{PLUG_FLUSH_BYTES, PLUG_REQUESTS};
-use super::merge::{self, Merged};
+use super::merge_fit::Merged;
 use super::request::{Op, Request};
 use super::request_queue::Below;
-use super::stats::batch::{Kin, Sent, Tally};
+use super::stats::batch::{SentRun, StatBatch};
+use super::stats::key::StatKey;
 use super::stats::{HctxStats, HctxTimes};
+use super::table::merge;
 use super::table::{Fifo, Parts, Table};
 use super::trace::Action;
 
@@ -93,7 +95,7 @@ pub(super) struct Hctx<P> {
     pub stats: HctxStats,
     pub times: HctxTimes,
     /// What is not in the two yet.
-    pub tally: Tally,
+    pub batch: StatBatch,
 }
 
 /// One flush at a time: those that come while it runs become one, which follows it
@@ -132,7 +134,7 @@ impl<P> Hctx<P> {
             used_tags: false,
             stats: HctxStats::default(),
             times: HctxTimes::default(),
-            tally: Tally::new(),
+            batch: StatBatch::new(),
         }
     }
 
@@ -162,13 +164,13 @@ impl<P> Hctx<P> {
         payload: P,
         below: &mut Below<'_, D>,
     ) -> Want {
-        let kin = Kin::new(request.op, self.ctxs.of(&request));
-        self.count_arrived(request.op, kin, below);
+        let key = StatKey::new(request.op, self.ctxs.of(&request));
+        self.count_arrived(request.op, key, below);
         below.trace(Action::Queued, self.id, tag, &request);
         if self.plug.is_empty() {
             below.trace.plugged(below.now_ns, self.id);
         }
-        self.table.insert(tag, request, kin, below.now_ns, payload);
+        self.table.insert(tag, request, key, below.now_ns, payload);
         let newest = self.plug.last().copied();
         let mut full = self.plug.len() >= PLUG_REQUESTS;
         if let Some(newest) = newest {
@@ -193,7 +195,7 @@ impl<P> Hctx<P> {
     fn count_merge<D>(&mut self, tag: RequestTag, merged: Merged, below: &mut Below<'_, D>) {
         self.stats.merged += 1;
         let entry = self.table.get(tag);
-        self.ctxs.stats[entry.kin.ctx().index()].merged += 1;
+        self.ctxs.stats[entry.key.ctx().index()].merged += 1;
         let action = match merged {
             Merged::Front => Action::FrontMerged,
             Merged::Back | Merged::No => Action::BackMerged,
@@ -237,7 +239,7 @@ impl<P> Hctx<P> {
         below: &mut Below<'_, D>,
     ) -> (usize, Want) {
         let (mut issued, mut refused) = (0, 0);
-        let mut sent = Sent::NONE;
+        let mut sent = SentRun::NONE;
         let mut want = Want::Nothing;
         for tag in plug {
             match self.issue(*tag, below) {
@@ -369,7 +371,7 @@ impl<P> Hctx<P> {
             return Want::Nothing;
         }
         let mut issued = 0;
-        let mut sent = Sent::NONE;
+        let mut sent = SentRun::NONE;
         let want = loop {
             let Some(tag) = list.pop_front(&mut self.table) else {
                 self.update_busy(false);

@@ -8,6 +8,7 @@ use super::stats::histogram::{Dispatched, Histogram};
 pub(super) mod batch;
 pub mod diskstats;
 pub mod histogram;
+pub(super) mod key;
 
 /// What one hctx did since its ring was first started.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]

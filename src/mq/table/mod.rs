@@ -6,7 +6,9 @@
 
 use super::ids::{CtxId, RequestTag, Sector};
 use super::request::{IoPrio, Op, Request};
-use super::stats::batch::Kin;
+use super::stats::key::StatKey;
+
+pub(super) mod merge;
 
 /// No entry. Larger than any tag ([`super::limits::MAX_RING_SIZE`]).
 const NONE: u16 = u16::MAX;
@@ -17,7 +19,7 @@ pub(super) struct Entry<P> {
     /// Its metadata; for the leader of a merged request, those of the whole.
     pub request: Request,
     /// The ctx it was assigned to, with its operation.
-    pub kin: Kin,
+    pub key: StatKey,
     /// It was handed to the engine once: what it consists of is settled.
     pub started: bool,
     /// The elevator gave it out, and is told when it ends.
@@ -53,7 +55,7 @@ impl<P> Entry<P> {
                 fua: false,
                 unmap: false,
             },
-            kin: Kin::new(Op::Flush, CtxId(0)),
+            key: StatKey::new(Op::Flush, CtxId(0)),
             started: false,
             elevated: false,
             queued_ns: 0,
@@ -102,7 +104,14 @@ impl<P> Table<P> {
     ///
     /// The ring refuses a head that is already in flight, so a second entry under one tag is a bug.
     #[inline]
-    pub fn insert(&mut self, tag: RequestTag, request: Request, kin: Kin, now_ns: u64, payload: P) {
+    pub fn insert(
+        &mut self,
+        tag: RequestTag,
+        request: Request,
+        key: StatKey,
+        now_ns: u64,
+        payload: P,
+    ) {
         let slot = &mut self.entries[tag.index()];
         assert!(
             slot.payload.is_none(),
@@ -110,7 +119,7 @@ impl<P> Table<P> {
         );
         *slot = Entry {
             request,
-            kin,
+            key,
             started: false,
             elevated: false,
             queued_ns: now_ns,
@@ -181,7 +190,7 @@ impl<P> Table<P> {
     pub fn reassign(&mut self, of: impl Fn(&Request) -> CtxId) {
         let taken = self.entries.iter_mut().filter(|e| e.payload.is_some());
         for entry in taken {
-            entry.kin = Kin::new(entry.request.op, of(&entry.request));
+            entry.key = StatKey::new(entry.request.op, of(&entry.request));
         }
     }
 
@@ -228,7 +237,7 @@ impl<P> Table<P> {
         while at != NONE {
             let tag = RequestTag(at);
             let entry = self.get(tag);
-            let (ctx, bytes) = (entry.kin.ctx(), entry.own_bytes);
+            let (ctx, bytes) = (entry.key.ctx(), entry.own_bytes);
             at = entry.part_next;
             each(ctx, bytes, self.remove(tag));
         }

@@ -344,7 +344,7 @@ impl<'a> World<'a> {
                 let tag = RequestTag(u16::try_from(tag).unwrap());
                 let entry = hctx.table.get(tag);
                 state.extend([
-                    u64::from(entry.kin.ctx().0),
+                    u64::from(entry.key.ctx().0),
                     entry.started.into(),
                     entry.elevated.into(),
                 ]);

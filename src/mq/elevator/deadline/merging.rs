@@ -2,7 +2,7 @@
 
 use super::super::super::ids::{HctxId, Sector};
 use super::super::super::limits::MERGE_LOOKBACK;
-use super::super::super::merge::{Fit, fit};
+use super::super::super::merge_fit::{Fit, fit};
 use super::super::super::request::Request;
 use super::super::store::NONE;
 use super::super::{Join, Merge, MergeSide};

@@ -10,7 +10,7 @@
 
 use super::super::ids::{HctxId, RequestId};
 use super::super::limits::MERGE_LOOKBACK;
-use super::super::merge::{Fit, fit};
+use super::super::merge_fit::{Fit, fit};
 use super::super::request::{Op, Request};
 use super::params::KyberParams;
 use super::store::{List, Node, Store};

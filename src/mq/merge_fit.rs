@@ -1,12 +1,7 @@
-//! Joining requests that are neighbours on the disk.
-//!
-//! Only what is already there is looked at: the newest request of the same plug, the newest few of
-//! the same ctx. Nothing ever waits in order to be merged.
+//! Whether two requests that are neighbours on the disk may travel as one.
 
-use super::ids::RequestTag;
 use super::limits::{IOV_MAX, MAX_MERGED_BYTES, MAX_RANGES};
 use super::request::{Op, Request};
-use super::table::{Fifo, Table};
 
 /// Whether, and on which side, a request became a part of another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -62,48 +57,6 @@ pub(super) fn fit(early: &Request, late: &Request, started: bool) -> Fit {
         && early.bytes + late.bytes <= MAX_MERGED_BYTES
         && early.segments + late.segments <= IOV_MAX;
     if allowed { place } else { Fit::Refused }
-}
-
-/// Makes the request at `tag` a part of `early`, if it fits; `None` if the two are no neighbours.
-#[inline]
-pub(super) fn into_one<P>(
-    table: &mut Table<P>,
-    early: RequestTag,
-    tag: RequestTag,
-) -> Option<Merged> {
-    let (entry, late) = (table.get(early), &table.get(tag).request);
-    match fit(&entry.request, late, entry.started) {
-        Fit::Apart => None,
-        Fit::Back if late.bytes > 0 => {
-            table.merge_back(early, tag);
-            Some(Merged::Back)
-        }
-        Fit::Front if late.bytes > 0 => {
-            table.merge_front(early, tag);
-            Some(Merged::Front)
-        }
-        Fit::Back | Fit::Front | Fit::Refused => Some(Merged::No),
-    }
-}
-
-/// Tries the newest requests of `list`, at most `lookback` of them, newest first. A neighbour that
-/// may not be merged with ends the search (blk_mq_attempt_bio_merge does the same).
-pub(super) fn into_newest<P>(
-    table: &mut Table<P>,
-    list: &Fifo,
-    tag: RequestTag,
-    lookback: usize,
-) -> Merged {
-    let Some(mut early) = list.back() else {
-        return Merged::No;
-    };
-    for _ in 0..lookback.min(usize::from(list.len())) {
-        if let Some(merged) = into_one(table, early, tag) {
-            return merged;
-        }
-        early = table.older(early);
-    }
-    Merged::No
 }
 
 #[cfg(test)]

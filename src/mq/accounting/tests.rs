@@ -1,4 +1,4 @@
-use super::super::histogram::Histogram;
+use super::super::stats::histogram::Histogram;
 use super::*;
 use crate::mq::ids::{DriverTag, QueueId, RequestTag, Sector};
 use crate::mq::request::{IoPrio, Status};

@@ -9,139 +9,58 @@
 //! Whatever else changes the disk's account asks for it by [`Hctx::account`], which adds those that came
 //! first: none ends or is merged there that never started.
 
-use super::diskstats::{Account, DiskStats};
-use super::{CtxStats, HctxStats, HctxTimes};
-use crate::mq::hctx::Hctx;
-use crate::mq::ids::{CtxId, DiskId, HctxId};
-use crate::mq::limits::SECTOR_SIZE;
-use crate::mq::request::{Op, Request};
-use crate::mq::request_queue::Below;
-use crate::mq::{Mq, NOBODY};
-
-/// The operation of a request and its ctx, in one word that tells at once whether two are alike.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in crate::mq) struct Kin(u32);
-
-impl Kin {
-    #[inline]
-    pub fn new(op: Op, ctx: CtxId) -> Self {
-        Kin((op as u32) << 16 | u32::from(ctx.0))
-    }
-
-    #[inline]
-    pub fn ctx(self) -> CtxId {
-        CtxId((self.0 & 0xffff) as u16)
-    }
-}
-
-/// Requests a plug has taken.
-#[derive(Debug)]
-pub(in crate::mq) struct Arrived {
-    kin: Kin,
-    op: Op,
-    count: u32,
-    /// Those that became parts of others in the plug.
-    pub merged: u32,
-}
-
-/// Requests of one ctx that were handed to the engine one after the other, for as long as they are.
-#[derive(Debug)]
-pub(in crate::mq) struct Sent {
-    ctx: CtxId,
-    count: u64,
-}
-
-impl Sent {
-    pub const NONE: Sent = Sent {
-        ctx: CtxId(0),
-        count: 0,
-    };
-
-    pub fn one(ctx: CtxId) -> Sent {
-        Sent { ctx, count: 1 }
-    }
-}
-
-/// Requests that ended well, each by itself.
-#[derive(Debug)]
-pub(in crate::mq) struct Ended {
-    kin: Kin,
-    op: Op,
-    queued_ns: u64,
-    started_ns: u64,
-    count: u32,
-    bytes: u64,
-}
-
-/// The runs of one hctx.
-#[derive(Debug)]
-pub(in crate::mq) struct Tally {
-    /// Nothing is counted.
-    pub off: bool,
-    arrived: Arrived,
-    ended: Ended,
-}
-
-impl Tally {
-    pub fn new() -> Self {
-        let op = Op::Read;
-        let kin = Kin::new(op, CtxId(0));
-        Tally {
-            off: false,
-            arrived: Arrived {
-                kin,
-                op,
-                count: 0,
-                merged: 0,
-            },
-            ended: Ended {
-                kin,
-                op,
-                queued_ns: 0,
-                started_ns: 0,
-                count: 0,
-                bytes: 0,
-            },
-        }
-    }
-}
+use super::hctx::Hctx;
+use super::ids::{CtxId, DiskId, HctxId};
+use super::limits::SECTOR_SIZE;
+use super::request::{Op, Request};
+use super::request_queue::Below;
+use super::stats::batch::SentRun;
+use super::stats::diskstats::{Account, DiskStats};
+use super::stats::key::StatKey;
+use super::stats::{CtxStats, HctxStats, HctxTimes};
+use super::{Mq, NOBODY};
 
 impl<P> Hctx<P> {
     /// A request came.
     #[inline]
-    pub(in crate::mq) fn count_arrived<D>(&mut self, op: Op, kin: Kin, below: &mut Below<'_, D>) {
-        if self.tally.off {
+    pub(in crate::mq) fn count_arrived<D>(
+        &mut self,
+        op: Op,
+        key: StatKey,
+        below: &mut Below<'_, D>,
+    ) {
+        if self.batch.off {
             return;
         }
-        if self.tally.arrived.kin != kin {
+        if self.batch.arrived.key != key {
             self.fold_arrived(below.now_ns, &mut below.queue.account);
-            (self.tally.arrived.kin, self.tally.arrived.op) = (kin, op);
+            (self.batch.arrived.key, self.batch.arrived.op) = (key, op);
         }
-        self.tally.arrived.count += 1;
+        self.batch.arrived.count += 1;
     }
 
     /// The one that came last became a part of another in the plug.
     #[inline]
     pub(in crate::mq) fn count_merged_arrival(&mut self) {
-        if !self.tally.off {
-            self.tally.arrived.merged += 1;
+        if !self.batch.off {
+            self.batch.arrived.merged += 1;
         }
     }
 
     #[inline]
     fn fold_arrived(&mut self, now_ns: u64, account: &mut Account) {
-        if self.tally.arrived.count != 0 {
+        if self.batch.arrived.count != 0 {
             self.add_arrived(now_ns, account);
         }
     }
 
     #[inline(never)]
     fn add_arrived(&mut self, now_ns: u64, account: &mut Account) {
-        let run = &mut self.tally.arrived;
+        let run = &mut self.batch.arrived;
         let (count, merged) = (u64::from(run.count), u64::from(run.merged));
         (run.count, run.merged) = (0, 0);
         self.stats.accepted(run.op, count);
-        self.ctxs.stats[run.kin.ctx().index()].queued += count;
+        self.ctxs.stats[run.key.ctx().index()].queued += count;
         account.merged_many(run.op, merged);
         account.start_many(now_ns, run.op, count - merged);
     }
@@ -156,16 +75,16 @@ impl<P> Hctx<P> {
 
     /// A request of `ctx` was handed to the engine, after those in `sent`.
     #[inline]
-    pub(in crate::mq) fn count_sent(&mut self, sent: &mut Sent, ctx: CtxId) {
+    pub(in crate::mq) fn count_sent(&mut self, sent: &mut SentRun, ctx: CtxId) {
         if sent.ctx != ctx {
-            self.add_sent(std::mem::replace(sent, Sent { ctx, count: 0 }));
+            self.add_sent(std::mem::replace(sent, SentRun { ctx, count: 0 }));
         }
         sent.count += 1;
     }
 
     #[inline]
-    pub(in crate::mq) fn add_sent(&mut self, sent: Sent) {
-        if sent.count != 0 && !self.tally.off {
+    pub(in crate::mq) fn add_sent(&mut self, sent: SentRun) {
+        if sent.count != 0 && !self.batch.off {
             self.stats.dispatched += sent.count;
             self.ctxs.stats[sent.ctx.index()].dispatched += sent.count;
         }
@@ -176,22 +95,22 @@ impl<P> Hctx<P> {
     pub(in crate::mq) fn count_ended<D>(
         &mut self,
         request: &Request,
-        kin: Kin,
+        key: StatKey,
         (queued_ns, started_ns): (u64, u64),
         below: &mut Below<'_, D>,
     ) {
-        if self.tally.off {
+        if self.batch.off {
             return;
         }
-        let run = &self.tally.ended;
-        let alike = run.kin == kin && run.started_ns == started_ns && run.queued_ns == queued_ns;
+        let run = &self.batch.ended;
+        let alike = run.key == key && run.started_ns == started_ns && run.queued_ns == queued_ns;
         if !alike {
             self.fold(below.now_ns, &mut below.queue.account);
-            let run = &mut self.tally.ended;
-            (run.kin, run.op) = (kin, request.op);
+            let run = &mut self.batch.ended;
+            (run.key, run.op) = (key, request.op);
             (run.queued_ns, run.started_ns) = (queued_ns, started_ns);
         }
-        let run = &mut self.tally.ended;
+        let run = &mut self.batch.ended;
         run.count += 1;
         run.bytes += request.bytes;
     }
@@ -201,14 +120,14 @@ impl<P> Hctx<P> {
     #[inline]
     pub(in crate::mq) fn fold(&mut self, now_ns: u64, account: &mut Account) {
         self.fold_arrived(now_ns, account);
-        if self.tally.ended.count != 0 {
+        if self.batch.ended.count != 0 {
             self.add_ended(now_ns, account);
         }
     }
 
     #[inline(never)]
     fn add_ended(&mut self, now_ns: u64, account: &mut Account) {
-        let run = &mut self.tally.ended;
+        let run = &mut self.batch.ended;
         let count = u64::from(std::mem::take(&mut run.count));
         let bytes = std::mem::take(&mut run.bytes);
         // Whole sectors each, as the parser sees to.
@@ -217,17 +136,17 @@ impl<P> Hctx<P> {
             .device(run.op)
             .record_many(now_ns - run.started_ns, count);
         self.stats.succeeded(run.op, bytes);
-        self.ctxs.stats[run.kin.ctx().index()].completed += count;
+        self.ctxs.stats[run.key.ctx().index()].completed += count;
     }
 }
 
 impl<P> Mq<P> {
     /// Adds to the statistics what was counted apart.
     pub(in crate::mq) fn fold(&mut self) {
-        if self.tallied == NOBODY {
+        if self.batched == NOBODY {
             return;
         }
-        let id = std::mem::replace(&mut self.tallied, NOBODY);
+        let id = std::mem::replace(&mut self.batched, NOBODY);
         let hctx = &mut self.hctxs[id.index()].as_mut().expect("it exists").hctx;
         let queue = self.queues[hctx.config.disk.index()].as_mut();
         let account = &mut queue.expect("made with its first hctx").account;
@@ -267,7 +186,7 @@ impl<P> Mq<P> {
         let of_disk = self.hctxs.iter_mut().flatten();
         for member in of_disk.filter(|member| member.hctx.config.disk == disk) {
             assert_eq!(member.hctx.table.live(), 0, "requests are in flight");
-            member.hctx.tally.off = !on;
+            member.hctx.batch.off = !on;
         }
     }
 }
