@@ -8,8 +8,8 @@ use vhost_user_blkmq::cli::{self, Invocation};
 use vhost_user_blkmq::config::Config;
 use vhost_user_blkmq::error::StartError;
 use vhost_user_blkmq::logging;
+use vhost_user_blkmq::logging::fatal;
 use vhost_user_blkmq::server;
-use vhost_user_blkmq::sys::fatal;
 
 fn main() -> ExitCode {
     fatal::abort_on_panic();

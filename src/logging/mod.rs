@@ -8,6 +8,7 @@
 //!
 //! A line that is about a disk names its number as the key-value `disk`: `log::warn!(disk = id.0; "…")`.
 
+pub mod fatal;
 mod limit;
 mod queue;
 mod stream;

@@ -7,7 +7,7 @@ use std::io;
 use libc::{c_int, siginfo_t};
 
 use super::syscall_names::name_of;
-use crate::sys::fatal::{self, Line};
+use crate::logging::fatal::{self, Line};
 use crate::sys::sigbus::action;
 
 /// The kernel's siginfo of SIGSYS (`_sigsys` in asm-generic/siginfo.h), which the libc crate leaves

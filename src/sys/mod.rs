@@ -3,7 +3,6 @@
 pub mod clock;
 pub mod cpu_list;
 pub mod dying;
-pub mod fatal;
 pub mod filesystem;
 pub mod listener;
 pub mod sigbus;

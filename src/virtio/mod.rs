@@ -21,5 +21,6 @@ pub mod parse;
 pub mod pool;
 pub mod ring;
 
+mod odd_requests;
 #[cfg(test)]
 mod testing;

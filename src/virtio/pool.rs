@@ -5,7 +5,7 @@ use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::fmt;
 use std::ptr::NonNull;
 
-use super::parse::OddRequests;
+use super::odd_requests::{Odd, OddRequests};
 use crate::mq::limits::{BIG_REQUESTS, MAX_SEGMENTS};
 
 /// A range of the disk, of a discard or write-zeroes request.
@@ -130,6 +130,11 @@ impl SegmentPool {
             scratch: vec![Segment { extent: none }; SCRATCH_SEGMENTS].into_boxed_slice(),
             odd: OddRequests::default(),
         }
+    }
+
+    /// What was odd about the request parsed last, if that was the first of its kind.
+    pub fn take_odd(&mut self) -> Option<Odd> {
+        self.odd.take()
     }
 
     /// How many buffers are lent to requests.

@@ -7,7 +7,7 @@ use std::time::Duration;
 use super::debt::owes;
 use super::polling::Awaited;
 use super::{Worker, open_port};
-use crate::sys::fatal::{self, Line};
+use crate::logging::fatal::{self, Line};
 
 /// How often a ring without a kick eventfd is looked at.
 const KICKLESS_POLL: Duration = Duration::from_micros(100);

@@ -17,11 +17,9 @@ use crate::mq::limits::{INLINE_SEGMENTS, MAX_SEGMENTS};
 use crate::mq::request::{IoPrio, Op, Request, Status};
 
 mod id;
-mod odd;
 mod ranges;
 
-pub use odd::Odd;
-pub(super) use odd::OddRequests;
+pub use crate::virtio::odd_requests::Odd;
 
 /// What became of a chain.
 #[derive(Debug)]
@@ -222,7 +220,8 @@ fn any(
     let (request, segments) = match verdict {
         Verdict::Answer(status, bytes) => {
             if status != Status::Ok {
-                pool.note_odd(status, header.as_ref(), &layout, shape);
+                let bytes = (layout.readable_bytes, layout.writable_bytes);
+                pool.odd.note(status, header.as_ref(), bytes, shape);
             }
             let head = ring.commit(head);
             // SAFETY: the walk found the status byte in the guest's memory, which the ring keeps.

@@ -1,12 +1,10 @@
 //! Requests that are answered with an error for a reason that the guest's owner should hear of. Each reason is
 //! given once for each disk and worker, because a guest can make such requests without end.
 
-use super::super::abi::{Header, request_type};
-use super::super::chain::Layout;
-use super::super::geometry::DiskShape;
-use super::super::pool::SegmentPool;
 use crate::mq::limits::SECTOR_SIZE;
 use crate::mq::request::Status;
+use crate::virtio::abi::{HEADER_BYTES, Header, request_type};
+use crate::virtio::geometry::DiskShape;
 
 /// What is odd about a request. Its text is one line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -31,47 +29,47 @@ pub enum Odd {
 
 /// Which reasons were given, and one that is to be given.
 #[derive(Debug, Default)]
-pub(in super::super) struct OddRequests {
+pub(in crate::virtio) struct OddRequests {
     misaligned: bool,
     unsupported: bool,
     now: Option<Odd>,
 }
 
-impl SegmentPool {
+impl OddRequests {
     /// What was odd about the request parsed last, if that was the first of its kind.
-    pub fn take_odd(&mut self) -> Option<Odd> {
-        self.odd.now.take()
+    pub fn take(&mut self) -> Option<Odd> {
+        self.now.take()
     }
 
-    /// Looks at a request that is answered with `status`.
-    pub(super) fn note_odd(
+    /// Looks at a request that is answered with `status`. `readable` and `writable` are the bytes of the
+    /// chain that the device reads and writes.
+    pub fn note(
         &mut self,
         status: Status,
         header: Option<&Header>,
-        layout: &Layout,
+        (readable, writable): (u64, u64),
         shape: &DiskShape,
     ) {
         let Some(header) = header else {
             return;
         };
-        let odd = &mut self.odd;
         match (status, header.kind) {
-            (Status::Unsupp, kind) if !odd.unsupported => {
-                odd.unsupported = true;
-                odd.now = Some(Odd::Unsupported(kind));
+            (Status::Unsupp, kind) if !self.unsupported => {
+                self.unsupported = true;
+                self.now = Some(Odd::Unsupported(kind));
             }
-            (Status::IoErr, request_type::IN | request_type::OUT) if !odd.misaligned => {
+            (Status::IoErr, request_type::IN | request_type::OUT) if !self.misaligned => {
                 let (sector, block) = (header.sector, shape.logical_block_size);
                 // Header and status are not data. A transfer has one direction.
                 let bytes = match header.kind {
-                    request_type::IN => layout.writable_bytes - 1,
-                    _ => layout.readable_bytes - u64::from(super::HEADER_BYTES),
+                    request_type::IN => writable - 1,
+                    _ => readable - u64::from(HEADER_BYTES),
                 };
                 let at = sector.wrapping_mul(SECTOR_SIZE);
                 let whole = |unit: u64| (at | bytes).is_multiple_of(unit);
                 if whole(SECTOR_SIZE) && !whole(block.into()) {
-                    odd.misaligned = true;
-                    odd.now = Some(Odd::Misaligned {
+                    self.misaligned = true;
+                    self.now = Some(Odd::Misaligned {
                         sector,
                         bytes,
                         block,
