@@ -22,7 +22,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use crate::disk::registry::Roster;
-use crate::server::fd_limit::TurnAway;
+use crate::sys::fds::TurnAway;
 use crate::sys::listener::Stop;
 use crate::takeover::Giver;
 

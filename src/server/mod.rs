@@ -34,11 +34,10 @@ use crate::disk::registry::{Groups, Roster};
 use crate::disk::size_watch::GrowthWatch;
 use crate::disk::summary::Summary;
 use crate::sandbox;
-use crate::server::fd_limit::TurnAway;
 use crate::sys::clock::Clock;
+use crate::sys::fds::{self, TurnAway, open_fd_table};
 use crate::sys::listener::{Door, Stop};
 use crate::takeover::{Beginning, ControlSocket, Giver, Inheritance, Predecessor};
-use crate::vhost_user::guard::open_fd_table;
 use crate::vhost_user::handover::RestPlace;
 use crate::vhost_user::loopback::Junction;
 use crate::vhost_user::session::DiskServer;
@@ -119,7 +118,7 @@ pub fn run(config: Config) -> Result<(), StartError> {
         events,
     };
     let servers = service.servers(&Arc::new(junction), listeners_from);
-    fd_limit::settle(service.roster.disks().len());
+    fds::settle(service.roster.disks().len());
     let Doors { disks, control } = doors;
     let (inheritance, control) = service.inherit(&config, predecessor, &servers, control, clock)?;
     // All that can fail is done before the disks are ours: a take-over that fails leaves them to the other daemon.

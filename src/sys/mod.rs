@@ -3,6 +3,8 @@
 pub mod clock;
 pub mod cpu_list;
 pub mod dying;
+pub mod fds;
 pub mod filesystem;
 pub mod listener;
+pub mod own_sockets;
 pub mod sigbus;

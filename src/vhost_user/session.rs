@@ -27,7 +27,7 @@ use super::guard::{
 };
 use super::handover::{AtRest, CarriedListener, RestPlace, RestingSession, Verdict, Woken};
 use crate::disk::Disk;
-use crate::server::fd_limit::{self, Share, TurnAway, UsedUp};
+use crate::sys::fds::{self, Share, TurnAway, UsedUp};
 use crate::sys::listener::{Door, SocketFile, Stop, pass_descriptors};
 use crate::takeover::Beginning;
 use crate::vhost_user::loopback::Junction;
@@ -95,7 +95,7 @@ impl DiskServer {
         let Beginning { door, session } = beginning;
         let (mut door, connected) = match door {
             Some(Door::Listening(listener, file)) => {
-                let listener = fd_limit::number_from(listener.into(), self.listeners_from).into();
+                let listener = fds::number_from(listener.into(), self.listeners_from).into();
                 (Some(Listening { listener, file }), None)
             }
             Some(Door::Connected(stream)) => (None, Some(stream)),

@@ -19,7 +19,7 @@ use rustix::process::{Gid, Uid};
 use self::owner::{Knock, knock};
 use self::turn::Turn;
 use crate::error::StartError;
-use crate::vhost_user::guard::remember_socket;
+use crate::sys::own_sockets::remember_socket;
 
 /// Connections that may wait to be accepted: as many as the system allows (net.core.somaxconn), which is
 /// what the standard library takes for its listeners.

@@ -25,7 +25,7 @@ use super::dirty_log::Unlogged;
 use super::vring::{GuestMemory, SessionState, Vring};
 use crate::disk::CacheError;
 use crate::disk::device_state::DeviceState;
-use crate::server::fd_limit;
+use crate::sys::fds;
 use crate::vhost_user::guard::config_read_from;
 
 /// One session's device.
@@ -105,12 +105,11 @@ impl VhostUserBackend for DeviceBackend {
 
     fn protocol_features(&self) -> VhostUserProtocolFeatures {
         // The guard answers its messages.
-        let inflight =
-            match fd_limit::may_be_made(region_bytes(self.session.disk().config.num_queues)) {
-                true => VhostUserProtocolFeatures::INFLIGHT_SHMFD,
-                // It could not keep what was offered. This was said at the start.
-                false => VhostUserProtocolFeatures::empty(),
-            };
+        let inflight = match fds::may_be_made(region_bytes(self.session.disk().config.num_queues)) {
+            true => VhostUserProtocolFeatures::INFLIGHT_SHMFD,
+            // It could not keep what was offered. This was said at the start.
+            false => VhostUserProtocolFeatures::empty(),
+        };
         inflight
             | VhostUserProtocolFeatures::MQ
             | VhostUserProtocolFeatures::CONFIG

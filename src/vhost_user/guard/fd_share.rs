@@ -7,7 +7,7 @@ use vhost::vhost_user::message::FrontendReq;
 
 use super::refusal::Reason;
 use super::wire::{Message, u64_at};
-use crate::server::fd_limit::{Share, UsedUp};
+use crate::sys::fds::{Share, UsedUp};
 
 /// What a kick, a call or an error becomes: what negotiates has one, the control plane one, and the ring's worker one.
 const OF_A_RINGS: u64 = 3;

@@ -56,12 +56,11 @@ pub use config_notifier::ConfigNotifier;
 pub use dirty_log::LogKeeper;
 pub use inflight::{CarriedInflight, InflightStore, NoteKeeper};
 pub use payload_checks::read_from as config_read_from;
-pub use received_fds::open_fd_table;
 pub use refusal::{Reason, Refusal, RequestName};
 pub use snapshot::{CarriedRegion, CarriedRing, CarriedSession, Negotiated, PrimeError};
-pub use stream_sockets::remember_socket;
 
-use crate::server::fd_limit::Share;
+use crate::sys::fds::{Share, open_fd_table};
+use crate::sys::own_sockets::remember_socket;
 use barrier::Rest;
 pub use barrier::Served;
 use config_notifier::Channel;

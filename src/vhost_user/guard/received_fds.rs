@@ -1,13 +1,13 @@
 //! What a received file descriptor is, asked of the kernel and not of the one who sent it.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::sync::OnceLock;
+use std::os::fd::{AsRawFd, OwnedFd};
 
-use rustix::fs::{FileType, Mode, OFlags, fcntl_getfl, fstat, fstatfs, open, readlinkat};
+use rustix::fs::{FileType, OFlags, fcntl_getfl, fstat, fstatfs, readlinkat};
 use rustix::net::sockopt::{socket_domain, socket_type};
 use rustix::net::{AddressFamily, SocketType};
 
+use crate::sys::fds::open_fd_table;
 use crate::sys::filesystem::FileSystem;
 
 /// What stands behind a file descriptor, as far as a session cares.
@@ -115,34 +115,6 @@ fn file_system(file: &OwnedFd) -> io::Result<FileSystem> {
     Ok(FileSystem::from_magic(number, block))
 }
 
-/// Opens `/proc/self/fd`, which tells an eventfd from other anonymous inodes; `fstat` does not.
-///
-/// It is opened once for the process and kept, so that sessions work where `/proc` cannot be
-/// reached later, inside a sandbox.
-///
-/// # Errors
-///
-/// `/proc` is not mounted or may not be read.
-pub fn open_fd_table() -> io::Result<BorrowedFd<'static>> {
-    static TABLE: OnceLock<OwnedFd> = OnceLock::new();
-    if let Some(table) = TABLE.get() {
-        return Ok(table.as_fd());
-    }
-    let table = open(
-        "/proc/self/fd",
-        OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
-        Mode::empty(),
-    )
-    .map_err(|errno| {
-        let error = io::Error::from(errno);
-        io::Error::new(
-            error.kind(),
-            format!("cannot open /proc/self/fd, mount /proc: {error}"),
-        )
-    })?;
-    Ok(TABLE.get_or_init(|| table).as_fd())
-}
-
 /// Where the kernel says that `fd` points, such as `anon_inode:[eventfd]` or `pipe:[1234]`.
 fn link(fd: &OwnedFd) -> io::Result<String> {
     let target = readlinkat(open_fd_table()?, fd.as_raw_fd().to_string(), Vec::new())?;
@@ -154,6 +126,7 @@ fn link(fd: &OwnedFd) -> io::Result<String> {
 mod tests {
     use super::*;
     use rustix::event::{EventfdFlags, eventfd};
+    use rustix::fs::{Mode, open};
     use std::os::unix::net::{UnixDatagram, UnixStream};
 
     #[test]

@@ -1,20 +1,11 @@
 //! Limits of the process that concern files: how many file descriptors it may need and may have, and how large its
 //! files may be.
 
-mod budget;
-mod turn_away;
-
-use std::os::fd::OwnedFd;
-
-use rustix::io::fcntl_dupfd_cloexec;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use crate::config::DiskConfig;
 use crate::vhost_user::guard::MAX_REGIONS;
 use crate::virtio::inflight::region_bytes;
-
-pub use self::budget::{Share, UsedUp, settle};
-pub use self::turn_away::TurnAway;
 
 /// Descriptors of one queue: kick, call and error, each held by the control plane, by what negotiates and
 /// by the worker.
@@ -65,17 +56,11 @@ pub fn allow_large(disks: &[DiskConfig]) {
     }
 }
 
-/// Whether this process may make a file of so many bytes, in memory as well.
-pub fn may_be_made(bytes: usize) -> bool {
-    let limit = getrlimit(Resource::Fsize).current;
-    limit.is_none_or(|limit| bytes as u64 <= limit)
-}
-
 /// The highest number that is asked for: the kernel's table of descriptors is as long as its highest number.
 const HIGHEST_NUMBER: u64 = 1 << 16;
 
 /// Allows as many descriptors as the system lets us have, and says so if that may not be enough. Returns the
-/// number from which on listeners are to be; see [`number_from`].
+/// number from which on listeners are to be; see [`crate::sys::fds::number_from`].
 pub fn allow(disks: &[DiskConfig]) -> i32 {
     let limit = getrlimit(Resource::Nofile);
     let raised = Rlimit {
@@ -100,22 +85,4 @@ pub fn allow(disks: &[DiskConfig]) -> i32 {
     let listeners = disks.len() as u64;
     let last = now.unwrap_or(u64::MAX).saturating_sub(listeners);
     i32::try_from(most.min(HIGHEST_NUMBER).min(last)).expect("HIGHEST_NUMBER has 17 bits")
-}
-
-/// The same open file under a descriptor of the lowest free number that is not below `least`.
-///
-/// A process that is killed lets go of high numbers first (the kernel's task work is a stack: close_files in
-/// fs/file.c, task_work_run in kernel/task_work.c). So a listener above all connections is closed before them,
-/// and a front end that connects the moment it sees the hang-up is refused, and not reset.
-pub fn number_from(fd: OwnedFd, least: i32) -> OwnedFd {
-    match fcntl_dupfd_cloexec(&fd, least) {
-        Ok(high) => high,
-        Err(errno) => {
-            log::warn!(
-                "a listening socket stays below its connections, because no descriptor from {least} on is to be \
-                 had: {errno}; raise the limit of open files (ulimit -n)"
-            );
-            fd
-        }
-    }
 }

@@ -6,7 +6,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
 use std::time::{Duration, Instant};
 
-use crate::vhost_user::guard::open_fd_table;
+use super::open_fd_table;
 
 /// Lines that may come at once.
 const BURST: u32 = 100;

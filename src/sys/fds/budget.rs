@@ -9,7 +9,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use rustix::fs::fstat;
 use rustix::process::{Resource, getrlimit};
 
-use crate::vhost_user::guard::open_fd_table;
+use super::open_fd_table;
 
 /// Kept for the control socket's connections, and a few that are open for a moment.
 const KEPT: u64 = 16;
