@@ -5,7 +5,6 @@
 use std::process::ExitCode;
 
 use vhost_user_blkmq::cli::{self, Invocation};
-use vhost_user_blkmq::config::Config;
 use vhost_user_blkmq::error::StartError;
 use vhost_user_blkmq::logging;
 use vhost_user_blkmq::logging::fatal;
@@ -32,7 +31,7 @@ fn run() -> Result<(), StartError> {
         }
         Invocation::Serve(arguments) => arguments,
     };
-    let config = Config::from_arguments(*arguments)?;
+    let config = arguments.resolve()?;
     logging::init(config.log);
     server::run(config)
 }

@@ -120,7 +120,7 @@ fn daemon() -> &'static Daemon {
         let Ok(Invocation::Serve(arguments)) = cli::parse(argv) else {
             panic!("the arguments are right");
         };
-        let config = Config::from_arguments(*arguments).expect("the configuration is right");
+        let config = arguments.resolve().expect("the configuration is right");
         thread::spawn(move || {
             server::run(config).expect("the daemon starts");
             panic!("the daemon ended");

@@ -14,7 +14,7 @@ use clap::{Parser, Subcommand};
 use serde_json::{Map, Value, json};
 
 use vhost_user_blkmq::cli::parse_size;
-use vhost_user_blkmq::cli::tuning::{parse_limit, parse_param};
+use vhost_user_blkmq::config::tuning::{parse_limit, parse_param};
 use vhost_user_blkmq::control::client::{ClientError, ask, encode};
 use vhost_user_blkmq::control::show;
 

@@ -15,26 +15,23 @@ use crate::mq::cpumap::MapKind;
 use crate::mq::limits::MAX_QUEUES;
 use crate::mq::throttle::Limits;
 
-pub use self::choices::{
-    CacheMode, Discard, EngineKind, LockWhen, LogLevel, OnError, OnTimeout, PollDevice,
-    SummaryFormat, Switch,
-};
-pub use self::coalesce::Coalesce;
-use self::coalesce::parse_coalesce;
-pub use self::safety::{DiskSafety, ProcessSafety, SandboxLayers, UserName};
-use self::tuning::{
-    Group, Scheduler, parse_group, parse_group_name, parse_limits, parse_scheduler,
-};
-pub use self::values::{SERIAL_MAX_BYTES, parse_size};
+pub use self::safety::{DiskSafety, ProcessSafety};
+pub use self::values::parse_size;
 use self::values::{
     parse_block_size, parse_queue_map, parse_queue_size, parse_serial, split_pairs,
 };
+use crate::config::choices::{
+    CacheMode, Discard, EngineKind, LogLevel, OnTimeout, SummaryFormat, Switch,
+};
+use crate::config::coalesce::Coalesce;
+use crate::config::coalesce::parse_coalesce;
+use crate::config::tuning::{
+    Group, Scheduler, parse_group, parse_group_name, parse_limits, parse_scheduler,
+};
 use crate::sys::cpu_list::CpuList;
 
-mod choices;
-mod coalesce;
+mod resolve;
 mod safety;
-pub mod tuning;
 mod values;
 
 /// What `--print-capabilities` prints, as the conventions for vhost-user backend programs define it

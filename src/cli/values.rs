@@ -1,10 +1,8 @@
 //! Values on the command line: text that becomes a number or a name, or says what it should have been.
 
+use crate::config::SERIAL_MAX_BYTES;
 use crate::mq::cpumap::MapKind;
 use crate::mq::limits::MAX_RING_SIZE;
-
-/// Bytes of a serial number: VIRTIO_BLK_T_GET_ID fills a field of this size (virtio 1.3, 5.2.6).
-pub const SERIAL_MAX_BYTES: usize = 20;
 
 /// Splits at single commas; two in a row are one that belongs to the text.
 pub(super) fn split_pairs(text: &str) -> Vec<String> {

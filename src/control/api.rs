@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, TryLockError};
 
 use serde_json::json;
 
-use crate::cli::tuning::parse_group_name;
+use crate::config::tuning::parse_group_name;
 use crate::disk::Disk;
 use crate::disk::registry::Roster;
 use crate::disk::summary::{TraceReport, Traced};

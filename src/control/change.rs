@@ -7,7 +7,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 
-use crate::cli::tuning::{check_rate, parse_rate, scheduler, set_limit};
+use crate::config::tuning::{check_rate, parse_rate, scheduler, set_limit};
 use crate::disk::registry::Roster;
 use crate::disk::{Disk, Membership, Switch};
 use crate::mq::elevator::Params;

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
-use crate::cli::tuning::list_limits;
+use crate::config::tuning::list_limits;
 use crate::config::{CacheMode, ImageSource};
 use crate::disk::Disk;
 use crate::disk::registry::Roster;

@@ -97,7 +97,6 @@ impl Disk {
 mod tests {
     use super::*;
     use crate::cli::{self, Invocation};
-    use crate::config::Config;
     use crate::disk::worker_id;
     use crate::image::Image;
     use crate::mq::ids::{DiskId, QueueId};
@@ -139,7 +138,7 @@ mod tests {
         let Ok(Invocation::Serve(arguments)) = cli::parse(words.split(' ').map(Into::into)) else {
             panic!("that is a disk")
         };
-        let config = Config::from_arguments(*arguments).expect("a disk");
+        let config = arguments.resolve().expect("a disk");
         let config = config.disks.into_iter().next().expect("one disk");
         let image = Image::open(&config).expect("no image at all");
         let pool = Arc::clone(pool);

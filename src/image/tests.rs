@@ -6,7 +6,7 @@ use tempfile::TempDir;
 
 use super::direct_io::{reads, tried_memory_align, tried_offset_align};
 use super::*;
-use crate::cli::{CacheMode, EngineKind};
+use crate::config::{CacheMode, EngineKind};
 use crate::config::{PollDevice, Scheduler, SocketSource};
 use crate::mq::cpumap::MapKind;
 use crate::mq::throttle::Limits;

@@ -14,7 +14,7 @@ use std::os::fd::OwnedFd;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use crate::cli::tuning::{Scheduler, list_limits, scheduler, set_limit};
+use crate::config::tuning::{Scheduler, list_limits, scheduler, set_limit};
 use crate::mq::elevator::Params;
 use crate::mq::throttle::{Limits, Rate};
 

@@ -1,16 +1,20 @@
 use std::ffi::OsString;
 
-use super::*;
-use crate::cli::tuning::{parse_group, parse_limits};
 use crate::cli::{Invocation, parse};
+use crate::config::tuning::{parse_group, parse_limits};
+use log::LevelFilter;
+
+use super::*;
+use crate::config::*;
 use crate::mq::elevator::{KyberParams, Params};
+use crate::mq::throttle::Limits;
 
 fn config(words: &[&str]) -> Result<Config, StartError> {
     let argv = std::iter::once("vhost-user-blkmq")
         .chain(words.iter().copied())
         .map(OsString::from);
     match parse(argv).expect("the words themselves are good") {
-        Invocation::Serve(arguments) => Config::from_arguments(*arguments),
+        Invocation::Serve(arguments) => arguments.resolve(),
         Invocation::Print(text) => panic!("printed {text:?}"),
     }
 }

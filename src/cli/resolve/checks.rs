@@ -2,10 +2,12 @@
 
 use std::path::Path;
 
-use crate::cli::tuning::Group;
+use crate::config::tuning::Group;
 use crate::error::StartError;
 
-use super::{DiskConfig, OnError, SocketSource, usage};
+use crate::config::{DiskConfig, OnError, SocketSource};
+
+use super::usage;
 
 /// Two disks on one socket would take each other's front end.
 pub(super) fn no_socket_twice(disks: &[DiskConfig]) -> Result<(), StartError> {
