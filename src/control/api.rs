@@ -11,10 +11,10 @@ use serde_json::json;
 use crate::config::tuning::parse_group_name;
 use crate::disk::Disk;
 use crate::disk::registry::Roster;
-use crate::disk::summary::{TraceReport, Traced};
 use crate::mq::ids::HctxId;
 use crate::mq::limits::MAX_GROUPS;
 use crate::takeover::Giver;
+use crate::worker::counts::{TraceReport, Traced};
 
 use super::change::{self, DiskChange};
 use super::http::{Request, Response};

@@ -137,7 +137,12 @@ impl Disk {
             shape,
             space,
             dealt,
-            hold: Arc::new(Hold::new(workers.clone())),
+            hold: Arc::new(Hold::new(
+                workers
+                    .iter()
+                    .map(|worker| worker.waker().clone())
+                    .collect(),
+            )),
             workers,
             dedicated: Dedicated::from(dedicated),
             scheduler: Mutex::new(Params::None),

@@ -13,11 +13,10 @@ use crate::mq::throttle::{Limits, Throttle};
 use crate::mq::trace::Action;
 use crate::sys::cpu_list::CpuList;
 
-use super::summary::{
-    DiskSummary, QueueSummary, Summary, TraceReport, WorkerReport, WorkerSummary,
-};
+use super::summary::{DiskSummary, QueueSummary, Summary, WorkerSummary};
 use super::{Disk, Membership};
 use crate::sys::clock::Clock;
+use crate::worker::counts::{TraceReport, WorkerReport};
 use crate::worker::io_errors::DiskFaults;
 use crate::worker::message::{Message, Reply, WorkerHandle, ask_all_within};
 

@@ -19,8 +19,8 @@ use crate::config::SocketSource;
 use crate::mq::limits::MAX_RING_SIZE;
 
 use super::device::backend::DeviceBackend;
-use super::device::dirty_log::Unlogged;
-use super::device::vring::{GuestMemory, SessionState, bind};
+use super::device::noop_bitmap::NoopBitmap;
+use super::device::session_state::vring::{GuestMemory, SessionState, bind};
 use super::guard::{
     CarriedSession, ConfigNotifier, FDS_TO_BEGIN, Guard, LogKeeper, PrimeError, Reason, Served,
     SessionEnd, SessionLimits,
@@ -314,7 +314,7 @@ impl Session {
     ) -> io::Result<Session> {
         let disk = Arc::clone(&server.disk);
         let backend = Arc::new(DeviceBackend::new(Arc::clone(state)));
-        let memory = GuestMemoryAtomic::new(GuestMemoryMmap::<Unlogged>::new());
+        let memory = GuestMemoryAtomic::new(GuestMemoryMmap::<NoopBitmap>::new());
         let name = format!("session-{}", disk.id);
         let mut daemon = bind(state, || {
             VhostUserDaemon::new(name, Arc::clone(&backend), memory.clone())

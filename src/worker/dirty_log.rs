@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::Worker;
 use crate::mq::ids::{DiskId, HctxId};
-use crate::vhost_user::device::dirty_log::DiskLog;
+use crate::virtio::dirty_log::DiskLog;
 use crate::worker::message::Reply;
 
 impl Worker {

@@ -4,19 +4,11 @@
 //! called for before the answer, rings that take nothing are not armed for kicks, and kicks are never
 //! read from their eventfd, so they are still there for whoever serves the rings next.
 
-use crate::mq::ids::{DiskId, HctxId, QueueId};
+use crate::mq::ids::{DiskId, HctxId};
 
 use super::mailbox::Pending;
 use super::{Worker, heat, open_port};
-use crate::worker::message::Reply;
-
-/// The rings of a held disk: the next avail index of each. An error if the disk waits for its user after an I/O error
-/// (`--on-error`): what failed is to be tried again and was not answered, so it is in flight until then.
-pub type HeldRings = Result<Vec<(QueueId, u16)>, WaitsAfterError>;
-
-/// See [`HeldRings`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct WaitsAfterError;
+use crate::worker::message::{HeldRings, Reply, WaitsAfterError};
 
 impl Worker {
     /// Begins to hold a disk: no more is taken.

@@ -14,11 +14,11 @@ use crate::virtio::memory::MemoryTable;
 use super::coalesce::Patience;
 use super::drain::Taken;
 use super::error_policy::Care;
-use super::handover::HeldRings;
+use super::message::HeldRings;
 use super::queue::Port;
 use super::report::report_of;
 use super::{LOOK_FOR_LOSSES, Worker, WorkerDisk, heat, open_port};
-use crate::disk::summary::WorkerReport;
+use crate::worker::counts::WorkerReport;
 use crate::worker::message::{FdRole, Message, Reply};
 
 /// What waits for requests in flight to end.

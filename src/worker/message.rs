@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use crate::config::{Coalesce, OnError};
 use crate::engine::{SyncFault, Target, Waker};
 use crate::mq::elevator::{ParamError, Params};
-use crate::mq::ids::{DiskId, RingId, WorkerId};
+use crate::mq::ids::{DiskId, QueueId, RingId, WorkerId};
 use crate::mq::throttle::Throttle;
 use crate::mq::trace::Action;
 use crate::virtio::geometry::DiskShape;
@@ -21,12 +21,11 @@ use crate::virtio::inflight::InflightQueue;
 use crate::virtio::memory::MemoryTable;
 use crate::virtio::ring::{RingError, RingSetup};
 
-use super::HeldRings;
 use super::io_errors::Hold;
-use crate::disk::summary::{TraceReport, WorkerReport};
 use crate::server::placement::Seat;
 use crate::sys::listener::Stop;
-use crate::vhost_user::device::dirty_log::DiskLog;
+use crate::virtio::dirty_log::DiskLog;
+use crate::worker::counts::{TraceReport, WorkerReport};
 
 /// A ring the front end has finished describing.
 #[derive(Debug)]
@@ -63,6 +62,14 @@ pub enum FdRole {
     /// SET_VRING_ERR
     Err,
 }
+
+/// The rings of a held disk: the next avail index of each. An error if the disk waits for its user after an I/O error
+/// (`--on-error`): what failed is to be tried again and was not answered, so it is in flight until then.
+pub type HeldRings = Result<Vec<(QueueId, u16)>, WaitsAfterError>;
+
+/// See [`HeldRings`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WaitsAfterError;
 
 /// What can be asked of a worker.
 #[derive(Debug)]
@@ -221,9 +228,9 @@ impl WorkerHandle {
         self.id
     }
 
-    /// Has the worker look around without a message.
-    pub fn nudge(&self) {
-        self.waker.wake();
+    /// What has the worker look around without a message.
+    pub fn waker(&self) -> &Waker {
+        &self.waker
     }
 
     /// Where it lives.

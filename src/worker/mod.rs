@@ -10,6 +10,7 @@
 //! Nothing in here locks, and nothing sleeps but `wait`.
 
 mod coalesce;
+pub mod counts;
 mod debt;
 pub mod dedicated;
 mod dirty_log;
@@ -51,16 +52,16 @@ use self::coalesce::Patience;
 use self::drain::{Intake, Taken};
 use self::driver::EngineDriver;
 use self::error_policy::{Care, failed};
-pub use self::handover::{HeldRings, WaitsAfterError};
 use self::mailbox::Pending;
+pub use self::message::{HeldRings, WaitsAfterError};
 use self::polling::Spin;
 use self::queue::{Port, heat, touch};
 use self::trace::Named;
 use self::watchdog::Watchdog;
-use crate::disk::summary::QueueReport;
 use crate::server::placement::{Load, Seat};
 use crate::sys::clock::Clock;
-use crate::vhost_user::device::dirty_log::DiskLog;
+use crate::virtio::dirty_log::DiskLog;
+use crate::worker::counts::QueueReport;
 use crate::worker::message::{Message, WorkerHandle};
 
 /// A worker that finds nothing reads the clock once in this many turns: the reading would be most of

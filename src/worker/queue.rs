@@ -5,9 +5,9 @@ use std::sync::Arc;
 use crate::engine::{CallSlot, Engine};
 use crate::virtio::ring::Ring;
 
-use crate::disk::summary::RingStats;
 use crate::mq::ids::{HctxId, RingId};
 use crate::sys::listener::Stop;
+use crate::worker::counts::RingStats;
 
 /// What keeps a ring from being drained, beside being empty.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -6,7 +6,7 @@ use std::time::Duration;
 use crate::mq::ids::{DiskId, HctxId, RingId, WorkerId};
 
 use super::Worker;
-use crate::disk::summary::{QueueReport, WorkerReport};
+use crate::worker::counts::{QueueReport, WorkerReport};
 
 impl Worker {
     /// Counts of the rings that were stopped and of those that run.

@@ -5,7 +5,7 @@ use crate::virtio::ring::{Ring, RingError};
 
 use super::queue::{Gates, Port};
 use super::{LOOK_FOR_LOSSES, Worker, open_disk};
-use crate::disk::summary::RingStats;
+use crate::worker::counts::RingStats;
 use crate::worker::message::{FdRole, StartRing};
 
 impl Worker {

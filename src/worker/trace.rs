@@ -6,7 +6,7 @@
 use crate::mq::trace::Action;
 
 use super::Worker;
-use crate::disk::summary::{TraceReport, Traced};
+use crate::worker::counts::{TraceReport, Traced};
 
 /// Events of rings that have ended since, until somebody takes them.
 #[derive(Debug, Default)]

@@ -1,9 +1,9 @@
 //! Which counters there are, under which names.
 
-use crate::disk::summary::QueueReport;
 use crate::engine::EngineCounters;
 use crate::mq::stats::diskstats::{Direction, DiskStats};
 use crate::mq::stats::histogram::Histogram;
+use crate::worker::counts::QueueReport;
 
 use super::seconds;
 

@@ -6,8 +6,8 @@ use std::fmt::Write as _;
 use std::time::UNIX_EPOCH;
 
 use crate::disk::registry::Roster;
-use crate::disk::summary::{QueueReport, WorkerReport};
 use crate::mq::stats::histogram::Histogram;
+use crate::worker::counts::{QueueReport, WorkerReport};
 
 use self::columns::{DISK_COLUMNS, QUEUE_COLUMNS, QUEUE_TIMES, WORKER_COUNTERS};
 

@@ -1,5 +1,5 @@
 //! The device, as vhost-user-backend sees it: features, configuration space, memory. Rings are
-//! [`super::vring`]'s.
+//! [`super::session_state::vring`]'s.
 
 use std::fmt;
 use std::fs::File;
@@ -21,8 +21,8 @@ use crate::virtio::features;
 use crate::virtio::inflight::region_bytes;
 use crate::virtio::memory::MemoryTable;
 
-use super::dirty_log::Unlogged;
-use super::vring::{GuestMemory, SessionState, Vring};
+use super::noop_bitmap::NoopBitmap;
+use super::session_state::vring::{GuestMemory, SessionState, Vring};
 use crate::disk::CacheError;
 use crate::disk::device_state::DeviceState;
 use crate::sys::fds;
@@ -79,7 +79,7 @@ impl DeviceBackend {
 }
 
 impl VhostUserBackend for DeviceBackend {
-    type Bitmap = Unlogged;
+    type Bitmap = NoopBitmap;
     type Vring = Vring;
 
     fn num_queues(&self) -> usize {
@@ -243,7 +243,7 @@ impl VhostUserBackend for DeviceBackend {
 /// Whether a page fault in a region may wait for a disk's file system: while that is frozen, or slow, the
 /// worker that touches the page waits as well. The session guard lets no memory pass for which another
 /// program or another machine answers.
-fn may_wait(region: &GuestRegionMmap<Unlogged>) -> bool {
+fn may_wait(region: &GuestRegionMmap<NoopBitmap>) -> bool {
     let Some(file) = region.file_offset() else {
         return false;
     };

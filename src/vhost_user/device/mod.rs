@@ -1,7 +1,5 @@
 //! What the vhost-user crate drives: the device and its rings.
 
 pub mod backend;
-pub mod dirty_log;
-mod session_end;
-mod session_state;
-pub mod vring;
+pub mod noop_bitmap;
+pub mod session_state;

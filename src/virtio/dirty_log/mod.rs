@@ -5,6 +5,9 @@
 //! then, so what is written after the mark would be lost.
 
 mod bits;
+mod disk;
+
+pub use disk::DiskLog;
 
 use std::fmt;
 use std::io;

@@ -4,9 +4,7 @@ mod times;
 
 use serde::Serialize;
 
-use crate::engine::Errno;
-
-use super::message::WorkerHandle;
+use crate::engine::{Errno, Waker};
 
 pub use self::times::{Followed, Times};
 
@@ -84,12 +82,12 @@ pub struct DiskFaults {
 #[derive(Debug)]
 pub struct Hold {
     times: Times,
-    workers: Vec<WorkerHandle>,
+    workers: Vec<Waker>,
 }
 
 impl Hold {
-    /// Of a disk that these workers serve.
-    pub fn new(workers: Vec<WorkerHandle>) -> Hold {
+    /// Of a disk that the workers serve which these wake.
+    pub fn new(workers: Vec<Waker>) -> Hold {
         Hold {
             times: Times::default(),
             workers,
@@ -105,7 +103,7 @@ impl Hold {
     pub fn begin(&self, own: &mut Followed) {
         own.begin(&self.times);
         // Ordered by the waker's write before whatever the others read after it.
-        self.workers.iter().for_each(WorkerHandle::nudge);
+        self.workers.iter().for_each(Waker::wake);
     }
 }
 

@@ -6,34 +6,12 @@
 //! from the crate. Each change reaches all workers before its message is answered.
 
 use std::collections::BTreeMap;
-use std::io;
 use std::sync::{Arc, MutexGuard, PoisonError};
 
-use vhost_user_backend::bitmap::{BitmapReplace, MemRegionBitmap, MmapLogReg};
-use vm_memory::GuestMemoryRegion;
-use vm_memory::bitmap::{Bitmap, BitmapSlice, WithBitmapSlice};
-use vm_memory::mmap::NewBitmap;
-
 use super::vring::SessionState;
-use crate::mq::ids::QueueId;
 use crate::vhost_user::guard::LogKeeper;
-use crate::virtio::dirty_log::DirtyLog;
+use crate::virtio::dirty_log::{DirtyLog, DiskLog};
 use crate::worker::message::Message;
-
-/// What a disk's workers need to know to mark pages.
-#[derive(Clone, Debug)]
-pub struct DiskLog {
-    /// The log.
-    pub log: Arc<DirtyLog>,
-    used: BTreeMap<u32, u64>,
-}
-
-impl DiskLog {
-    /// Where the used ring of `queue` is logged, if somewhere else than where it is.
-    pub fn used_at(&self, queue: QueueId) -> Option<u64> {
-        self.used.get(&u32::from(queue.0)).copied()
-    }
-}
 
 /// A session's log.
 #[derive(Debug, Default)]
@@ -82,12 +60,11 @@ impl SessionState {
     }
 
     fn tell_log(&self, logging: &Logging) {
-        let log = logging.log.as_ref().filter(|_| logging.all).map(|log| {
-            Arc::new(DiskLog {
-                log: Arc::clone(log),
-                used: logging.used.clone(),
-            })
-        });
+        let log = logging
+            .log
+            .as_ref()
+            .filter(|_| logging.all)
+            .map(|log| Arc::new(DiskLog::new(Arc::clone(log), logging.used.clone())));
         let disk = self.disk();
         disk.tell_workers(|done| Message::SetLog(disk.id, log.clone(), done));
     }
@@ -130,45 +107,4 @@ impl LogKeeper for SessionState {
             self.tell_log(&logging);
         }
     }
-}
-
-/// The crate's bitmap of a memory region, of which we want nothing: it is there to be handed a log, as the
-/// crate does before it answers SET_LOG_BASE.
-#[derive(Clone, Debug, Default)]
-pub struct Unlogged;
-
-impl Bitmap for Unlogged {
-    fn mark_dirty(&self, _offset: usize, _len: usize) {}
-
-    fn dirty_at(&self, _offset: usize) -> bool {
-        false
-    }
-
-    fn slice_at(&self, _offset: usize) -> Unlogged {
-        Unlogged
-    }
-}
-
-impl BitmapSlice for Unlogged {}
-
-impl WithBitmapSlice<'_> for Unlogged {
-    type S = Unlogged;
-}
-
-impl NewBitmap for Unlogged {
-    fn with_len(_len: usize) -> Unlogged {
-        Unlogged
-    }
-}
-
-impl MemRegionBitmap for Unlogged {
-    fn new<R: GuestMemoryRegion>(_region: &R, _log: Arc<MmapLogReg>) -> io::Result<Unlogged> {
-        Ok(Unlogged)
-    }
-}
-
-impl BitmapReplace for Unlogged {
-    type InnerBitmap = Unlogged;
-
-    fn replace(&self, _bitmap: Unlogged) {}
 }

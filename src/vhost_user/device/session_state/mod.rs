@@ -8,26 +8,30 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use crate::mq::ids::RingId;
 use crate::virtio::memory::MemoryTable;
 
-use super::super::device::dirty_log::Logging;
+use super::super::device::session_state::dirty_log::Logging;
 use super::super::guard::{InflightStore, NoteKeeper};
-use super::session_end::EndFromWithin;
-use super::vring::Vring;
+use super::session_state::session_end::EndFromWithin;
+use super::session_state::vring::Vring;
 use crate::disk::Disk;
 use crate::sys::listener::Stop;
 use crate::worker::dedicated::DedicateError;
 use crate::worker::message::{Message, Reply};
 
+pub mod dirty_log;
+mod session_end;
+pub mod vring;
+
 /// What all rings of one session share.
 #[derive(Debug)]
 pub struct SessionState {
-    pub(super) disk: Arc<Disk>,
+    disk: Arc<Disk>,
     /// The memory the front end has shared, as the workers use it.
-    pub(super) memory: RwLock<Option<Arc<MemoryTable>>>,
+    memory: RwLock<Option<Arc<MemoryTable>>>,
     /// Said when some of it was taken away.
-    pub(super) memory_lost: Arc<Stop>,
-    pub(super) inflight: Arc<InflightStore>,
-    pub(super) rings: Mutex<Vec<Vring>>,
-    pub(super) end: EndFromWithin,
+    memory_lost: Arc<Stop>,
+    inflight: Arc<InflightStore>,
+    rings: Mutex<Vec<Vring>>,
+    end: EndFromWithin,
     /// The device's state was saved, and nothing was set up since.
     saved: AtomicBool,
     /// What is logged while the guest migrates.

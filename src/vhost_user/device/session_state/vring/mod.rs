@@ -22,14 +22,14 @@ use crate::mq::ids::{QueueId, RingId};
 use crate::mq::limits::MAX_RING_SIZE;
 use crate::virtio::ring::{RingError, RingSetup};
 
-use super::dirty_log::Unlogged;
+use crate::vhost_user::device::noop_bitmap::NoopBitmap;
 use crate::worker::message::{FdRole, Message, Reply, StartRing};
 
 pub use crate::vhost_user::device::session_state::SessionState;
 use resume_in_place::Closing;
 
 /// Guest memory as the crate hands it out. The data path does not go through it.
-pub type GuestMemory = GuestMemoryAtomic<GuestMemoryMmap<Unlogged>>;
+pub type GuestMemory = GuestMemoryAtomic<GuestMemoryMmap<NoopBitmap>>;
 
 thread_local! {
     /// The session whose rings are being made on this thread: `VringT::new` is told nothing.
