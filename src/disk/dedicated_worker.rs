@@ -100,9 +100,9 @@ mod tests {
     use crate::disk::worker_id;
     use crate::image::Image;
     use crate::mq::ids::{DiskId, QueueId};
-    use crate::server::placement::{Load, Seat};
     use crate::sys::clock::Clock;
     use crate::virtio::memory::MemoryTable;
+    use crate::worker::affinity::{Affinity, Load};
     use crate::worker::{WorkerOptions, spawn};
     use vm_memory::{GuestAddress, GuestMemoryMmap};
 
@@ -119,7 +119,7 @@ mod tests {
                 on_timeout: crate::config::OnTimeout::Report,
                 clock: Clock::start(),
             };
-            let start = |index| spawn(worker_id(index), options, Seat::default());
+            let start = |index| spawn(worker_id(index), options, Affinity::default());
             Workers((0..count).map(|i| start(i).expect("a worker").0).collect())
         }
     }

@@ -3,9 +3,10 @@
 
 use std::sync::{MutexGuard, PoisonError};
 
+use std::fmt;
+
 use super::Disk;
 use super::write_cache::CacheState;
-use crate::vhost_user::guard::NoteKeeper;
 use crate::virtio::inflight::{InflightRegion, Notes};
 
 /// Who writes the notes of a disk.
@@ -18,6 +19,22 @@ pub enum Keeping {
     /// No process: one that knows no notes may have the disk in the next moment. What the guest chooses there is
     /// not noted, so nothing that is noted may be believed.
     Nowhere,
+}
+
+/// Who knows what a guest is told of its disk.
+pub trait NoteKeeper: fmt::Debug + Send + Sync {
+    /// The notes of a region that is made now, for a driver that begins.
+    fn notes(&self) -> Notes;
+
+    /// Uses what `region` says of a guest that runs, and keeps its notes up to date from now on.
+    ///
+    /// # Errors
+    ///
+    /// The guest was told what does not hold here: one line that says what to do.
+    fn adopt(&self, region: &InflightRegion) -> Result<(), String>;
+
+    /// The number of the disk, and its name for the log.
+    fn who(&self) -> (u16, &str);
 }
 
 impl Disk {

@@ -4,7 +4,6 @@ use std::sync::PoisonError;
 
 use super::Disk;
 use crate::mq::ids::QueueId;
-use crate::server::placement::deal;
 use crate::virtio::memory::MemoryTable;
 use crate::worker::dedicated::DedicateError;
 use crate::worker::message::WorkerHandle;
@@ -50,7 +49,7 @@ impl Disk {
             }
             return Ok(());
         }
-        let nodes: Vec<Option<u16>> = self.workers.iter().map(|w| w.seat().node).collect();
+        let nodes: Vec<Option<u16>> = self.workers.iter().map(|w| w.affinity().node).collect();
         let several = nodes.iter().any(|node| *node != nodes[0]);
         if !queues.started.is_empty() || !several && !is_alone {
             return Ok(());
@@ -102,4 +101,102 @@ fn first_workers(dealt: &[usize]) -> String {
         }
     }
     seen.join(", ")
+}
+
+/// Which worker serves each of `queues` queues, by number, where worker *i* lives on node `workers[i]` and
+/// the guest's memory is spread as `shares` says (node, bytes).
+///
+/// Queues are dealt to nodes in proportion to the memory there, evenly mixed, because a guest may use only
+/// the first few; and among the workers of a node one by one, beginning with another one for each disk
+/// (`first`). Memory on nodes without workers counts for nothing, and if nothing is known all workers are
+/// dealt to alike.
+pub fn deal(
+    queues: u16,
+    first: usize,
+    workers: &[Option<u16>],
+    shares: &[(u16, u64)],
+) -> Vec<usize> {
+    struct Node {
+        workers: Vec<usize>,
+        bytes: u64,
+        dealt: u64,
+    }
+    let on = |node: u16| -> Vec<usize> {
+        let all = workers.iter().enumerate();
+        all.filter(|(_, at)| **at == Some(node))
+            .map(|(worker, _)| worker)
+            .collect()
+    };
+    let mut nodes: Vec<Node> = shares
+        .iter()
+        .map(|(node, bytes)| Node {
+            workers: on(*node),
+            bytes: *bytes,
+            dealt: 0,
+        })
+        .filter(|node| node.bytes > 0 && !node.workers.is_empty())
+        .collect();
+    if nodes.is_empty() {
+        let everybody = (0..workers.len()).collect();
+        nodes.push(Node {
+            workers: everybody,
+            bytes: 1,
+            dealt: 0,
+        });
+    }
+    (0..queues)
+        .map(|_| {
+            // As seats are shared out by votes (Sainte-Laguë): every prefix is in proportion.
+            let due = |node: &Node| (u128::from(node.dealt * 2 + 1) << 64) / u128::from(node.bytes);
+            let next = nodes
+                .iter_mut()
+                .min_by_key(|node| (due(node), std::cmp::Reverse(node.bytes)))
+                .expect("at least one");
+            let at = first + usize::try_from(next.dealt).expect("a few queues");
+            next.dealt += 1;
+            next.workers[at % next.workers.len()]
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::deal;
+
+    const WORKERS: [Option<u16>; 4] = [Some(0), Some(0), Some(1), Some(1)];
+
+    #[test]
+    fn without_nodes_queues_are_dealt_to_all_in_turn() {
+        assert_eq!(deal(5, 0, &[None; 3], &[]), [0, 1, 2, 0, 1]);
+        assert_eq!(deal(5, 2, &[None; 3], &[]), [2, 0, 1, 2, 0]);
+        assert_eq!(deal(3, 7, &[None; 2], &[(0, 4096)]), [1, 0, 1]);
+    }
+
+    #[test]
+    fn queues_go_where_the_memory_is() {
+        assert_eq!(deal(4, 0, &WORKERS, &[(1, 1 << 30)]), [2, 3, 2, 3]);
+        assert_eq!(deal(4, 1, &WORKERS, &[(0, 1 << 30)]), [1, 0, 1, 0]);
+    }
+
+    #[test]
+    fn memory_on_two_nodes_shares_the_queues_out_from_the_first_on() {
+        let even = deal(64, 0, &WORKERS, &[(0, 1 << 30), (1, 1 << 30)]);
+        let mut counts = [0; 4];
+        for (queues, worker) in even.iter().enumerate() {
+            counts[*worker] += 1;
+            let on_first: usize = counts[0] + counts[1];
+            assert!(on_first.abs_diff(queues.div_ceil(2)) <= 1, "{even:?}");
+        }
+        assert_eq!(counts, [16; 4]);
+        let uneven = deal(8, 0, &WORKERS, &[(0, 1 << 30), (1, 3 << 30)]);
+        let on_second = uneven.iter().filter(|worker| **worker >= 2).count();
+        assert_eq!(on_second, 6, "{uneven:?}");
+    }
+
+    #[test]
+    fn memory_where_no_worker_is_counts_for_nothing() {
+        let shares = [(5, 8 << 30), (1, 1 << 30)];
+        assert_eq!(deal(3, 0, &WORKERS, &shares), [2, 3, 2]);
+        assert_eq!(deal(5, 0, &WORKERS, &[(5, 1)]), [0, 1, 2, 3, 0]);
+    }
 }

@@ -255,16 +255,19 @@ impl Roster {
 
 /// One summary of what all workers reported, in the workers' order.
 fn summarize(disks: &[Arc<Disk>], workers: &[WorkerHandle], reports: &[WorkerReport]) -> Summary {
-    let seat = |id| {
+    let affinity = |id| {
         let worker = workers.iter().find(|worker| worker.id() == id);
-        worker.expect("reports are of workers").seat()
+        worker.expect("reports are of workers").affinity()
     };
     let workers = reports
         .iter()
         .map(|report| WorkerSummary {
             worker: report.worker.0,
-            cpus: seat(report.worker).cpus.as_ref().map(CpuList::to_string),
-            node: seat(report.worker).node,
+            cpus: affinity(report.worker)
+                .cpus
+                .as_ref()
+                .map(CpuList::to_string),
+            node: affinity(report.worker).node,
             stuck: report.stuck,
             queues: report.queues.len(),
             enters: report.engine.enters,

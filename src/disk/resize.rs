@@ -9,9 +9,10 @@
 //! there. It does not happen: the disk keeps the size it promised, and what the image no longer has
 //! fails one request at a time.
 
+use std::fmt;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -19,11 +20,20 @@ use crate::config::ImageSource;
 use crate::image::ImageKind;
 
 use super::Disk;
-use crate::vhost_user::guard::ConfigNotifier;
 use crate::worker::message::{Message, ask_all};
 
 /// How long a look at the image is waited for. Only storage that does not answer takes longer.
 const LOOK: Duration = Duration::from_secs(1);
+
+/// Tells a front end that the disk's configuration has changed.
+pub trait ConfigChanged: fmt::Debug + Send + Sync {
+    /// Tells it, without waiting. `false`: there is no way to tell it.
+    ///
+    /// # Errors
+    ///
+    /// The way to the front end is closed or broken.
+    fn config_changed(&self) -> io::Result<bool>;
+}
 
 /// The size of a disk, and who is told when it changes.
 #[derive(Debug)]
@@ -38,7 +48,7 @@ pub(super) struct Size {
     /// The image was seen smaller than the disk, and the log said so.
     shrunk: AtomicBool,
     /// How the front end that is connected hears of it.
-    front_end: Mutex<Option<ConfigNotifier>>,
+    front_end: Mutex<Option<Arc<dyn ConfigChanged>>>,
 }
 
 impl Size {
@@ -61,7 +71,7 @@ impl Size {
         }
     }
 
-    fn front_end(&self) -> MutexGuard<'_, Option<ConfigNotifier>> {
+    fn front_end(&self) -> MutexGuard<'_, Option<Arc<dyn ConfigChanged>>> {
         self.front_end
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -111,7 +121,7 @@ impl Disk {
     }
 
     /// The front end that is to hear of changes; `None`: it left.
-    pub fn set_notifier(&self, notifier: Option<ConfigNotifier>) {
+    pub fn set_notifier(&self, notifier: Option<Arc<dyn ConfigChanged>>) {
         *self.size.front_end() = notifier;
     }
 

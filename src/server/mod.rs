@@ -37,10 +37,11 @@ use crate::sandbox;
 use crate::sys::clock::Clock;
 use crate::sys::fds::{self, TurnAway, open_fd_table};
 use crate::sys::listener::{Door, Stop};
-use crate::takeover::{Beginning, ControlSocket, Giver, Inheritance, Predecessor};
+use crate::takeover::{ControlSocket, Giver, Inheritance, Predecessor};
 use crate::vhost_user::handover::RestPlace;
 use crate::vhost_user::loopback::Junction;
 use crate::vhost_user::session::DiskServer;
+use crate::vhost_user::session::StartWith;
 use crate::worker::dedicated::DedicatedWorkers;
 
 /// How long requests in flight may take to end when the process is to end. Front ends connect again for a
@@ -84,7 +85,7 @@ pub fn run(config: Config) -> Result<(), StartError> {
     // There are sockets now, which are removed however the process ends.
     let signals = signals::Watch::new(inherited)
         .map_err(|source| system("install signal handlers", source))?;
-    let seats = workers::seats(&config)?;
+    let affinities = workers::affinities(&config)?;
     sigbus::install().map_err(|source| system("handle SIGBUS", source))?;
     open_fd_table().map_err(|source| system("look into /proc/self/fd", source))?;
     let owner = identity.as_ref().map(sandbox::Identity::ids);
@@ -104,7 +105,7 @@ pub fn run(config: Config) -> Result<(), StartError> {
         .start(events.clone(), Happened::Signal)
         .map_err(|source| system("start the thread for signals", source))?;
     let clock = Clock::start();
-    let crew = Crew::start(&config, seats, clock)?;
+    let crew = Crew::start(&config, affinities, clock)?;
     let roster = enlist(&config, images, &crew, clock)?;
 
     // Now there is no ring to be set up either. Nobody who is not trusted has been heard so far.
@@ -236,14 +237,14 @@ impl Service {
         &self,
         inheritance: Option<Inheritance>,
         doors: Vec<Option<Door>>,
-    ) -> Result<Vec<Beginning>, StartError> {
+    ) -> Result<Vec<StartWith>, StartError> {
         let mut inherited = match inheritance {
             Some(inheritance) => inheritance.take(self.roster.disks())?,
             None => Vec::new(),
         };
         inherited.resize_with(doors.len(), || None);
         let beginnings = inherited.into_iter().zip(doors).map(|(theirs, door)| {
-            theirs.unwrap_or(Beginning {
+            theirs.unwrap_or(StartWith {
                 door,
                 session: None,
             })

@@ -7,7 +7,8 @@ use std::sync::Arc;
 use std::sync::mpsc::Sender;
 use std::thread::JoinHandle;
 
-use crate::takeover::{Beginning, ControlSocket};
+use crate::takeover::ControlSocket;
+use crate::vhost_user::session::StartWith;
 
 /// The threads that serve, to be joined in this order.
 pub struct Threads {
@@ -40,14 +41,14 @@ pub struct Parked {
     /// The threads.
     pub threads: Threads,
     /// By disk.
-    pub begin_disks: Vec<Sender<Beginning>>,
+    pub begin_disks: Vec<Sender<StartWith>>,
     /// The other two.
     pub begin_others: [Sender<()>; 2],
 }
 
 impl Parked {
     /// Has the threads serve, each disk's with its beginning.
-    pub fn begin(self, beginnings: Vec<Beginning>) -> Threads {
+    pub fn begin(self, beginnings: Vec<StartWith>) -> Threads {
         if let Some((_, socket)) = &self.threads.control {
             socket.adopt();
         }

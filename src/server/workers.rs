@@ -7,8 +7,9 @@ use crate::config::Config;
 use crate::disk::{queue_assignment, worker_id};
 use crate::error::StartError;
 use crate::mq::limits::MAX_HCTXS;
-use crate::server::placement::{self, Load, Nodes, Seat};
+use crate::server::placement::{self, Nodes};
 use crate::sys::clock::Clock;
+use crate::worker::affinity::{Affinity, Load};
 use crate::worker::dedicated;
 use crate::worker::message::WorkerHandle;
 use crate::worker::{self, WorkerOptions};
@@ -23,13 +24,13 @@ pub(super) struct Crew {
 }
 
 impl Crew {
-    /// Starts a worker on each seat.
+    /// Starts a worker on each affinity.
     pub(super) fn start(
         config: &Config,
-        seats: Vec<Seat>,
+        affinities: Vec<Affinity>,
         clock: Clock,
     ) -> Result<Crew, StartError> {
-        let loads = loads(config, &seats);
+        let loads = loads(config, &affinities);
         let options = WorkerOptions {
             load: Load::default(),
             restricted: config.sandbox.io_uring,
@@ -43,16 +44,16 @@ impl Crew {
             dedicated: Vec::new(),
             threads: Vec::new(),
         };
-        for (index, seat) in seats.into_iter().enumerate() {
-            if let Some(cpus) = &seat.cpus {
-                let node = seat.node.map(|node| format!(", node {node}"));
+        for (index, affinity) in affinities.into_iter().enumerate() {
+            if let Some(cpus) = &affinity.cpus {
+                let node = affinity.node.map(|node| format!(", node {node}"));
                 log::info!("worker {index}: CPU {cpus}{}", node.unwrap_or_default());
             }
             let options = WorkerOptions {
                 load: loads[index],
                 ..options
             };
-            let spawned = worker::spawn(worker_id(index), options, seat);
+            let spawned = worker::spawn(worker_id(index), options, affinity);
             let (handle, thread) = spawned.map_err(|source| StartError::System {
                 what: format!("start worker {index}"),
                 source,
@@ -80,14 +81,14 @@ impl Crew {
             },
             ..options
         };
-        let seat = Seat {
+        let affinity = Affinity {
             cpus: config.worker_cpus.clone(),
             node: None,
         };
         let count = dedicated::count(config.disks.len());
         for index in 0..count {
             let id = worker_id(self.shared.len() + index);
-            match worker::spawn(id, options, seat.clone()) {
+            match worker::spawn(id, options, affinity.clone()) {
                 Ok((handle, thread)) => {
                     self.dedicated.push(handle);
                     self.threads.push(thread);
@@ -124,16 +125,18 @@ impl Crew {
 
 /// The most that each worker will have to serve. Disks offer more queues than guests use, so there may be
 /// more than a worker can have: then it is a ring too many that is refused.
-fn loads(config: &Config, seats: &[Seat]) -> Vec<Load> {
-    let mut loads = vec![Load::default(); seats.len()];
-    let several = seats.iter().any(|seat| seat.node != seats[0].node);
+fn loads(config: &Config, affinities: &[Affinity]) -> Vec<Load> {
+    let mut loads = vec![Load::default(); affinities.len()];
+    let several = affinities
+        .iter()
+        .any(|affinity| affinity.node != affinities[0].node);
     for (index, disk) in config.disks.iter().enumerate() {
-        let mut rings = vec![0_u16; seats.len()];
+        let mut rings = vec![0_u16; affinities.len()];
         if several {
             // The guest's memory may bring all queues to the workers of one node.
             rings.fill(disk.num_queues);
         } else {
-            for worker in queue_assignment::at_first(index, disk.num_queues, seats.len()) {
+            for worker in queue_assignment::at_first(index, disk.num_queues, affinities.len()) {
                 rings[worker] += 1;
             }
         }
@@ -151,7 +154,7 @@ fn queues(config: &Config) -> usize {
 }
 
 /// Where the workers are to live.
-pub(super) fn seats(config: &Config) -> Result<Vec<Seat>, StartError> {
+pub(super) fn affinities(config: &Config) -> Result<Vec<Affinity>, StartError> {
     let allowed =
         placement::allowed_cpus().map_err(|source| system("ask which CPUs may be used", source))?;
     if let Some(list) = &config.worker_cpus {
@@ -159,7 +162,7 @@ pub(super) fn seats(config: &Config) -> Result<Vec<Seat>, StartError> {
             .map_err(StartError::Usage)?;
     }
     let nodes = Nodes::discover(Path::new(placement::NODES));
-    Ok(placement::seats(
+    Ok(placement::affinities(
         config.workers.min(queues(config)),
         config.worker_cpus.as_ref(),
         &allowed,

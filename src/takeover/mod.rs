@@ -50,7 +50,7 @@ use crate::error::StartError;
 use crate::image::{Image, ImageKind};
 
 pub use control_socket::ControlSocket;
-pub use receiver::{Beginning, Inheritance, Predecessor, TakeOverError};
+pub use receiver::{Inheritance, Predecessor, TakeOverError};
 pub use sender::{Giver, Offer};
 pub use trust::Trusted;
 

@@ -29,8 +29,16 @@ use super::handover::{AtRest, CarriedListener, RestPlace, RestingSession, Verdic
 use crate::disk::Disk;
 use crate::sys::fds::{self, Share, TurnAway, UsedUp};
 use crate::sys::listener::{Door, SocketFile, Stop, pass_descriptors};
-use crate::takeover::Beginning;
 use crate::vhost_user::loopback::Junction;
+
+/// What a disk's thread starts with: where front ends connect, and the session that it continues.
+#[derive(Debug, Default)]
+pub struct StartWith {
+    /// Where front ends connect.
+    pub door: Option<Door>,
+    /// The session.
+    pub session: Option<Session>,
+}
 
 /// What one disk's thread needs.
 #[derive(Clone, Debug)]
@@ -76,7 +84,7 @@ impl DiskServer {
     /// The thread cannot be started.
     pub fn spawn(
         self,
-        beginning: Receiver<Beginning>,
+        beginning: Receiver<StartWith>,
         mut away: TurnAway,
         done: impl FnOnce() + Send + 'static,
     ) -> io::Result<JoinHandle<()>> {
@@ -91,8 +99,8 @@ impl DiskServer {
         })
     }
 
-    fn run(&self, beginning: Beginning, away: &mut TurnAway) {
-        let Beginning { door, session } = beginning;
+    fn run(&self, beginning: StartWith, away: &mut TurnAway) {
+        let StartWith { door, session } = beginning;
         let (mut door, connected) = match door {
             Some(Door::Listening(listener, file)) => {
                 let listener = fds::number_from(listener.into(), self.listeners_from).into();
@@ -204,7 +212,7 @@ impl DiskServer {
     fn carry_on(&self, mut session: Session, door: &mut Option<Listening>) -> Verdict {
         let serial = &self.disk.config.serial;
         self.disk.set_connected(true);
-        self.disk.set_notifier(Some(session.notifier()));
+        self.disk.set_notifier(Some(Arc::new(session.notifier())));
         let verdict = loop {
             match session.guard.serve() {
                 Served::AtRest => {

@@ -22,9 +22,9 @@ use crate::virtio::memory::MemoryTable;
 use crate::virtio::ring::{RingError, RingSetup};
 
 use super::io_errors::Hold;
-use crate::server::placement::Seat;
 use crate::sys::listener::Stop;
 use crate::virtio::dirty_log::DiskLog;
+use crate::worker::affinity::Affinity;
 use crate::worker::counts::{TraceReport, WorkerReport};
 
 /// A ring the front end has finished describing.
@@ -205,19 +205,23 @@ pub struct WorkerHandle {
     id: WorkerId,
     messages: Sender<Message>,
     waker: Waker,
-    seat: Arc<Seat>,
+    affinity: Arc<Affinity>,
 }
 
 impl WorkerHandle {
     /// A handle, and the receiver for the worker it belongs to.
-    pub fn new(id: WorkerId, waker: Waker, seat: Seat) -> (WorkerHandle, Receiver<Message>) {
+    pub fn new(
+        id: WorkerId,
+        waker: Waker,
+        affinity: Affinity,
+    ) -> (WorkerHandle, Receiver<Message>) {
         let (messages, inbox) = mpsc::channel();
         (
             WorkerHandle {
                 id,
                 messages,
                 waker,
-                seat: Arc::new(seat),
+                affinity: Arc::new(affinity),
             },
             inbox,
         )
@@ -234,8 +238,8 @@ impl WorkerHandle {
     }
 
     /// Where it lives.
-    pub fn seat(&self) -> &Seat {
-        &self.seat
+    pub fn affinity(&self) -> &Affinity {
+        &self.affinity
     }
 
     /// Sends a message and waits for the answer.

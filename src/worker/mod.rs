@@ -9,6 +9,7 @@
 //!
 //! Nothing in here locks, and nothing sleeps but `wait`.
 
+pub mod affinity;
 mod coalesce;
 pub mod counts;
 mod debt;
@@ -58,9 +59,9 @@ use self::polling::Spin;
 use self::queue::{Port, heat, touch};
 use self::trace::Named;
 use self::watchdog::Watchdog;
-use crate::server::placement::{Load, Seat};
 use crate::sys::clock::Clock;
 use crate::virtio::dirty_log::DiskLog;
+use crate::worker::affinity::{Affinity, Load};
 use crate::worker::counts::QueueReport;
 use crate::worker::message::{Message, WorkerHandle};
 
@@ -163,7 +164,7 @@ pub struct WorkerOptions {
     pub clock: Clock,
 }
 
-/// Starts worker `id` on a thread of its own, on the CPUs of its seat.
+/// Starts worker `id` on a thread of its own, on the CPUs of its affinity.
 ///
 /// # Errors
 ///
@@ -171,7 +172,7 @@ pub struct WorkerOptions {
 pub fn spawn(
     id: WorkerId,
     options: WorkerOptions,
-    seat: Seat,
+    affinity: Affinity,
 ) -> io::Result<(WorkerHandle, JoinHandle<()>)> {
     let (ready, outcome) = mpsc::sync_channel(1);
     let thread = thread::Builder::new()
@@ -179,10 +180,10 @@ pub fn spawn(
         .spawn(move || {
             // The ring belongs to the thread that makes it (IORING_SETUP_SINGLE_ISSUER).
             // Seated first: memory goes to the node of whoever touches it first.
-            match seat.take().and_then(|()| make_engine(options)) {
+            match affinity.apply().and_then(|()| make_engine(options)) {
                 Ok((engine, waker)) => {
                     log::debug!("worker {id}: {}", engine.describe());
-                    let (handle, inbox) = WorkerHandle::new(id, waker, seat);
+                    let (handle, inbox) = WorkerHandle::new(id, waker, affinity);
                     let _ = ready.send(Ok(handle));
                     Worker::new(id, engine, inbox, options).run();
                 }

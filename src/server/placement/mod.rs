@@ -1,18 +1,18 @@
-//! Where workers live, and which of them serve which queues.
+//! Which CPUs workers run on.
 //!
 //! A worker's CPUs are chosen once, when it starts: what it allocates afterwards, its rings and tables
-//! among it, the kernel puts on the node it runs on. Which worker serves a queue is chosen when a front
-//! end has shown its memory and before its rings start: one on a node that has a part of that memory.
-//! With a single node there is nothing to choose.
+//! among it, the kernel puts on the node it runs on. Which worker serves a queue is chosen later
+//! (`disk::queue_assignment`).
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::path::Path;
 
-use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
+use rustix::thread::sched_getaffinity;
 
 use crate::sys::cpu_list::{CpuList, MAX_CPUS};
+use crate::worker::affinity::Affinity;
 
 /// Where the kernel describes the nodes of the machine.
 pub const NODES: &str = "/sys/devices/system/node";
@@ -51,42 +51,6 @@ impl Nodes {
         let mut nodes = self.0.iter();
         nodes.find_map(|(node, cpus)| cpus.contains(&cpu).then_some(*node))
     }
-}
-
-/// Where a worker lives.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Seat {
-    /// The CPUs it may run on; all that the process may use where it is `None`.
-    pub cpus: Option<CpuList>,
-    /// The node they are on, if the machine has several.
-    pub node: Option<u16>,
-}
-
-impl Seat {
-    /// The calling thread takes the seat.
-    ///
-    /// # Errors
-    ///
-    /// The kernel does not let it.
-    pub fn take(&self) -> io::Result<()> {
-        let Some(list) = &self.cpus else {
-            return Ok(());
-        };
-        let mut set = CpuSet::new();
-        for cpu in list.cpus() {
-            set.set(usize::from(*cpu));
-        }
-        Ok(sched_setaffinity(None, &set)?)
-    }
-}
-
-/// The most that a worker will have to serve at a time.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Load {
-    /// Virtqueues.
-    pub rings: u16,
-    /// The disks they belong to.
-    pub disks: u16,
 }
 
 /// The CPUs this process may use.
@@ -135,15 +99,20 @@ pub fn check(list: &CpuList, online: &[u16], allowed: &[u16]) -> Result<(), Stri
     Ok(())
 }
 
-/// The seats of `workers` workers: one CPU each, in turn, of those that were asked for. If none were and
+/// The CPUs of `workers` workers: one CPU each, in turn, of those that were asked for. If none were and
 /// there are several nodes, each worker gets a node, as many workers a node as it has allowed CPUs in
 /// proportion.
-pub fn seats(workers: usize, asked: Option<&CpuList>, allowed: &[u16], nodes: &Nodes) -> Vec<Seat> {
+pub fn affinities(
+    workers: usize,
+    asked: Option<&CpuList>,
+    allowed: &[u16],
+    nodes: &Nodes,
+) -> Vec<Affinity> {
     let node_of = |cpu| nodes.of(cpu).filter(|_| nodes.are_several());
     if let Some(list) = asked {
         let cpus = list.cpus().iter().cycle().take(workers);
         return cpus
-            .map(|cpu| Seat {
+            .map(|cpu| Affinity {
                 cpus: Some(CpuList::from(vec![*cpu])),
                 node: node_of(*cpu),
             })
@@ -157,63 +126,7 @@ pub fn seats(workers: usize, asked: Option<&CpuList>, allowed: &[u16], nodes: &N
                 let there = allowed.iter().filter(|cpu| nodes.of(**cpu) == Some(node));
                 CpuList::from(there.copied().collect::<Vec<_>>())
             });
-            Seat { cpus, node }
-        })
-        .collect()
-}
-
-/// Which worker serves each of `queues` queues, by number, where worker *i* lives on node `workers[i]` and
-/// the guest's memory is spread as `shares` says (node, bytes).
-///
-/// Queues are dealt to nodes in proportion to the memory there, evenly mixed, because a guest may use only
-/// the first few; and among the workers of a node one by one, beginning with another one for each disk
-/// (`first`). Memory on nodes without workers counts for nothing, and if nothing is known all workers are
-/// dealt to alike.
-pub fn deal(
-    queues: u16,
-    first: usize,
-    workers: &[Option<u16>],
-    shares: &[(u16, u64)],
-) -> Vec<usize> {
-    struct Node {
-        workers: Vec<usize>,
-        bytes: u64,
-        dealt: u64,
-    }
-    let on = |node: u16| -> Vec<usize> {
-        let all = workers.iter().enumerate();
-        all.filter(|(_, at)| **at == Some(node))
-            .map(|(worker, _)| worker)
-            .collect()
-    };
-    let mut nodes: Vec<Node> = shares
-        .iter()
-        .map(|(node, bytes)| Node {
-            workers: on(*node),
-            bytes: *bytes,
-            dealt: 0,
-        })
-        .filter(|node| node.bytes > 0 && !node.workers.is_empty())
-        .collect();
-    if nodes.is_empty() {
-        let everybody = (0..workers.len()).collect();
-        nodes.push(Node {
-            workers: everybody,
-            bytes: 1,
-            dealt: 0,
-        });
-    }
-    (0..queues)
-        .map(|_| {
-            // As seats are shared out by votes (Sainte-Laguë): every prefix is in proportion.
-            let due = |node: &Node| (u128::from(node.dealt * 2 + 1) << 64) / u128::from(node.bytes);
-            let next = nodes
-                .iter_mut()
-                .min_by_key(|node| (due(node), std::cmp::Reverse(node.bytes)))
-                .expect("at least one");
-            let at = first + usize::try_from(next.dealt).expect("a few queues");
-            next.dealt += 1;
-            next.workers[at % next.workers.len()]
+            Affinity { cpus, node }
         })
         .collect()
 }

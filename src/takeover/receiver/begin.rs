@@ -7,7 +7,6 @@ use crate::config::SocketSource;
 use crate::image::ImageKind;
 
 use super::super::state::CarriedDisk;
-use super::Beginning;
 use super::received::{check_listening, check_session};
 use crate::disk::Keeping;
 use crate::disk::registry::Roster;
@@ -15,6 +14,7 @@ use crate::sys::clock::Clock;
 use crate::sys::fds::{Share, UsedUp};
 use crate::sys::listener::{Door, SocketFile};
 use crate::vhost_user::guard::{CarriedSession, FDS_TO_BEGIN, Reason};
+use crate::vhost_user::session::StartWith;
 use crate::vhost_user::session::{DiskServer, Session};
 
 /// Sets up what a disk's thread begins with. The disk is held from here on.
@@ -24,7 +24,7 @@ pub(super) fn begin(
     roster: &Roster,
     clock: Clock,
     deadline: Instant,
-) -> Result<Beginning, String> {
+) -> Result<StartWith, String> {
     let disk = &server.disk;
     match (&carried.listener, &disk.config.socket) {
         (Some(listener), _) => {
@@ -77,7 +77,7 @@ pub(super) fn begin(
         .session
         .map(|session| resume(server, session, deadline))
         .transpose()?;
-    Ok(Beginning { door, session })
+    Ok(StartWith { door, session })
 }
 
 fn resume(

@@ -25,7 +25,7 @@ use crate::disk::{Disk, Keeping};
 use crate::sys::clock::Clock;
 use crate::sys::listener::{Door, SocketFile, listen_ourselves};
 use crate::vhost_user::handover::CarriedListener;
-use crate::vhost_user::session::{DiskServer, Session};
+use crate::vhost_user::session::{DiskServer, StartWith};
 use begin::begin;
 use compatibility::{answers, ask, compatible};
 use received::check_listening;
@@ -54,22 +54,13 @@ pub struct Predecessor {
     facts: Facts,
 }
 
-/// What a disk's thread begins with: where front ends connect, and the session it goes on with.
-#[derive(Debug, Default)]
-pub struct Beginning {
-    /// Where front ends connect.
-    pub door: Option<Door>,
-    /// The session.
-    pub session: Option<Session>,
-}
-
 /// Everything is set up; nothing is taken yet.
 #[derive(Debug)]
 pub struct Inheritance {
     path: PathBuf,
     frames: Frames,
     /// By disk; `None` for those that the other did not have.
-    beginnings: Vec<Option<Beginning>>,
+    beginnings: Vec<Option<StartWith>>,
     /// Disks that have grown meanwhile.
     grown: Vec<bool>,
     control: Option<CarriedListener>,
@@ -204,7 +195,7 @@ impl Predecessor {
         roster: &Roster,
         servers: &[DiskServer],
         clock: Clock,
-    ) -> Result<(Vec<Option<Beginning>>, Vec<bool>, Option<CarriedListener>), String> {
+    ) -> Result<(Vec<Option<StartWith>>, Vec<bool>, Option<CarriedListener>), String> {
         let ready = Frame {
             kind: Kind::Ready,
             json: Vec::new(),
@@ -233,7 +224,7 @@ impl Predecessor {
         for (name, limits) in &common.groups {
             roster.set_group_limits(name, *limits);
         }
-        let mut beginnings: Vec<Option<Beginning>> = servers.iter().map(|_| None).collect();
+        let mut beginnings: Vec<Option<StartWith>> = servers.iter().map(|_| None).collect();
         let mut grown = vec![false; servers.len()];
         for _ in 0..common.disks {
             let frame = expect(&self.frames, Kind::Disk, deadline)?;
@@ -256,7 +247,7 @@ impl Predecessor {
         &self,
         carried: &CarriedDisk,
         servers: &[DiskServer],
-        beginnings: &[Option<Beginning>],
+        beginnings: &[Option<StartWith>],
     ) -> Result<usize, String> {
         let name = &carried.socket;
         let announced = self.facts.disks.iter().any(|facts| facts.socket == *name);
@@ -295,7 +286,7 @@ impl Inheritance {
     /// # Errors
     ///
     /// The other gave up waiting, or is gone. The disks are not ours.
-    pub fn take(mut self, disks: &[Arc<Disk>]) -> Result<Vec<Option<Beginning>>, TakeOverError> {
+    pub fn take(mut self, disks: &[Arc<Disk>]) -> Result<Vec<Option<StartWith>>, TakeOverError> {
         let taken = Frame {
             kind: Kind::Taken,
             json: Vec::new(),
@@ -330,7 +321,7 @@ impl Inheritance {
             let session = beginning.as_ref().and_then(|b| b.session.as_ref());
             if let Some(session) = session {
                 disk.set_connected(true);
-                disk.set_notifier(Some(session.notifier()));
+                disk.set_notifier(Some(Arc::new(session.notifier())));
             }
         }
         for (disk, grown) in disks.iter().zip(&self.grown) {

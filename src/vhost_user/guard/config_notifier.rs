@@ -8,6 +8,8 @@ use rustix::io::Errno;
 use rustix::net::{SendFlags, send};
 use vhost::vhost_user::message::BackendReq;
 
+use crate::disk::resize::ConfigChanged;
+
 use super::wire::{HEADER_BYTES, Header, VERSION};
 
 /// Tells the front end of one session that the config space has changed, so that it reads it
@@ -21,7 +23,9 @@ impl ConfigNotifier {
     pub(super) fn new(channel: Arc<Channel>) -> ConfigNotifier {
         ConfigNotifier { channel }
     }
+}
 
+impl ConfigChanged for ConfigNotifier {
     /// Sends CONFIG_CHANGE_MSG (vhost-user, "Back-end message types") and never blocks.
     ///
     /// `true` means that the front end has the message or will find it; `false`, that it gave no
@@ -32,7 +36,7 @@ impl ConfigNotifier {
     /// # Errors
     ///
     /// What `send` says where the front end has closed the channel or it is broken.
-    pub fn config_changed(&self) -> io::Result<bool> {
+    fn config_changed(&self) -> io::Result<bool> {
         let state = self.channel.state();
         let Some(socket) = state.socket.as_ref().filter(|_| state.negotiated) else {
             return Ok(false);

@@ -11,7 +11,6 @@ use vhost::vhost_user::message::VhostUserVringAddrFlags;
 
 use super::received_fds::FdKind;
 use super::refusal::Reason;
-use super::rules::Rules;
 use super::wire::{Message, u64_at};
 use crate::sys::filesystem::FileSystem;
 use crate::virtio::dirty_log::{DirtyLog, LOG_PAGE_BYTES};
@@ -35,20 +34,21 @@ pub(super) struct Log {
     pages: Option<u64>,
 }
 
-impl Rules {
-    pub(super) fn keep_log(&mut self, keeper: Arc<dyn LogKeeper>) {
-        self.log.keeper = Some(keeper);
+impl Log {
+    /// Tells `keeper` of the log from now on.
+    pub(super) fn keep(&mut self, keeper: Arc<dyn LogKeeper>) {
+        self.keeper = Some(keeper);
     }
 
-    /// SET_LOG_BASE: a file, and which part of it is the log.
-    pub(super) fn set_log_base(&mut self, message: &Message) -> Result<(), Reason> {
+    /// SET_LOG_BASE: a file, and which part of it is the log. The guest's memory ends at `guest_end`.
+    pub(super) fn set_base(&mut self, message: &Message, guest_end: u64) -> Result<(), Reason> {
         let (size, offset) = (u64_at(&message.payload, 0), u64_at(&message.payload, 8));
         let page = rustix::param::page_size() as u64;
         let end = offset.checked_add(size);
         let (Some(needs), true) = (end, size > 0 && offset.is_multiple_of(page)) else {
             return Err(Reason::LogPlace { size, offset, page });
         };
-        let Some(keeper) = &self.log.keeper else {
+        let Some(keeper) = &self.keeper else {
             return Err(Reason::Unsupported);
         };
         let file = &message.fds[0];
@@ -74,23 +74,23 @@ impl Rules {
         }
         let log =
             DirtyLog::map(file, offset, size).map_err(|error| Reason::LogMap(error.to_string()))?;
-        check_reach(log.pages(), self.memory.guest_end())?;
-        self.log.pages = Some(log.pages());
+        check_reach(log.pages(), guest_end)?;
+        self.pages = Some(log.pages());
         keeper.set_log(log);
         Ok(())
     }
 
     /// While pages are marked, each page of the guest's memory has a bit. A front end makes its log longer
-    /// before it makes the memory larger.
-    pub(super) fn check_log(&self) -> Result<(), Reason> {
-        match self.log.pages {
-            Some(pages) if self.acked & LOG_ALL != 0 => check_reach(pages, self.memory.guest_end()),
+    /// before it makes the memory larger. `acked` are the features that the front end acknowledged.
+    pub(super) fn check(&self, acked: u64, guest_end: u64) -> Result<(), Reason> {
+        match self.pages {
+            Some(pages) if acked & LOG_ALL != 0 => check_reach(pages, guest_end),
             _ => Ok(()),
         }
     }
 
     /// The part of SET_VRING_ADDR that is about the log.
-    pub(super) fn log_ring(&self, queue: u32, flags: u32, address: u64) -> Result<(), Reason> {
+    pub(super) fn set_ring(&self, queue: u32, flags: u32, address: u64) -> Result<(), Reason> {
         let logged = flags & VhostUserVringAddrFlags::VHOST_VRING_F_LOG.bits() != 0;
         if logged && !address.is_multiple_of(4) {
             return Err(Reason::AddressAlign {
@@ -100,7 +100,7 @@ impl Rules {
                 align: 4,
             });
         }
-        if let Some(keeper) = &self.log.keeper {
+        if let Some(keeper) = &self.keeper {
             keeper.log_used_at(queue, logged.then_some(address));
         }
         Ok(())

@@ -6,7 +6,6 @@
 //! question without effect is sent to the device in its place, its answer is the moment, and until then
 //! nothing more is read from the front end.
 
-use std::fmt;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -18,8 +17,9 @@ use super::SessionLimits;
 use super::received_fds::FdKind;
 use super::refusal::Reason;
 use super::wire::{FLAG_NEED_REPLY, FLAG_REPLY, Header, Message, VERSION, u16_at, u64_at};
+use crate::disk::guest_notes::NoteKeeper;
 use crate::virtio::inflight::{
-    InflightQueue, InflightRegion, Notes, create, is_memory, records_bytes, region_bytes,
+    InflightQueue, InflightRegion, create, is_memory, records_bytes, region_bytes,
 };
 
 /// Bytes of an in-flight description: mapping size and offset, number and size of the queues.
@@ -31,22 +31,6 @@ pub(super) const DESCRIPTION_BYTES_PADDED: usize = 24;
 const OFFSET_AT: usize = 8;
 const QUEUES_AT: usize = 16;
 const QUEUE_SIZE_AT: usize = 18;
-
-/// Who knows what a guest is told of its disk.
-pub trait NoteKeeper: fmt::Debug + Send + Sync {
-    /// The notes of a region that is made now, for a driver that begins.
-    fn notes(&self) -> Notes;
-
-    /// Uses what `region` says of a guest that runs, and keeps its notes up to date from now on.
-    ///
-    /// # Errors
-    ///
-    /// The guest was told what does not hold here: one line that says what to do.
-    fn adopt(&self, region: &InflightRegion) -> Result<(), String>;
-
-    /// The number of the disk, and its name for the log.
-    fn who(&self) -> (u16, &str);
-}
 
 /// The in-flight region a session has, if its front end wants one: set by the guard, used where rings
 /// start.

@@ -54,7 +54,7 @@ use rustix::event::PollFlags;
 
 pub use config_notifier::ConfigNotifier;
 pub use dirty_log::LogKeeper;
-pub use inflight::{CarriedInflight, InflightStore, NoteKeeper};
+pub use inflight::{CarriedInflight, InflightStore};
 pub use payload_checks::read_from as config_read_from;
 pub use refusal::{Reason, Refusal, RequestName};
 pub use snapshot::{CarriedRegion, CarriedRing, CarriedSession, Negotiated, PrimeError};
@@ -205,7 +205,7 @@ impl Guard {
 
     /// What the front end says of its dirty log goes to `keeper`. Without one a log is refused.
     pub fn with_log(mut self, keeper: Arc<dyn LogKeeper>) -> Guard {
-        self.rules.keep_log(keeper);
+        self.rules.log.keep(keeper);
         self
     }
 

@@ -96,6 +96,11 @@ impl Rules {
         Ok(())
     }
 
+    /// Whether the log has a bit for each page of the guest's memory, if pages are marked.
+    fn check_log(&self) -> Result<(), Reason> {
+        self.log.check(self.acked, self.memory.guest_end())
+    }
+
     /// Judges a whole message whose header passed, and gives it back as the device shall see it.
     pub(super) fn admit(&mut self, mut message: Message) -> Result<Message, Reason> {
         use FrontendReq as R;
@@ -122,7 +127,7 @@ impl Rules {
             }
             R::SET_LOG_BASE => {
                 expect_fds(&message, 1)?;
-                self.set_log_base(&message)?;
+                self.log.set_base(&message, self.memory.guest_end())?;
             }
             R::SET_DEVICE_STATE_FD => {
                 expect_fds(&message, 1)?;
@@ -384,7 +389,7 @@ impl Rules {
                 });
             }
         }
-        self.log_ring(queue, flags, u64_at(payload, 32))
+        self.log.set_ring(queue, flags, u64_at(payload, 32))
     }
 }
 

@@ -9,10 +9,11 @@ use crate::mq::ids::RingId;
 use crate::virtio::memory::MemoryTable;
 
 use super::super::device::session_state::dirty_log::Logging;
-use super::super::guard::{InflightStore, NoteKeeper};
+use super::super::guard::InflightStore;
 use super::session_state::session_end::EndFromWithin;
 use super::session_state::vring::Vring;
 use crate::disk::Disk;
+use crate::disk::guest_notes::NoteKeeper;
 use crate::sys::listener::Stop;
 use crate::worker::dedicated::DedicateError;
 use crate::worker::message::{Message, Reply};

@@ -8,6 +8,7 @@ use rustix::fs::{
 };
 
 use super::*;
+use crate::disk::guest_notes::NoteKeeper;
 use crate::virtio::inflight::{InflightRegion, Notes};
 
 /// Where the records of a region for four queues begin.

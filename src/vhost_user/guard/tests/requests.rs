@@ -1,6 +1,7 @@
 //! Each rule, with what passes it and what does not.
 
 use super::*;
+use crate::disk::resize::ConfigChanged;
 
 const PAGE: u64 = 0x1000;
 

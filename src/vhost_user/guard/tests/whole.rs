@@ -16,6 +16,7 @@ use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::*;
+use crate::disk::resize::ConfigChanged;
 
 const PAGE: u64 = 0x1000;
 const USER: u64 = 0x7f00_0000_0000;

@@ -28,7 +28,6 @@
 use std::sync::atomic::{AtomicU16, Ordering};
 
 use super::mapping::Mapping;
-use super::notes::NOTES_BYTES;
 use super::{ENTRY_BYTES, HEADER_BYTES, QUEUE_ALIGN, at};
 use crate::mq::limits::MAX_RING_SIZE;
 
@@ -57,6 +56,9 @@ pub fn records_at(queues: u16) -> usize {
     // As far for every size, so that the mark is found by the number of queues alone.
     records_bytes(queues, MAX_RING_SIZE).next_multiple_of(RECORDS_ALIGN)
 }
+
+/// Bytes of the notes.
+pub(super) const NOTES_BYTES: usize = 128;
 
 /// Bytes of a region for `queues` queues that this program makes.
 pub fn region_bytes(queues: u16) -> usize {

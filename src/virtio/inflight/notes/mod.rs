@@ -23,15 +23,15 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::layout::notes_at;
+use super::layout::{NOTES_BYTES, notes_at};
 use super::{InflightRegion, kill_point};
 
-/// Bytes of the notes.
-pub(super) const NOTES_BYTES: usize = 2 * SLOT_BYTES;
 /// Bytes of a slot.
 const SLOT_BYTES: usize = WORDS * size_of::<u64>();
 /// Words of a slot.
 const WORDS: usize = 8;
+/// There are two slots.
+const _: () = assert!(2 * SLOT_BYTES == NOTES_BYTES);
 /// "BLKMQ", and 1 for the version of the layout.
 const MAGIC: u64 = u64::from_be_bytes(*b"BLKMQ\0\0\x01");
 
