@@ -16,7 +16,7 @@ const DIR: &str = "BLKMQ_SANDBOX_DIR";
 fn attempt(what: &str, layers: &str) -> Output {
     let dir = tempfile::tempdir().expect("a directory");
     Command::new(std::env::current_exe().expect("our own path"))
-        .args(["--exact", "daemon::sandbox::tests::child", "--nocapture"])
+        .args(["--exact", "sandbox::tests::child", "--nocapture"])
         .env(TRY, format!("{what},{layers}"))
         .env(DIR, dir.path())
         .output()

@@ -13,8 +13,7 @@ use super::request_queue::Below;
 use super::stats::batch::{SentRun, StatBatch};
 use super::stats::key::StatKey;
 use super::stats::{HctxStats, HctxTimes};
-use super::table::merge;
-use super::table::{Fifo, Parts, Table};
+use super::table::{Fifo, Parts, Table, merge};
 use super::trace::Action;
 
 mod complete;

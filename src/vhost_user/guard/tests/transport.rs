@@ -366,7 +366,7 @@ fn the_sockets_own_flags_stay_as_they_are() {
 #[test]
 fn descriptors_lost_for_want_of_numbers_end_the_session() {
     const NAME: &str =
-        "daemon::session::tests::transport::descriptors_lost_for_want_of_numbers_end_the_session";
+        "vhost_user::guard::tests::transport::descriptors_lost_for_want_of_numbers_end_the_session";
     const CHILD: &str = "SESSION_TEST_FEW_FDS";
     if std::env::var_os(CHILD).is_none() {
         let output = std::process::Command::new(std::env::current_exe().unwrap())
