@@ -60,7 +60,7 @@ const _: () = {
     );
 };
 
-/// A disk of this engine, as [`Engine::add_disk`] numbers it.
+/// A disk of this engine, as [`super::Engine::add_disk`] numbers it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct DiskSlot(pub(crate) u16);
 
@@ -137,7 +137,7 @@ pub struct Command<'a> {
     pub payload: Payload<'a>,
 }
 
-/// What [`Engine::reap`] reports.
+/// What [`super::Engine::reap`] reports.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Event {
     /// A command is over, as a whole or failed; its buffers belong to the caller again.
@@ -149,7 +149,7 @@ pub enum Event {
     },
     /// A watched eventfd was written to. One event may stand for several writes.
     Kick(u32),
-    /// The [`Waker`] was used. One event may stand for several uses.
+    /// The [`super::Waker`] was used. One event may stand for several uses.
     Message,
     /// A watched fd hung up or cannot be polled; it will not report again.
     WatchLost {

@@ -3,7 +3,7 @@
 //! [`Mq`] is one worker's share of it: the hctxs of the virtqueues the worker owns, over all disks,
 //! and the driver tags they share. Where the kernel takes `ctx->lock` or `hctx->lock`, ownership
 //! does: one thread calls, so there is nothing to lock. Only the limits of a disk belong to all
-//! workers that serve it, see [`qos`].
+//! workers that serve it, see [`throttle`].
 //!
 //! The buffers of a request cross this module as an opaque payload `P`.
 

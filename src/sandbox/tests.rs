@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use std::process::{Command, Output};
 
 use super::*;
+use crate::sys::child;
 
 const TRY: &str = "BLKMQ_SANDBOX_TRY";
 const DIR: &str = "BLKMQ_SANDBOX_DIR";
@@ -15,8 +16,7 @@ const DIR: &str = "BLKMQ_SANDBOX_DIR";
 /// Runs one attempt, with these layers on. What it leaves is removed here: it may not be able to, or may not live to.
 fn attempt(what: &str, layers: &str) -> Output {
     let dir = tempfile::tempdir().expect("a directory");
-    Command::new(std::env::current_exe().expect("our own path"))
-        .args(["--exact", "sandbox::tests::child", "--nocapture"])
+    child::of(module_path!(), "child")
         .env(TRY, format!("{what},{layers}"))
         .env(DIR, dir.path())
         .output()

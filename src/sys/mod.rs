@@ -1,5 +1,7 @@
 //! What every room needs of the operating system.
 
+#[cfg(test)]
+pub mod child;
 pub mod clock;
 pub mod cpu_list;
 pub mod dying;

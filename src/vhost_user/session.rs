@@ -51,7 +51,7 @@ pub struct DiskServer {
     pub stop: Arc<Stop>,
     /// Where it rests.
     pub rest: Arc<RestPlace>,
-    /// The listener's descriptor has this number or a higher one; see [`files::number_from`].
+    /// The listener's descriptor has this number or a higher one; see [`fds::number_from`].
     pub listeners_from: i32,
 }
 

@@ -3,8 +3,8 @@
 //!
 //! The way of a request through here: [`ring::Ring::pop_head`] takes a chain's head from the
 //! available ring, [`parse::parse`] turns the chain into a [`crate::mq::request::Request`] and a
-//! [`receipt::GuestIo`] (its buffers and the right to answer it), and when the I/O has ended
-//! [`receipt::GuestIo::finish`] writes the status byte and gives the [`receipt::Used`] element that
+//! [`guest_io::GuestIo`] (its buffers and the right to answer it), and when the I/O has ended
+//! [`guest_io::GuestIo::finish`] writes the status byte and gives the [`guest_io::Used`] element that
 //! [`ring::Ring::put_used`] takes. Each step consumes what the step before gave, so nothing is
 //! answered twice.
 

@@ -302,6 +302,24 @@ fn links_lead_somewhere(path: &str, text: &str) -> Vec<String> {
         .collect()
 }
 
+/// Paths of the tree that a document names in backticks exist.
+fn named_paths_exist(path: &str, text: &str) -> Vec<String> {
+    if !path.ends_with(".md") {
+        return Vec::new();
+    }
+    let begins = |named: &&str| {
+        let roots = ["src/", "tests/", "benches/", "fuzz/", "qemu/", "docs/"];
+        roots.iter().any(|root| named.starts_with(root))
+    };
+    let plain = |c: char| c.is_ascii_alphanumeric() || ['/', '_', '-', '.'].contains(&c);
+    text.lines()
+        .flat_map(|line| line.split('`').skip(1).step_by(2))
+        .filter(begins)
+        .filter(|named| named.chars().all(plain) && !root().join(named).exists())
+        .map(|named| format!("{path}: there is no {named}"))
+        .collect()
+}
+
 /// Options of the program that `text` has no section for, and sections for options it does not have.
 fn options_and_text_agree(options: &BTreeSet<String>, text: &str) -> Vec<String> {
     let sections: BTreeSet<String> = text
@@ -426,6 +444,11 @@ fn held_no_machine_is_named() {
 #[test]
 fn held_links_lead_somewhere() {
     hold(links_lead_somewhere);
+}
+
+#[test]
+fn held_named_paths_exist() {
+    hold(named_paths_exist);
 }
 
 #[test]
@@ -653,6 +676,22 @@ fn links_lead_somewhere_can_fail() {
         "[a](../Cargo.toml) [b](#part) [c](https://example.org/x)",
     );
     passes(links_lead_somewhere, "src/a.rs", "[no](MISSING.md)");
+}
+
+#[test]
+fn named_paths_exist_can_fail() {
+    fails(named_paths_exist, "docs/A.md", "see `src/cellar.rs`");
+    fails(
+        named_paths_exist,
+        "docs/A.md",
+        "| `src/lib.rs`, `tests/cellar` |",
+    );
+    passes(
+        named_paths_exist,
+        "docs/A.md",
+        "`src/lib.rs` src/cellar.rs `src/*.rs`",
+    );
+    passes(named_paths_exist, "src/a.rs", "`src/cellar.rs`");
 }
 
 #[test]

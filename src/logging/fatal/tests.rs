@@ -11,6 +11,7 @@ use rustix::pipe::{PipeFlags, pipe_with};
 use super::*;
 use crate::config::SandboxLayers;
 use crate::sandbox;
+use crate::sys::child;
 
 const PANIC: &str = "BLKMQ_FATAL_PANIC";
 
@@ -36,10 +37,8 @@ fn child() {
 }
 
 fn panicking(how: &str) -> Command {
-    let mut command = Command::new(std::env::current_exe().expect("our own path"));
-    command
-        .args(["--exact", "fatal::tests::child", "--nocapture"])
-        .env(PANIC, how);
+    let mut command = child::of(module_path!(), "child");
+    command.env(PANIC, how);
     command
 }
 

@@ -1,8 +1,9 @@
 use super::*;
+use crate::sys::child;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::ExitStatusExt;
-use std::process::{Command, ExitStatus};
+use std::process::ExitStatus;
 use std::sync::Barrier;
 use std::thread;
 
@@ -245,13 +246,7 @@ fn what_is_no_mapping_is_refused() {
 
 /// What ends a process ends a process: in one of its own.
 fn in_a_child(name: &str) -> ExitStatus {
-    Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", name, "--nocapture"])
-        .env("BLKMQ_SIGBUS_CHILD", "1")
-        .env("RUST_TEST_THREADS", "1")
-        .output()
-        .unwrap()
-        .status
+    child::run(child::of(module_path!(), name).env("BLKMQ_SIGBUS_CHILD", "1")).status
 }
 
 fn is_child() -> bool {
@@ -271,7 +266,7 @@ fn sigbus_outside_all_ranges_ends_the_process() {
         unguarded.read(0);
         unreachable!("it went on");
     }
-    let status = in_a_child("sigbus::tests::sigbus_outside_all_ranges_ends_the_process");
+    let status = in_a_child("sigbus_outside_all_ranges_ends_the_process");
     assert_eq!(status.signal(), Some(libc::SIGBUS), "{status}");
 }
 
@@ -289,7 +284,7 @@ fn an_early_warning_of_a_memory_error_ends_nothing() {
         assert_eq!((shared.read(5), shared.is_lost()), (0, true));
         return;
     }
-    let status = in_a_child("sigbus::tests::an_early_warning_of_a_memory_error_ends_nothing");
+    let status = in_a_child("an_early_warning_of_a_memory_error_ends_nothing");
     assert!(status.success(), "{status}");
 }
 
@@ -323,6 +318,6 @@ fn sigbus_that_is_sent_ends_the_process() {
         rustix::process::kill_process(pid, rustix::process::Signal::BUS).unwrap();
         unreachable!("it went on");
     }
-    let status = in_a_child("sigbus::tests::sigbus_that_is_sent_ends_the_process");
+    let status = in_a_child("sigbus_that_is_sent_ends_the_process");
     assert_eq!(status.signal(), Some(libc::SIGBUS), "{status}");
 }

@@ -1,6 +1,7 @@
 //! How messages arrive and leave: pieces, descriptors, peers that stop, leave or talk nonsense.
 
 use super::*;
+use crate::sys::child;
 use rustix::net::SendFlags;
 
 /// Sends `message` in pieces of `step` bytes, all its descriptors with the piece `with`.
@@ -365,15 +366,10 @@ fn the_sockets_own_flags_stay_as_they_are() {
 /// Runs in a process of its own, since the limit of open files is the whole process's.
 #[test]
 fn descriptors_lost_for_want_of_numbers_end_the_session() {
-    const NAME: &str =
-        "vhost_user::guard::tests::transport::descriptors_lost_for_want_of_numbers_end_the_session";
+    const NAME: &str = "descriptors_lost_for_want_of_numbers_end_the_session";
     const CHILD: &str = "SESSION_TEST_FEW_FDS";
     if std::env::var_os(CHILD).is_none() {
-        let output = std::process::Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", NAME])
-            .env(CHILD, "1")
-            .output()
-            .unwrap();
+        let output = child::run(child::of(module_path!(), NAME).env(CHILD, "1"));
         assert!(output.status.success(), "{output:?}");
         return;
     }
