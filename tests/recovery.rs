@@ -16,6 +16,8 @@ mod cache_mode;
 mod campaign;
 #[path = "recovery/held.rs"]
 mod held;
+#[path = "recovery/held_rings.rs"]
+mod held_rings;
 #[path = "recovery/moments.rs"]
 mod moments;
 #[path = "recovery/no_region.rs"]

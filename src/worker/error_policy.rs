@@ -65,7 +65,7 @@ impl Care {
 
     /// Whether what a ring has in flight is to end, as it ends.
     fn must_end(&self, gates: Gates) -> bool {
-        gates.disabled || gates.stopping || gates.frozen && self.must_empty
+        gates.must_end() || gates.frozen && self.must_empty
     }
 
     fn may_log(&mut self, now_ns: u64) -> bool {
@@ -132,6 +132,9 @@ pub(super) fn failed(
         disk.care.hold.begin(&mut disk.care.followed);
         hold(mq, ports, disk, id.disk);
     }
+    // It goes back to an hctx that does not send it again. It may have been sent while its ring had to be empty, and
+    // come back when it has not any more.
+    mq.quiesce(hctx);
     mq.requeue(tag);
     None
 }
@@ -213,6 +216,19 @@ impl Worker {
             self.mq.unquiesce(hctx);
         }
         self.mq.set_ending(hctx, true);
+        // Of a disk that is held nobody looked at what the ring owes.
+        heat(&mut self.hot, open_port(&mut self.ports, hctx), hctx);
+    }
+
+    /// A ring need not be empty any more: if its disk is held, it waits like the others.
+    pub(super) fn wait_again(&mut self, hctx: HctxId) {
+        let port = open_port(&mut self.ports, hctx);
+        let care = self.disks[port.id.disk.index()]
+            .as_ref()
+            .map(|disk| &disk.care);
+        if port.gates.held && care.is_some_and(|care| !care.must_end(port.gates)) {
+            self.mq.quiesce(hctx);
+        }
     }
 
     /// A new ring of a disk that is held waits like the others.

@@ -4,7 +4,7 @@
 //! called for before the answer, rings that take nothing are not armed for kicks, and kicks are never
 //! read from their eventfd, so they are still there for whoever serves the rings next.
 
-use crate::mq::ids::{DiskId, HctxId};
+use crate::mq::ids::DiskId;
 
 use super::mailbox::Pending;
 use super::{Worker, heat, open_port};
@@ -69,11 +69,13 @@ impl Worker {
         if self.is_freezing(disk) {
             return;
         }
-        for (port, index) in self.ports.iter_mut().zip(0..) {
-            if let Some(port) = port.as_mut().filter(|port| port.id.disk == disk) {
+        for hctx in self.hctxs() {
+            let port = open_port(&mut self.ports, hctx);
+            if port.id.disk == disk {
                 port.gates.frozen = false;
-                heat(&mut self.hot, port, HctxId(index));
-                self.mq.set_ending(HctxId(index), port.gates.is_draining());
+                heat(&mut self.hot, port, hctx);
+                self.mq.set_ending(hctx, port.gates.is_draining());
+                self.wait_again(hctx);
             }
         }
         self.pay_first(disk);

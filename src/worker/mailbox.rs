@@ -128,6 +128,7 @@ impl Worker {
                         heat(&mut self.hot, port, hctx);
                         let (disk, ends) = (port.id.disk, port.gates.is_draining());
                         self.mq.set_ending(hctx, ends);
+                        self.wait_again(hctx);
                         self.pay_first(disk);
                         done.send(());
                     } else {

@@ -31,6 +31,11 @@ impl Gates {
     pub fn is_draining(self) -> bool {
         self.disabled || self.frozen || self.stopping || self.leaving
     }
+
+    /// Whether what the ring has is to end as it ends, also if its disk is held.
+    pub fn must_end(self) -> bool {
+        self.disabled || self.stopping
+    }
 }
 
 /// A started ring.
@@ -91,10 +96,12 @@ impl Port {
         self.ring.to_resume() > 0 && self.was_enabled && !self.gates.broken
     }
 
-    /// Whether what it [`Port::owes`] is to be taken although the ring is closed for anything new.
+    /// Whether what it [`Port::owes`] is to be taken although the ring is closed for anything new. A disk that is held
+    /// takes nothing of a ring that need not be empty.
     #[cold]
     pub fn must_resume(&self) -> bool {
-        self.owes() && !self.gates.frozen
+        let waits = self.gates.held && !self.gates.must_end();
+        self.owes() && !self.gates.frozen && !waits
     }
 }
 
