@@ -24,6 +24,8 @@ mod short;
 #[path = "upgrade/stuck.rs"]
 mod stuck;
 mod support;
+#[path = "upgrade/unheard.rs"]
+mod unheard;
 #[path = "upgrade/unready.rs"]
 mod unready;
 

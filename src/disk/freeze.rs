@@ -29,6 +29,9 @@ pub struct Changes {
     pub write_through: Option<bool>,
     /// Whether the guest chose write-through is not known, and it has it for that.
     pub cautious: bool,
+    /// Whatever the guest chose, the process that describes the disk has heard of it: its driver began there, or told
+    /// it, or a process before did.
+    pub known: bool,
     /// The image could not be synced, so that no flush can succeed any more: a host's `errno`.
     pub sync_fault: Option<i32>,
 }
@@ -110,14 +113,16 @@ impl Disk {
         let config = &self.config;
         let (scheduler, limits) = (self.scheduler(), self.limits());
         let group = self.group().map(|group| group.name);
-        let chosen = self.lock_cache().chosen;
+        let cache = self.lock_cache();
+        let chosen = cache.chosen;
         Changes {
             scheduler: (scheduler != self.choose_scheduler(config.scheduler)).then_some(scheduler),
             limits: (limits != config.limits).then_some(limits),
             group: (group != config.group).then_some(group),
             sync_fault: self.sync_fault.errno().map(|errno| errno.0),
             write_through: (chosen != config.cache.is_write_through()).then_some(chosen),
-            cautious: self.lock_cache().cautious,
+            cautious: cache.cautious,
+            known: cache.has_heard_all(),
         }
     }
 
@@ -125,7 +130,8 @@ impl Disk {
     /// `was_write_through` is whether writes were durable when they completed.
     ///
     /// A guest that was promised write-through keeps it even if the configuration no longer says so,
-    /// because it does not look again. An image that could not be synced is still one.
+    /// because it does not look again. What that process did not know is not known here either: a guest may have chosen
+    /// before. An image that could not be synced is still one.
     ///
     /// # Errors
     ///
@@ -156,7 +162,7 @@ impl Disk {
                 None => cache.chosen || was_write_through && !changes.cautious,
             };
             cache.cautious = changes.cautious;
-            cache.known = true;
+            cache.known = changes.known;
         })
     }
 }

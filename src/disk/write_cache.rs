@@ -28,6 +28,8 @@ pub(super) struct CacheState {
     pub(super) known: bool,
     /// The features that the driver accepted, since the session began or the device was reset.
     acked: Option<u64>,
+    /// A ring runs.
+    runs: bool,
     /// A ring that runs was served before it started.
     history: bool,
     /// Where notes of this are kept for the process after this one.
@@ -45,6 +47,7 @@ impl CacheState {
             cautious: false,
             known: false,
             acked: None,
+            runs: false,
             history: false,
             region: None,
             started: false,
@@ -59,6 +62,12 @@ impl CacheState {
     /// of that.
     pub(super) fn can_be_noted(&self) -> bool {
         self.known || self.cautious
+    }
+
+    /// Whether this process has heard of all that the guest chose. If no ring that runs was served before, its driver
+    /// began here.
+    pub(super) fn has_heard_all(&self) -> bool {
+        self.known || self.runs && !self.history
     }
 
     /// Where notes are kept.
@@ -200,6 +209,7 @@ impl Disk {
     pub fn ring_starts(&self, history: bool) {
         let serial = &self.config.serial;
         let mut cache = self.lock_cache();
+        cache.runs = true;
         cache.history |= history;
         let can_choose = cache
             .acked
@@ -232,6 +242,7 @@ impl Disk {
     /// that it chose is known.
     pub(super) fn rings_stopped(&self) {
         let mut cache = self.lock_cache();
+        cache.runs = false;
         let history = std::mem::take(&mut cache.history);
         drop(cache);
         if !history {

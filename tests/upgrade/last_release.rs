@@ -311,3 +311,50 @@ fn write_through_that_a_guest_chose_with_the_last_release_is_not_forgotten() {
     let shown = lineage.ask("GET", "/v1/disks/s", None);
     assert_eq!(shown["write_through"], json!(true));
 }
+
+/// The last release is started again and starts no ring, so it does not know what the guest chose, and says nothing of
+/// that to a daemon of this build that takes over.
+#[test]
+#[ignore = "builds the last release, once"]
+fn write_through_is_not_forgotten_where_the_last_release_has_started_no_ring() {
+    let Some(last) = last_release() else {
+        println!("skipped: there is no last release");
+        return;
+    };
+    for is_connected in [true, false] {
+        let args = ["--cache", "writeback", "--serial", "s"];
+        let mut lineage = Lineage::start(Spec::image(64 * MIB), &args);
+        let mut guest = Guest::attach(&lineage.daemon);
+        for queue in &mut guest.queues {
+            Request::flush().run(queue);
+        }
+        let front = guest.front.as_mut().expect("a front end");
+        let written = front.set_config(BlkConfig::WRITEBACK_AT, &[0]);
+        written.expect("the guest chooses");
+        lineage.spec = lineage.spec.clone().program(Some(&last));
+        lineage.upgrade(&args);
+        replace(&mut lineage, Signal::KILL, Some(&last), &args);
+        assert!(lineage.daemon.wait_for_message("listening on"));
+        if is_connected {
+            guest.come_back(&lineage.daemon);
+            starts_no_ring(&lineage, &mut guest);
+        }
+        lineage.spec = lineage.spec.clone().program(None);
+        lineage.upgrade(&args);
+        if !is_connected {
+            guest.come_back(&lineage.daemon);
+        }
+        let unknown = "whether it chose write-through is not known";
+        assert!(lineage.daemon.wait_for_message(unknown));
+        let shown = lineage.ask("GET", "/v1/disks/s", None);
+        assert_eq!(shown["write_through"], json!(true));
+        for queue in &mut guest.queues {
+            Request::flush().run(queue);
+        }
+        // What the note says of it holds for the next one.
+        replace(&mut lineage, Signal::KILL, None, &args);
+        guest.come_back(&lineage.daemon);
+        let shown = lineage.ask("GET", "/v1/disks/s", None);
+        assert_eq!(shown["write_through"], json!(true));
+    }
+}

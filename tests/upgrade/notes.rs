@@ -12,12 +12,12 @@ use super::support::front::Inflight;
 use super::support::*;
 use super::{Lineage, MIB};
 
-const ARGS: [&str; 4] = ["--cache", "writeback", "--serial", "s"];
+pub(super) const ARGS: [&str; 4] = ["--cache", "writeback", "--serial", "s"];
 /// What the log says of a guest whose choice is not known.
-const UNKNOWN: &str = "whether it chose write-through is not known";
+pub(super) const UNKNOWN: &str = "whether it chose write-through is not known";
 const TAKEN: u32 = 6;
 
-fn setup() -> Setup {
+pub(super) fn setup() -> Setup {
     Setup {
         protocol: protocol::KNOWN | VhostUserProtocolFeatures::INFLIGHT_SHMFD,
         ..Setup::default()
@@ -25,7 +25,7 @@ fn setup() -> Setup {
 }
 
 /// A front end with a region and a ring that was used.
-fn attach(lineage: &Lineage) -> (Front, Inflight, Queue) {
+pub(super) fn attach(lineage: &Lineage) -> (Front, Inflight, Queue) {
     let mut front = Front::connect(lineage.daemon.socket(), &setup()).expect("a session");
     let region = front.new_inflight(1, 128).expect("a region");
     front.set_inflight(&region).expect("it is taken");
@@ -35,13 +35,13 @@ fn attach(lineage: &Lineage) -> (Front, Inflight, Queue) {
     (front, region, queue)
 }
 
-fn choose(front: &mut Front, writeback: u8) {
+pub(super) fn choose(front: &mut Front, writeback: u8) {
     let written = front.set_config(BlkConfig::WRITEBACK_AT, &[writeback]);
     written.expect("the guest chooses");
 }
 
 /// A process that takes over and says nothing of notes, up to the moment that decides.
-fn ask_without_notes(lineage: &Lineage, step: u32) -> Actor {
+pub(super) fn ask_without_notes(lineage: &Lineage, step: u32) -> Actor {
     let (mut actor, head) = Actor::ask(lineage, "[1]");
     assert!(head.starts_with("HTTP/1.1 101 "), "{head}");
     actor.go(step);
@@ -67,7 +67,7 @@ fn restart(
     (next, front)
 }
 
-fn is_write_through(lineage: &Lineage) -> bool {
+pub(super) fn is_write_through(lineage: &Lineage) -> bool {
     let shown = lineage.ask("GET", "/v1/disks/s", None);
     shown["write_through"] == serde_json::json!(true)
 }

@@ -109,6 +109,9 @@ struct DiskState {
     write_through: Option<bool>,
     #[serde(default)]
     cautious: bool,
+    /// The last release does not say.
+    #[serde(default)]
+    known: Option<bool>,
     #[serde(default)]
     sync_fault: Option<i32>,
     listener: Option<ListenerState>,
@@ -304,6 +307,7 @@ impl CarriedDisk {
             group,
             write_through,
             cautious,
+            known,
             sync_fault,
         } = self.changes;
         let state = DiskState {
@@ -322,6 +326,7 @@ impl CarriedDisk {
             group: group.map(|group| GroupState { group }),
             write_through,
             cautious,
+            known: Some(known),
             sync_fault,
             listener: self.listener.map(|listener| out.listener(listener)),
             session: self.session.map(|session| write_session(session, &mut out)),
@@ -340,6 +345,7 @@ impl CarriedDisk {
     pub fn read(frame: Frame) -> io::Result<CarriedDisk> {
         let state: DiskState = read_plain(&frame)?;
         let mut fds = In::new(frame.fds);
+        let known = state.known.unwrap_or_else(|| serves(&state));
         Ok(CarriedDisk {
             socket: state.socket,
             size_bytes: state.size_bytes,
@@ -350,6 +356,7 @@ impl CarriedDisk {
                 group: state.group.map(|state| state.group),
                 write_through: state.write_through,
                 cautious: state.cautious,
+                known,
                 sync_fault: state.sync_fault,
             },
             listener: state
@@ -362,6 +369,13 @@ impl CarriedDisk {
                 .transpose()?,
         })
     }
+}
+
+/// Whether a ring runs. A guest whose rings ran nowhere may have chosen its cache mode with an earlier process: one
+/// without a session has heard of no guest, and the last release starts no ring of a region that it does not know.
+fn serves(state: &DiskState) -> bool {
+    let session = state.session.as_ref();
+    session.is_some_and(SessionState::has_running_ring)
 }
 
 fn read_scheduler(state: SchedulerState) -> io::Result<Params> {

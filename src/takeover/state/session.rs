@@ -23,6 +23,12 @@ pub(super) struct SessionState {
     rings: Vec<RingState>,
 }
 
+impl SessionState {
+    pub(super) fn has_running_ring(&self) -> bool {
+        self.rings.iter().any(|ring| ring.running)
+    }
+}
+
 /// SET_INFLIGHT_FD as it was sent: bytes and a file.
 #[derive(Debug, Serialize, Deserialize)]
 struct InflightState {

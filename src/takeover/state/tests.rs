@@ -44,6 +44,7 @@ fn sample() -> (CarriedDisk, Vec<u64>) {
             group: Some(None),
             write_through: Some(false),
             cautious: true,
+            known: false,
             sync_fault: Some(5),
         },
         listener: Some(CarriedListener {
@@ -144,6 +145,34 @@ fn fields_of_other_versions_are_passed_over_and_made_up_for() {
     let disk = CarriedDisk::read(frame).unwrap();
     assert!(disk.session.unwrap().inflight.is_none());
     assert_eq!(disk.changes.sync_fault, None);
+}
+
+/// Of a daemon that does not say, it is assumed only if the guest's rings ran there.
+#[test]
+fn what_the_guest_chose_is_known_if_the_daemon_before_knew_it() {
+    for (said, rings, expected) in [
+        (Some(false), Some(true), false),
+        (Some(true), None, true),
+        (None, Some(true), true),
+        (None, Some(false), false),
+        (None, None, false),
+    ] {
+        let (mut disk, _) = sample();
+        match (rings, &mut disk.session) {
+            (Some(running), Some(session)) => session.rings[0].running = running,
+            (_, session) => *session = None,
+        }
+        let mut frame = disk.write();
+        let mut json: Value = serde_json::from_slice(&frame.json).unwrap();
+        let object = json.as_object_mut().unwrap();
+        match said {
+            Some(known) => object.insert("known".to_owned(), known.into()),
+            None => object.remove("known"),
+        };
+        frame.json = serde_json::to_vec(&json).unwrap();
+        let read = CarriedDisk::read(frame).unwrap();
+        assert_eq!(read.changes.known, expected, "{said:?} {rings:?}");
+    }
 }
 
 #[test]
