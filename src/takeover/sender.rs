@@ -128,10 +128,9 @@ impl Giver {
         send(frames, &facts, Instant::now() + PATIENCE)?;
         expect(frames, Kind::Ready, Instant::now() + PREPARATION)?;
 
-        let begin = Instant::now();
         let holds = Holds(self);
         match self.hand_over(frames, control, &plan) {
-            Ok(()) => {
+            Ok(waited) => {
                 // Leaving is all that is done with what is another's now.
                 std::mem::forget(holds);
                 self.set_keeping(Keeping::Elsewhere);
@@ -139,9 +138,8 @@ impl Giver {
                     self.control.leave();
                 }
                 log::info!(
-                    "handed over {} disks; the guests waited for {} ms",
+                    "handed over {} disks; the guests waited for {waited}",
                     self.roster.disks().len(),
-                    begin.elapsed().as_millis()
                 );
                 // Before the disks' threads end, which it is the reason of.
                 (self.left)();
@@ -173,8 +171,8 @@ impl Giver {
         }
     }
 
-    /// From the moment the guests wait to the one that decides.
-    fn hand_over(&self, frames: &Frames, control: bool, plan: &Plan) -> Result<(), String> {
+    /// From the moment the guests wait to the one that decides; for how long the guests waited.
+    fn hand_over(&self, frames: &Frames, control: bool, plan: &Plan) -> Result<String, String> {
         let rest = self.roster.rest();
         self.can_rest(&rest)?;
         if !plan.keeps_notes {
@@ -202,6 +200,7 @@ impl Giver {
                 NotHeld::AfterError => waits_after_error(serial),
             }
         })?;
+        let since: Vec<Instant> = still.iter().map(|still| still.since).collect();
         let mut carried = Vec::new();
         for ((disk, rings), with) in disks
             .into_iter()
@@ -232,16 +231,35 @@ impl Giver {
             send(frames, &disk.write(), deadline)?;
         }
         match expect(frames, Kind::Taken, deadline) {
-            Ok(_) => Ok(()),
+            Ok(_) => Ok(self.longest_wait(&since)),
             Err(why) => {
                 // It may be written in this moment. After this it is, or never will be.
                 frames.close_ear();
                 match frames.receive(Instant::now()) {
-                    Ok(Some(frame)) if frame.kind == Kind::Taken => Ok(()),
+                    Ok(Some(frame)) if frame.kind == Kind::Taken => Ok(self.longest_wait(&since)),
                     _ => Err(why),
                 }
             }
         }
+    }
+
+    /// How long the disk stood still that did so longest, of which nothing was taken `since` then. One that is slow stands
+    /// still while the others go on.
+    fn longest_wait(&self, since: &[Instant]) -> String {
+        let first = since
+            .iter()
+            .zip(self.roster.disks())
+            .min_by_key(|(at, _)| **at);
+        first.map_or_else(
+            || "0 ms".to_owned(),
+            |(at, disk)| {
+                let (ms, serial) = (at.elapsed().as_millis(), &disk.config.serial);
+                match since.len() {
+                    1 => format!("{ms} ms"),
+                    _ => format!("{ms} ms at most, that of disk {serial} longest"),
+                }
+            },
+        )
     }
 
     fn facts(&self, control: bool) -> Facts {

@@ -76,6 +76,13 @@ fn front_ends_that_are_never_ready_are_closed_if_the_user_says_so() {
         let closed = "the session was closed: its front end was not ready to be handed over";
         assert_eq!(said.matches(closed).count(), 3, "{said}");
         assert!(said.contains("another daemon has the disks"), "{said}");
+        // The wait for the three, during which the guest went on, is not counted.
+        let waited = said
+            .split_once("the guests waited for ")
+            .map(|(_, rest)| rest);
+        let ms = waited.and_then(|rest| rest.split_once(" ms at most, that of disk "));
+        let ms = ms.and_then(|(ms, _)| ms.parse::<u64>().ok());
+        assert!(ms.is_some_and(|ms| ms < 5000), "{said}");
         // Their disks are served by the new one.
         for socket in &sockets {
             let mut front = Disk::attach(socket, 1);

@@ -53,31 +53,44 @@ impl Waiting for Holding {
     }
 }
 
-/// Holds all disks, and returns when all are still; `oldest` is for how long the storage of each has had the oldest of its
+/// A disk that is still.
+#[derive(Debug)]
+pub(super) struct Still<W> {
+    /// What was waited for.
+    held: W,
+    /// Since when nothing is taken of it: its guest waits.
+    pub since: Instant,
+}
+
+/// Holds all disks, and returns when all are still, in their order; `oldest` is for how long the storage of each has had the oldest of its
 /// requests. They have to be let go of afterwards, also after an error.
 pub(super) fn hold_still<D: Holdable>(
     disks: &[&D],
     oldest: &[Duration],
     deadline: Instant,
-) -> Result<Vec<D::Waiting>, Restless> {
-    let mut held: BTreeMap<usize, D::Waiting> = BTreeMap::new();
+) -> Result<Vec<Still<D::Waiting>>, Restless> {
+    let begin = |at: usize| Still {
+        since: Instant::now(),
+        held: disks[at].begin(),
+    };
+    let mut held: BTreeMap<usize, Still<D::Waiting>> = BTreeMap::new();
     let (mut slow, mut rest): (Vec<usize>, Vec<usize>) =
         (0..disks.len()).partition(|at| oldest[*at] >= TOGETHER);
     loop {
         for at in &slow {
-            held.entry(*at).or_insert_with(|| disks[*at].begin());
+            held.entry(*at).or_insert_with(|| begin(*at));
         }
         for at in &slow {
-            let waiting = held.get_mut(at).expect("it was begun");
+            let waiting = &mut held.get_mut(at).expect("it was begun").held;
             waiting.wait(deadline).map_err(|why| (*at, why))?;
         }
         for at in &rest {
-            held.insert(*at, disks[*at].begin());
+            held.insert(*at, begin(*at));
         }
         let together = deadline.min(Instant::now() + TOGETHER);
         let mut late = Vec::new();
         for at in &rest {
-            let waiting = held.get_mut(at).expect("it was begun");
+            let waiting = &mut held.get_mut(at).expect("it was begun").held;
             match waiting.wait(together) {
                 Ok(()) => {}
                 Err(NotHeld::Late) => late.push(*at),
@@ -97,8 +110,9 @@ pub(super) fn hold_still<D: Holdable>(
 }
 
 /// The rings of disks that are still.
-pub(super) fn rings(still: Vec<Holding>) -> Vec<BTreeMap<QueueId, u16>> {
-    still.into_iter().map(Holding::into_rings).collect()
+pub(super) fn rings(still: Vec<Still<Holding>>) -> Vec<BTreeMap<QueueId, u16>> {
+    let rings = still.into_iter().map(|still| still.held.into_rings());
+    rings.collect()
 }
 
 #[cfg(test)]

@@ -46,20 +46,24 @@ impl Holdable for Made {
 
 const NAMES: [&str; 3] = ["a", "b", "c"];
 
+/// Three disks that need this long, and what happens to them.
+fn made(needs: [Result<Duration, NotHeld>; 3]) -> (Vec<Made>, Rc<RefCell<Vec<String>>>) {
+    let events = Rc::new(RefCell::new(Vec::new()));
+    let disks = needs.into_iter().zip(NAMES).map(|(needs, name)| Made {
+        needs,
+        name,
+        since: RefCell::default(),
+        events: Rc::clone(&events),
+    });
+    (disks.collect(), events)
+}
+
 /// What three disks go through that need this long, and had requests for this long: the events, and whether all are still.
 fn run(
     needs: [Result<Duration, NotHeld>; 3],
     oldest_ms: [u64; 3],
 ) -> (Vec<String>, Result<(), Restless>) {
-    let events = Rc::new(RefCell::new(Vec::new()));
-    let disks: Vec<Made> = (needs.into_iter().zip(NAMES))
-        .map(|(needs, name)| Made {
-            needs,
-            name,
-            since: RefCell::default(),
-            events: Rc::clone(&events),
-        })
-        .collect();
+    let (disks, events) = made(needs);
     let oldest = oldest_ms.map(Duration::from_millis);
     let disks: Vec<&Made> = disks.iter().collect();
     // Nothing here waits.
@@ -105,4 +109,15 @@ fn a_disk_that_waits_after_an_error_is_named_at_once() {
     let held = Err(NotHeld::AfterError);
     let (_, outcome) = run([SLOW, held, NOTHING], [0; 3]);
     assert_eq!(outcome, Err((1, NotHeld::AfterError)));
+}
+
+#[test]
+fn a_disk_that_went_on_meanwhile_has_waited_since_it_was_held_last() {
+    let (disks, _) = made([NOTHING, SLOW, NOTHING]);
+    let disks: Vec<&Made> = disks.iter().collect();
+    let deadline = Instant::now() + Duration::from_secs(60);
+    let still = hold_still(&disks, &[Duration::ZERO; 3], deadline).unwrap();
+    let held_first = |at: usize| disks[at].since.borrow().expect("it was held");
+    assert!(still[0].since > held_first(0) && still[2].since > held_first(2));
+    assert!(still[1].since <= held_first(1), "it was held all the time");
 }
