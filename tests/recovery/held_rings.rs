@@ -23,14 +23,7 @@ fn world(full: &Full) -> World {
 fn daemon(world: &World, more: &[&str]) -> Daemon {
     let control = world.image.with_extension("control");
     let control = control.to_str().expect("a plain name");
-    let args = [
-        "--control-path",
-        control,
-        "--on-error",
-        "stop",
-        "--workers",
-        "1",
-    ];
+    let args = ["--control-path", control, "--on-error", "stop"];
     world.daemon(&[&args[..], more].concat())
 }
 
@@ -68,8 +61,8 @@ fn nothing_is_tried(world: &World) {
 }
 
 /// A write in each queue, which finds no room; all are taken, and none is sent before the daemon is killed.
-fn leave_behind(world: &mut World, scheduler: &str) {
-    let mut daemon = daemon(world, &["--limit", "bps=512", "--scheduler", scheduler]);
+fn leave_behind(world: &mut World, args: &[&str]) {
+    let mut daemon = daemon(world, &[args, &["--limit", "bps=512"]].concat());
     let front = world.attach(&daemon, Base::Used);
     let gpa = world.mem.alloc(65536, 4096);
     // There is room for this one, and it uses the limit up.
@@ -114,13 +107,14 @@ fn return_to(world: &mut World, daemon: &Daemon) -> Front {
 
 #[test]
 fn rings_that_are_enabled_one_by_one_on_a_held_disk_try_nothing_until_it_is_resumed() {
-    for scheduler in ["none", "mq-deadline"] {
+    for (scheduler, workers) in [("none", "1"), ("mq-deadline", "1"), ("none", "2")] {
+        let args = ["--scheduler", scheduler, "--workers", workers];
         let Some(full) = Full::new() else { return };
         let mut world = world(&full);
-        leave_behind(&mut world, scheduler);
+        leave_behind(&mut world, &args);
         // What is held is left behind once more by the first of these.
         for resumes in [false, true] {
-            let daemon = daemon(&world, &["--scheduler", scheduler]);
+            let daemon = daemon(&world, &args);
             let front = return_to(&mut world, &daemon);
             let failed = wait_held(&world);
             assert!(
@@ -147,9 +141,9 @@ fn rings_that_are_enabled_one_by_one_on_a_held_disk_try_nothing_until_it_is_resu
 fn a_ring_of_a_held_disk_that_is_disabled_or_stopped_ends_what_it_has_and_the_others_wait() {
     let Some(full) = Full::new() else { return };
     let mut world = world(&full);
-    leave_behind(&mut world, "none");
+    leave_behind(&mut world, &["--workers", "1"]);
     // Of the first ring the worker has the request; of the others it has not taken what the record says.
-    let daemon = daemon(&world, &[]);
+    let daemon = daemon(&world, &["--workers", "1"]);
     let mut front = return_to(&mut world, &daemon);
     for index in 0..2 {
         front.enable(index, false).expect("it is disabled");
