@@ -1,58 +1,9 @@
 //! A new daemon that the host lets have too few threads, at every one of them.
 
-use std::fs;
-use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
-
-use rustix::process::geteuid;
+use std::time::Duration;
 
 use super::support::*;
 use super::{Lineage, MIB, under_load};
-
-/// A control group of the pids controller (v1) for processes that are started by a script.
-struct Group(PathBuf);
-
-impl Group {
-    /// `None`, with a word on stderr, where there is none to be had.
-    fn new() -> Option<Group> {
-        let root = Path::new("/sys/fs/cgroup/pids");
-        if !geteuid().is_root() || !root.is_dir() {
-            eprintln!("skipped: needs root and the pids controller");
-            return None;
-        }
-        let group = Group(root.join(format!("blkmq-short-{}", std::process::id())));
-        fs::create_dir(&group.0).expect("a group");
-        Some(group)
-    }
-
-    fn allow(&self, threads: &str) {
-        fs::write(self.0.join("pids.max"), threads).expect("a bound");
-    }
-
-    /// A program that starts ours in the group.
-    fn program(&self, dir: &Path) -> PathBuf {
-        let script = dir.join("start");
-        let text = format!(
-            "#!/bin/sh\necho $$ > {}/cgroup.procs\nexec {} \"$@\"\n",
-            self.0.display(),
-            env!("CARGO_BIN_EXE_vhost-user-blkmq")
-        );
-        fs::write(&script, text).expect("a script");
-        fs::set_permissions(&script, fs::Permissions::from_mode(0o755)).expect("its mode");
-        script
-    }
-}
-
-impl Drop for Group {
-    fn drop(&mut self) {
-        // It is empty when the process has ended; the group outlives it by moments.
-        let begun = Instant::now();
-        while fs::remove_dir(&self.0).is_err() && begun.elapsed() < DEADLINE {
-            std::thread::sleep(Duration::from_millis(10));
-        }
-    }
-}
 
 /// Before the last step of a take-over the new daemon has all threads that it needs. Whichever it cannot have, the old
 /// daemon has its disks.
