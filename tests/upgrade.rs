@@ -19,6 +19,8 @@ mod notes;
 mod promises;
 #[path = "upgrade/refused.rs"]
 mod refused;
+#[path = "upgrade/region.rs"]
+mod region;
 #[path = "upgrade/short.rs"]
 mod short;
 #[path = "upgrade/stuck.rs"]

@@ -4,6 +4,7 @@
 //! hold with the next daemon.
 
 use std::io::{Read, Write};
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 
 use super::moments::{kill, push_reads, reap_all};
@@ -127,11 +128,16 @@ fn write_through_of_the_options_is_kept_until_the_driver_begins_anew() {
     assert!(!is_write_through(&world));
 }
 
+fn overwrite_notes(world: &World, byte: u8) {
+    let region = world.inflight.as_ref().expect("there is a region");
+    let written = region.file.write_all_at(&[byte; 128], region.notes_at());
+    written.expect("a region can be written");
+}
+
 /// The front end keeps the notes and can change them. It can give its guest write-through, and cannot take
 /// away what the options say.
 #[test]
 fn notes_that_were_changed_take_no_write_through_away() {
-    use std::os::unix::fs::FileExt;
     for scribble in [false, true] {
         let mut world = World::new(1 << 20, 1, QueueSetup::default());
         let gpa = world.mem.alloc(4096, 4096);
@@ -141,11 +147,7 @@ fn notes_that_were_changed_take_no_write_through_away() {
         drop(front);
         kill(first);
         if scribble {
-            let region = world.inflight.as_ref().expect("there is a region");
-            region
-                .file
-                .write_all_at(&[0x5a; 128], region.notes_at())
-                .expect("a region can be written");
+            overwrite_notes(&world, 0x5a);
         }
         // The notes say write-back, or nothing.
         let second = daemon(&world, "writethrough");
@@ -155,11 +157,7 @@ fn notes_that_were_changed_take_no_write_through_away() {
         drop(front);
         kill(second);
         if scribble {
-            let region = world.inflight.as_ref().expect("there is a region");
-            region
-                .file
-                .write_all_at(&[0xa5; 128], region.notes_at())
-                .expect("a region can be written");
+            overwrite_notes(&world, 0xa5);
             let third = daemon(&world, "writeback");
             let _front = world.attach(&third, Base::Used);
             assert!(third.wait_for_message(UNKNOWN));

@@ -10,6 +10,7 @@ use serde_json::json;
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
 
+use super::region::{attach, choose, come_back};
 use super::support::disk::{finish, kind, status};
 use super::support::front::request::SET_VRING_CALL;
 use super::support::*;
@@ -200,9 +201,7 @@ fn what_was_changed_while_it_ran_is_still_so() {
     let mut lineage = Lineage::start(Spec::null(8 * MIB), &args);
     let mut disk = Disk::attach(lineage.daemon.socket(), 2);
     assert_eq!(disk.front.config().expect("a config").writeback, 1);
-    disk.front
-        .set_config(BlkConfig::WRITEBACK_AT, &[0])
-        .expect("the guest chooses");
+    choose(&mut disk.front, 0);
     let change = json!({
         "scheduler": "kyber", "scheduler_params": { "read_lat_nsec": 123_456 },
         "limits": { "iops": "90000/77" }, "group": "g",
@@ -337,16 +336,10 @@ fn a_crash_after_an_upgrade_loses_nothing() {
     // Two a second, so that most of what is asked is in flight when the daemon dies.
     let limit = ["--limit", "iops=2/1"];
     let mut lineage = Lineage::start(Spec::image(8 * MIB), &limit);
-    let setup = Setup {
-        protocol: protocol::KNOWN | VhostUserProtocolFeatures::INFLIGHT_SHMFD,
-        ..Setup::default()
-    };
-    let mut front = Front::connect(lineage.daemon.socket(), &setup).expect("a session");
-    let region = front.new_inflight(1, 128).expect("a region");
-    front.set_inflight(&region).expect("it is taken");
-    let mut queue = front.queue(0, QueueSetup::default()).expect("a queue");
+    let (front, region, mut queues) = attach(&lineage.daemon, 1);
+    let queue = &mut queues[0];
     let gpa = front.mem.alloc(4096, 4096);
-    let done = Request::write(0, &[Seg::readable(gpa, 4096)]).run(&mut queue);
+    let done = Request::write(0, &[Seg::readable(gpa, 4096)]).run(queue);
     assert_eq!(done.status, status::OK);
     for _ in 0..2 {
         lineage.upgrade(&limit);
@@ -356,7 +349,7 @@ fn a_crash_after_an_upgrade_loses_nothing() {
         queue.push(n, kind::OUT, 0, n * 64, &data).expect("room");
     }
     queue.publish();
-    let mut seen = vec![finish(&mut queue).token];
+    let mut seen = vec![finish(queue).token];
     lineage.daemon.signal(Signal::KILL);
     lineage.daemon.wait_exit();
     let in_region = || {
@@ -370,15 +363,10 @@ fn a_crash_after_an_upgrade_loses_nothing() {
     assert!(in_region() > 0, "the new daemon kept the account");
     // Another one, started afresh, to which the front end comes back.
     let next = lineage.daemon.beside(&lineage.spec);
-    assert!(next.wait_for_message("listening on"), "{}", next.stderr());
-    let mem = std::sync::Arc::clone(&front.mem);
-    drop(front);
-    let mut front = Front::connect_with(next.socket(), &setup, mem).expect("it is served");
-    front.set_inflight(&region).expect("it is taken");
-    front.start(&queue).expect("it starts");
-    front.enable(0, true).expect("it is enabled");
+    let _front = come_back(front, &next, &region, &queues);
+    let queue = &mut queues[0];
     while queue.in_flight() > 0 {
-        let done = finish(&mut queue);
+        let done = finish(queue);
         assert_eq!(done.status, status::OK);
         seen.push(done.token);
     }

@@ -13,12 +13,11 @@ use std::time::Duration;
 use serde_json::json;
 
 use rustix::process::Signal;
-use vhost::vhost_user::message::VhostUserProtocolFeatures;
 
 use super::support::disk::{kind, status};
 use super::support::front::Inflight;
 use super::support::*;
-use super::{Lineage, MIB, under_load};
+use super::{Lineage, MIB, region, under_load};
 
 /// The commit of the last release.
 const COMMIT: &str = "bb5a7f7";
@@ -85,8 +84,7 @@ fn upgrades_from_the_last_release_and_back_under_load_lose_nothing() {
     let mut disk = Disk::attach(lineage.daemon.socket(), 4);
     let mut served = 0;
     // What a guest chose and what was changed travels both ways.
-    let written = disk.front.set_config(BlkConfig::WRITEBACK_AT, &[0]);
-    written.expect("the guest chooses");
+    region::choose(&mut disk.front, 0);
     let change = json!({ "scheduler": "kyber", "limits": { "iops": 900_000 } });
     lineage.ask("PATCH", "/v1/disks/s", Some(&change));
     let before = lineage.ask("GET", "/v1/disks/s", None);
@@ -129,46 +127,22 @@ struct Guest {
 }
 
 impl Guest {
-    fn setup() -> Setup {
-        Setup {
-            protocol: protocol::KNOWN | VhostUserProtocolFeatures::INFLIGHT_SHMFD,
-            ..Setup::default()
-        }
-    }
-
     fn attach(daemon: &Daemon) -> Guest {
-        let mut front = Front::connect(daemon.socket(), &Self::setup()).expect("a session");
-        let queues = usize::try_from(QUEUES).expect("a few");
-        let region = front.new_inflight(queues, 128).expect("a region");
-        front.set_inflight(&region).expect("it is taken");
-        let queue = |index| front.queue(index, QueueSetup::default()).expect("a queue");
-        let list = (0..queues).map(queue).collect();
+        let (front, region, queues) = region::attach(daemon, QUEUES as usize);
         let gpa = front.mem.alloc(4096, 4096);
         Guest {
             front: Some(front),
             region,
-            queues: list,
+            answered: vec![Vec::new(); queues.len()],
+            queues,
             gpa,
-            answered: vec![Vec::new(); queues],
         }
     }
 
     /// Its front end goes to this daemon.
     fn come_back(&mut self, daemon: &Daemon) {
-        assert!(
-            daemon.wait_for_message("listening on"),
-            "{}",
-            daemon.stderr()
-        );
-        let mem = std::sync::Arc::clone(&self.front.take().expect("a front end").mem);
-        let mut front =
-            Front::connect_with(daemon.socket(), &Self::setup(), mem).expect("it is served");
-        front.set_inflight(&self.region).expect("it is taken");
-        for queue in &self.queues {
-            front.start(queue).expect("it is asked for");
-            front.enable(queue.index, true).expect("it is asked for");
-        }
-        self.front = Some(front);
+        let front = self.front.take().expect("a front end");
+        self.front = Some(region::come_back(front, daemon, &self.region, &self.queues));
     }
 
     /// Writes that cannot be merged, on all queues.
@@ -301,15 +275,12 @@ fn write_through_that_a_guest_chose_with_the_last_release_is_not_forgotten() {
     }
     lineage.spec = lineage.spec.clone().program(Some(&last));
     lineage.upgrade(&args);
-    let front = guest.front.as_mut().expect("a front end");
-    let written = front.set_config(BlkConfig::WRITEBACK_AT, &[0]);
-    written.expect("the guest chooses");
+    region::choose(guest.front.as_mut().expect("a front end"), 0);
     replace(&mut lineage, Signal::KILL, None, &args);
     guest.come_back(&lineage.daemon);
     let unknown = "whether it chose write-through is not known";
     assert!(lineage.daemon.wait_for_message(unknown));
-    let shown = lineage.ask("GET", "/v1/disks/s", None);
-    assert_eq!(shown["write_through"], json!(true));
+    assert!(region::is_write_through(&lineage));
 }
 
 /// The last release is started again and starts no ring, so it does not know what the guest chose, and says nothing of

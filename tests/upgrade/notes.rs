@@ -5,9 +5,9 @@ use std::time::Instant;
 
 use rustix::process::Signal;
 use tempfile::TempDir;
-use vhost::vhost_user::message::VhostUserProtocolFeatures;
 
 use super::refused::Actor;
+use super::region::{choose, come_back, is_write_through};
 use super::support::front::Inflight;
 use super::support::*;
 use super::{Lineage, MIB};
@@ -17,27 +17,13 @@ pub(super) const ARGS: [&str; 4] = ["--cache", "writeback", "--serial", "s"];
 pub(super) const UNKNOWN: &str = "whether it chose write-through is not known";
 const TAKEN: u32 = 6;
 
-pub(super) fn setup() -> Setup {
-    Setup {
-        protocol: protocol::KNOWN | VhostUserProtocolFeatures::INFLIGHT_SHMFD,
-        ..Setup::default()
-    }
-}
-
 /// A front end with a region and a ring that was used.
 pub(super) fn attach(lineage: &Lineage) -> (Front, Inflight, Queue) {
-    let mut front = Front::connect(lineage.daemon.socket(), &setup()).expect("a session");
-    let region = front.new_inflight(1, 128).expect("a region");
-    front.set_inflight(&region).expect("it is taken");
-    let mut queue = front.queue(0, QueueSetup::default()).expect("a queue");
+    let (front, region, mut queues) = super::region::attach(&lineage.daemon, 1);
+    let mut queue = queues.remove(0);
     Request::flush().run(&mut queue);
     assert!(region.has_notes());
     (front, region, queue)
-}
-
-pub(super) fn choose(front: &mut Front, writeback: u8) {
-    let written = front.set_config(BlkConfig::WRITEBACK_AT, &[writeback]);
-    written.expect("the guest chooses");
 }
 
 /// A process that takes over and says nothing of notes, up to the moment that decides.
@@ -56,20 +42,9 @@ fn restart(
     queue: &mut Queue,
 ) -> (Daemon, Front) {
     let next = lineage.daemon.beside(&lineage.spec.clone().args(ARGS));
-    assert!(next.wait_for_message("listening on"), "{}", next.stderr());
-    let mem = std::sync::Arc::clone(&front.mem);
-    drop(front);
-    let mut front = Front::connect_with(next.socket(), &setup(), mem).expect("it is served");
-    front.set_inflight(region).expect("it is taken");
-    front.start(queue).expect("it starts");
-    front.enable(0, true).expect("it is enabled");
+    let front = come_back(front, &next, region, std::slice::from_ref(queue));
     Request::flush().run(queue);
     (next, front)
-}
-
-pub(super) fn is_write_through(lineage: &Lineage) -> bool {
-    let shown = lineage.ask("GET", "/v1/disks/s", None);
-    shown["write_through"] == serde_json::json!(true)
 }
 
 /// What its guest chooses there is not noted, so what was noted before may not be believed.

@@ -1,56 +1,31 @@
 //! What a guest was told and chose, through an upgrade and what follows it.
 
-use rustix::process::Signal;
-use serde_json::json;
-use vhost::vhost_user::message::VhostUserProtocolFeatures;
-
+use super::region::{attach, choose, come_back, is_write_through};
 use super::support::*;
 use super::{Lineage, MIB};
+use rustix::process::Signal;
 
 const ARGS: [&str; 4] = ["--cache", "writeback", "--serial", "s"];
-
-fn is_write_through(lineage: &Lineage) -> bool {
-    let shown = lineage.ask("GET", "/v1/disks/s", None);
-    shown["write_through"] == json!(true)
-}
 
 /// The old daemon has written down what its guest chose, the new one writes on, and the old one no more.
 #[test]
 fn a_cache_mode_chosen_after_an_upgrade_survives_a_crash() {
     let mut lineage = Lineage::start(Spec::image(8 * MIB), &ARGS);
-    let setup = Setup {
-        protocol: protocol::KNOWN | VhostUserProtocolFeatures::INFLIGHT_SHMFD,
-        ..Setup::default()
-    };
-    let mut front = Front::connect(lineage.daemon.socket(), &setup).expect("a session");
-    let region = front.new_inflight(1, 128).expect("a region");
-    front.set_inflight(&region).expect("it is taken");
-    let mut queue = front.queue(0, QueueSetup::default()).expect("a queue");
+    let (mut front, region, mut queues) = attach(&lineage.daemon, 1);
     for chosen in [0, 1, 0] {
-        Request::flush().run(&mut queue);
-        front
-            .set_config(BlkConfig::WRITEBACK_AT, &[chosen])
-            .expect("the guest chooses");
+        Request::flush().run(&mut queues[0]);
+        choose(&mut front, chosen);
         lineage.upgrade(&ARGS);
         assert_eq!(is_write_through(&lineage), chosen == 0);
     }
     // Chosen while the newest one serves.
-    front
-        .set_config(BlkConfig::WRITEBACK_AT, &[1])
-        .expect("the guest chooses");
-    front
-        .set_config(BlkConfig::WRITEBACK_AT, &[0])
-        .expect("the guest chooses");
+    choose(&mut front, 1);
+    choose(&mut front, 0);
     lineage.daemon.signal(Signal::KILL);
     lineage.daemon.wait_exit();
     let spec = lineage.spec.clone().args(ARGS);
     let next = lineage.daemon.beside(&spec);
-    assert!(next.wait_for_message("listening on"), "{}", next.stderr());
-    let mem = std::sync::Arc::clone(&front.mem);
-    drop(front);
-    let mut front = Front::connect_with(next.socket(), &setup, mem).expect("it is served");
-    front.set_inflight(&region).expect("it is taken");
-    front.start(&queue).expect("it starts");
+    let mut front = come_back(front, &next, &region, &queues);
     assert_eq!(front.config().expect("a config").writeback, 0);
     assert!(next.wait_for_message("goes on with write-through"));
 }

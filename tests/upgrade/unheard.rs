@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use rustix::process::Signal;
 
-use super::notes::{ARGS, UNKNOWN, ask_without_notes, attach, choose, is_write_through, setup};
+use super::notes::{ARGS, UNKNOWN, ask_without_notes, attach};
+use super::region::{choose, is_write_through, setup};
 use super::support::front::Inflight;
 use super::support::*;
 use super::{Lineage, MIB};
