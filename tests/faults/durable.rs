@@ -91,6 +91,7 @@ fn a_durable_write_on_fuse_survives_a_power_cut_of_its_server() {
     let now = std::time::SystemTime::UNIX_EPOCH.elapsed();
     let seed = number("BLKMQ_SEED", now.map_or(0, |time| time.as_secs()));
     println!("BLKMQ_SEED={seed}");
+    let mut sessions = 0;
     for round in 0..number("BLKMQ_ROUNDS", 1) {
         for (cache, through) in [
             ("directsync", ""),
@@ -101,9 +102,19 @@ fn a_durable_write_on_fuse_survives_a_power_cut_of_its_server() {
             if !power_cuts((cache, through), seed + round) {
                 return;
             }
+            sessions += 1;
         }
     }
+    println!(
+        "{sessions} sessions, {} durable writes, {} power cuts",
+        sessions * WRITES,
+        sessions * CUTS
+    );
 }
+
+/// Durable writes of a session, and power cuts of its server after them.
+const WRITES: usize = 200;
+const CUTS: usize = 100;
 
 /// False where FUSE cannot be mounted.
 fn power_cuts((cache, through): (&str, &str), seed: u64) -> bool {
@@ -124,10 +135,10 @@ fn power_cuts((cache, through): (&str, &str), seed: u64) -> bool {
         chosen.expect("write-through");
     }
     let before = fuse.reached();
-    let done = write_through(&mut disk, &fuse, &mut rng, 200);
-    assert!(fuse.reached() - before >= 200);
+    let done = write_through(&mut disk, &fuse, &mut rng, WRITES);
+    assert!(fuse.reached() - before >= WRITES);
     assert!(syncs(&fuse) > 0, "{cache} {through}: no sync came");
-    check_power_cuts(&fuse, &done, &mut rng, 100);
+    check_power_cuts(&fuse, &done, &mut rng, CUTS);
     drop(disk);
     served.daemon.stop();
     true
