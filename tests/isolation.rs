@@ -17,6 +17,8 @@
 
 #[path = "isolation/bounces.rs"]
 mod bounces;
+#[path = "isolation/deeds.rs"]
+mod deeds;
 #[path = "support/fuse.rs"]
 mod fuse;
 #[path = "isolation/killed.rs"]
@@ -25,6 +27,8 @@ mod killed;
 mod neighbours;
 #[path = "isolation/pace.rs"]
 mod pace;
+#[path = "isolation/scene.rs"]
+mod scene;
 mod support;
 #[path = "isolation/threads.rs"]
 mod threads;

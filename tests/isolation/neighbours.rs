@@ -79,6 +79,11 @@ impl Frozen {
         (0..self.images).map(path).collect()
     }
 
+    /// Where it is mounted.
+    pub fn path(&self) -> &Path {
+        self.dir.path()
+    }
+
     /// Frozen as long as what it returns lives, which is to end before the processes that wait for the file system.
     pub fn freeze(&self) -> Cold {
         run("fsfreeze", &["--freeze", text(self.dir.path())]);
@@ -117,6 +122,11 @@ pub struct Party {
 impl Party {
     /// The first image is the daemon's own disk, with the options in `more`.
     pub fn start(images: &[PathBuf], more: &[&str]) -> Party {
+        Party::with_queues(images, 2, more)
+    }
+
+    /// The same, and the daemon's own disk has so many queues.
+    fn with_queues(images: &[PathBuf], queues: usize, more: &[&str]) -> Party {
         let dir = tempfile::tempdir().expect("a directory");
         let other = dir.path().join("other.img");
         sparse(&other, OTHER);
@@ -136,7 +146,7 @@ impl Party {
         let args = ["--workers", "1", "--control-path", text(&control)].map(str::to_owned);
         let more = more.iter().map(|word| (*word).to_owned());
         let args: Vec<String> = args.into_iter().chain(more).chain(disks).collect();
-        let spec = Spec::path(&images[0]).queues(2).args(args);
+        let spec = Spec::path(&images[0]).queues(queues).args(args);
         Party {
             daemon: Daemon::start_ours(&spec),
             dir,
@@ -173,11 +183,16 @@ pub struct Pair {
 
 impl Pair {
     pub fn start(image: &Path, more: &[&str]) -> Pair {
+        Pair::with_queues(image, 2, more)
+    }
+
+    /// The same, and the disk that may misbehave has so many queues.
+    pub fn with_queues(image: &Path, queues: usize, more: &[&str]) -> Pair {
         let Party {
             daemon,
             dir,
             mut sockets,
-        } = Party::start(&[image.to_path_buf()], more);
+        } = Party::with_queues(&[image.to_path_buf()], queues, more);
         let other = sockets.pop().expect("one");
         Pair { daemon, dir, other }
     }
@@ -210,6 +225,11 @@ impl Pair {
 /// Writes, zeroes, discards, reads and flushes, so many of each, without waiting.
 pub fn push_everything(disk: &mut Disk, times: u64) {
     let gpa = disk.mem().alloc(64 << 10, 4096);
+    push_everything_at(disk, gpa, times);
+}
+
+/// The same with buffers at `gpa`.
+pub fn push_everything_at(disk: &mut Disk, gpa: u64, times: u64) {
     let range = Range::new(0, 64);
     disk.mem().write(gpa, &range.to_bytes());
     let queue = &mut disk.queues[0];

@@ -129,6 +129,8 @@ pub struct Daemon {
 struct Lines {
     state: Mutex<(Vec<String>, bool)>,
     changed: Condvar,
+    held: Mutex<bool>,
+    released: Condvar,
 }
 
 impl Lines {
@@ -138,10 +140,19 @@ impl Lines {
             for line in BufReader::new(pipe).lines().map_while(Result::ok) {
                 lines.state.lock().expect("no holder panics").0.push(line);
                 lines.changed.notify_all();
+                let held = lines.held.lock().expect("no holder panics");
+                let released = lines.released.wait_while(held, |held| *held);
+                drop(released.expect("no holder panics"));
             }
             lines.state.lock().expect("no holder panics").1 = true;
             lines.changed.notify_all();
         })
+    }
+
+    /// Reads no more of the pipe, or goes on.
+    fn hold(&self, held: bool) {
+        *self.held.lock().expect("no holder panics") = held;
+        self.released.notify_all();
     }
 
     /// Waits for a line with `text` in it; false if the pipe closed or the deadline passed without one.
@@ -338,6 +349,11 @@ impl Daemon {
     /// What the program wrote to its standard error so far.
     pub fn stderr(&self) -> String {
         self.stderr.text()
+    }
+
+    /// Leaves the program's standard error unread, so that its pipe fills up, or reads on.
+    pub fn hold_log(&self, held: bool) {
+        self.stderr.hold(held);
     }
 
     /// Waits until the program writes a line with `text` in it; false if it never does.

@@ -258,7 +258,11 @@ impl Disk {
         queues: usize,
         queue: QueueSetup,
     ) -> Result<Self> {
-        let mut front = Front::connect(socket, setup)?;
+        Self::of(Front::connect(socket, setup)?, queues, queue)
+    }
+
+    /// Starts `queues` queues of a session.
+    pub fn of(mut front: Front, queues: usize, queue: QueueSetup) -> Result<Self> {
         let queues = (0..queues)
             .map(|index| front.queue(index, queue))
             .collect::<Result<Vec<_>>>()?;
