@@ -47,6 +47,7 @@ impl Rows {
         deed: impl Deed,
         switch: impl FnMut(&Pair, bool),
     ) -> u64 {
+        eprintln!("{shared} {name}");
         let (delays, answered) = scene.measure(deed, switch);
         self.0.push(Row {
             shared,
