@@ -27,7 +27,7 @@
 //! to be read.
 //!
 //! **Nobody writes for both.** A held disk's worker touches neither the guest's memory nor the image
-//! (`worker/hold.rs`), and the new process starts each ring on a disk that it holds until `Taken` is
+//! (`worker/handover.rs`), and the new process starts each ring on a disk that it holds until `Taken` is
 //! written.
 //!
 //! What travels is described in one place, `state.rs`, under a format number.

@@ -8,9 +8,9 @@
 //! that comes in two pieces for a broken one, wants memory regions in order, adds addresses that
 //! may wrap, and believes that a region is as long as it is said to be. So the guard passes on
 //! whole messages only, each in one piece with its file descriptors, and only those that satisfy
-//! the rules in `session/rules.rs`; the first that does not ends the session, and its
+//! the rules in `vhost_user/guard/rules.rs`; the first that does not ends the session, and its
 //! [`Refusal`] says in one line what was wrong. What the crate cannot do, the in-flight region, is
-//! answered here (`session/inflight.rs`).
+//! answered here (`vhost_user/guard/inflight.rs`).
 //!
 //! The guest is not heard here at all: its rings and requests never cross this socket. That ring
 //! addresses lie in memory and are aligned is checked here only so that a front end's mistake has a

@@ -16,7 +16,7 @@
 //!
 //! A record has room for [`MAX_RING_SIZE`](crate::mq::limits::MAX_RING_SIZE) entries, whatever size the front end says its rings have: QEMU
 //! 10.0.13 asks for a region for its `queue-size` and starts rings of 1024. What stands before and behind the
-//! records is in `inflight/layout.rs`. A region of another back end, or of the last release, has records of the size
+//! records is in `virtio/inflight/layout/mod.rs`. A region of another back end, or of the last release, has records of the size
 //! that the front end says, and nothing else.
 //!
 //! # What is written when
