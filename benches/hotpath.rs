@@ -1,5 +1,5 @@
 //! The way of a request, from the available ring to the used ring, for counting what it costs: ring,
-//! parser, blk-mq, the null engine, receipt, and the decision about a call, in the order of a worker's
+//! parser, blk-mq, the null engine, guest_io, and the decision about a call, in the order of a worker's
 //! turn. It makes no system call on the way and reads no clock, so that it does the same each time.
 //!
 //!     hotpath WORKLOAD BATCHES

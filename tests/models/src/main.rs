@@ -80,7 +80,7 @@ mod times;
 
 // What these files take from the modules they stand in.
 
-/// `mq::qos::Rate`
+/// `mq::throttle::Rate`
 #[derive(Clone, Copy, Debug)]
 struct Rate {
     per_second: u64,
@@ -93,7 +93,7 @@ impl Rate {
     }
 }
 
-/// `mq::qos::RetryAt`
+/// `mq::throttle::RetryAt`
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct RetryAt(u64);
 
