@@ -10,7 +10,7 @@ use crate::disk::size_watch::GrowthWatch;
 use crate::error::StartError;
 use crate::image::Image;
 use crate::sandbox::{Identity, find_group};
-use crate::sys::listener::{Access, Door, SocketFile, claim, listen_privately};
+use crate::sys::listener::{Access, Door, SocketFile, Turns, claim, listen_privately};
 use crate::takeover::{Predecessor, Trusted, remember_directory};
 
 /// The control socket: its listener and its file.
@@ -80,6 +80,7 @@ impl Opening {
             predecessor.check(&config.disks, &images)?;
         }
         let growth = GrowthWatch::new(&images);
+        let mut turns = Turns::default();
         let disks = config
             .disks
             .iter()
@@ -88,7 +89,9 @@ impl Opening {
             .map(|((disk, access), passed)| match (&disk.socket, passed) {
                 _ if inherits(disk) => Ok(None),
                 (_, Some(socket)) => Door::inherit(socket).map(Some),
-                (SocketSource::Path(path), None) => Door::bind_for(path, access).map(Some),
+                (SocketSource::Path(path), None) => {
+                    Door::bind_for(path, access, &mut turns).map(Some)
+                }
                 (SocketSource::Fd(_), None) => Ok(None),
             })
             .collect::<Result<Vec<_>, _>>()?;
@@ -100,7 +103,7 @@ impl Opening {
             .control_path
             .as_deref()
             .filter(|_| !inherits_control)
-            .map(|path| listen_privately(path, "--control-path", uid))
+            .map(|path| listen_privately(path, "--control-path", uid, &mut turns))
             .transpose()?;
         Ok(Opening {
             identity,

@@ -7,6 +7,7 @@ pub mod cpu_list;
 pub mod dying;
 pub mod fds;
 pub mod filesystem;
+pub mod holders;
 pub mod listener;
 pub mod own_sockets;
 pub mod sigbus;

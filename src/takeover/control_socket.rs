@@ -8,6 +8,7 @@ use std::sync::{Mutex, PoisonError};
 
 use crate::config::SocketSource;
 
+use super::receiver::listen_anew;
 use super::socket_name;
 use crate::sys::listener::SocketFile;
 use crate::vhost_user::handover::CarriedListener;
@@ -38,10 +39,12 @@ impl ControlSocket {
         })
     }
 
-    /// The file is this process's from now on.
+    /// The file is this process's from now on, and so is the socket.
     pub fn adopt(&self) {
-        if let Some(file) = &mut *self.lock() {
-            file.adopt();
+        if let Some(file) = &mut *self.lock()
+            && file.adopt()
+        {
+            listen_anew(&self.listener);
         }
     }
 

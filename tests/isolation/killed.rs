@@ -1,10 +1,16 @@
 //! A process that has ended while its storage does not answer: the kernel keeps all its files until it does.
 
+use std::os::fd::AsRawFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::process::{Command, Stdio};
+
+use rustix::io::{FdFlags, fcntl_setfd};
+
 use super::neighbours::{Frozen, Pair, push_everything};
 use super::*;
 
 /// Waits until a thread of the process waits for the file system.
-fn wait_for_blocked(pid: u32) {
+pub fn wait_for_blocked(pid: u32) {
     let deadline = Instant::now() + DEADLINE;
     let blocked = || {
         let threads = std::fs::read_dir(format!("/proc/{pid}/task")).expect("it lives");
@@ -20,7 +26,7 @@ fn wait_for_blocked(pid: u32) {
 }
 
 /// Waits until the process has ended, as far as it can with threads that wait in the kernel.
-fn wait_for_zombie(pid: u32) {
+pub fn wait_for_zombie(pid: u32) {
     let deadline = Instant::now() + DEADLINE;
     let stat = format!("/proc/{pid}/stat");
     while !std::fs::read_to_string(&stat).is_ok_and(|stat| stat.contains(") Z ")) {
@@ -117,4 +123,89 @@ fn images_of_disks_that_have_ended_are_unlocked_while_another_is_frozen() {
     drop(cold);
     let mut daemon = pair.daemon;
     assert_eq!(daemon.wait_exit().code(), Some(1));
+}
+
+/// A process that lives has the socket, too: it opened it, and starts the next daemon with it.
+#[test]
+fn a_socket_that_a_supervisor_passed_to_a_killed_process_is_not_replaced() {
+    let Some(frozen) = Frozen::of(1, 64 << 20, 16 << 20) else {
+        return;
+    };
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().join("passed.sock");
+    let listener = UnixListener::bind(&path).expect("it listens");
+    fcntl_setfd(&listener, FdFlags::empty()).expect("it can be inherited");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_vhost-user-blkmq"));
+    let command = command.arg("--fd").arg(listener.as_raw_fd().to_string());
+    let command = command.arg("--blk-file").arg(&frozen.images()[0]);
+    let mut killed = command.stderr(Stdio::null()).spawn().expect("it starts");
+    fcntl_setfd(&listener, FdFlags::CLOEXEC).expect("it is open");
+    let mut disk = Disk::attach(&path, 1);
+    let cold = frozen.freeze();
+    push_everything(&mut disk, 2);
+    wait_for_blocked(killed.id());
+    killed.kill().expect("it is ours");
+    wait_for_zombie(killed.id());
+
+    let mut next = Command::new(env!("CARGO_BIN_EXE_vhost-user-blkmq"));
+    let next = next.arg("--socket-path").arg(&path);
+    let next = next.args(["--engine", "null", "--size", "1M"]);
+    let stderr = File::create(dir.path().join("said")).expect("a file");
+    let mut next = next.stderr(stderr).spawn().expect("it starts");
+    let deadline = Instant::now() + DEADLINE;
+    let said = || std::fs::read_to_string(dir.path().join("said")).expect("text");
+    let status = loop {
+        if let Some(status) = next.try_wait().expect("it is ours") {
+            break Some(status);
+        }
+        if said().contains("] listening on") || Instant::now() > deadline {
+            let _ = next.kill();
+            let _ = next.wait();
+            break None;
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    };
+    drop(cold);
+    killed.wait().expect("it is ours");
+    assert_eq!(
+        status.and_then(|status| status.code()),
+        Some(1),
+        "{}",
+        said()
+    );
+    assert!(said().contains("is in use"), "{}", said());
+    assert!(!said().contains("is replaced"), "{}", said());
+    listener.set_nonblocking(true).expect("it is open");
+    while listener.accept().is_ok() {}
+    UnixStream::connect(&path).expect("it listens");
+    listener.accept().expect("it leads to the one who has it");
+}
+
+/// The one that is dying has the image, and is not the reason.
+#[test]
+fn an_image_of_a_living_process_is_not_waited_for_because_a_killed_one_has_it_too() {
+    let Some(frozen) = Frozen::of(1, 64 << 20, 16 << 20) else {
+        return;
+    };
+    let spec = Spec::path(&frozen.images()[0]);
+    let sharing = spec.clone().args(["--force-share"]);
+    let mut killed = Daemon::start_ours(&sharing);
+    let mut disk = Disk::attach(killed.socket(), 1);
+    let living = Daemon::start_ours(&sharing);
+    let cold = frozen.freeze();
+    push_everything(&mut disk, 2);
+    wait_for_blocked(killed.pid());
+    killed.signal(Signal::KILL);
+    wait_for_zombie(killed.pid());
+
+    let mut third = living.beside(&spec);
+    let status = third.wait_exit();
+    drop(cold);
+    let said = third.stderr();
+    assert_eq!(status.code(), Some(1), "{said}");
+    assert!(said.contains("another process writes to it"), "{said}");
+    assert!(!said.contains("is locked by process"), "{said}");
+    killed.wait_exit();
+    drop(disk);
+    living.stop();
 }

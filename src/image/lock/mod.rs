@@ -25,12 +25,11 @@ use std::time::{Duration, Instant};
 
 use log::warn;
 
-use self::holder::{dying_holder, is_open_elsewhere};
 use crate::config::DiskConfig;
 use crate::error::{Held, StartError};
 use crate::logging::show_early;
-
-mod holder;
+use crate::sys::dying::Dying;
+use crate::sys::holders::{dying_holder, is_locked_by_living, is_open_elsewhere};
 
 const USES_BASE: i64 = 100;
 const UNSHARED_BASE: i64 = 200;
@@ -193,11 +192,7 @@ fn control(
 ///
 /// [`StartError::ImageInUse`]: somebody else has it, and did not let go of it in time.
 pub fn lock_image(file: &impl AsFd, path: &Path, config: &DiskConfig) -> Result<(), StartError> {
-    let access = if config.read_only {
-        Access::Read
-    } else {
-        Access::Write
-    };
+    let access = access(config);
     let locked = if config.force_share {
         announce(file, access).map_err(LockError::Unsupported)
     } else {
@@ -207,7 +202,7 @@ pub fn lock_image(file: &impl AsFd, path: &Path, config: &DiskConfig) -> Result<
         })
     };
     match locked {
-        Err(LockError::Held(_)) => match dying_holder(file) {
+        Err(LockError::Held(_)) => match dying_locker(file) {
             Some(holder) => Err(StartError::ImageNotReleased {
                 path: path.to_owned(),
                 holder: holder.to_string(),
@@ -218,9 +213,35 @@ pub fn lock_image(file: &impl AsFd, path: &Path, config: &DiskConfig) -> Result<
     }
 }
 
+/// The same without waiting.
+///
+/// # Errors
+///
+/// [`StartError::ImageInUse`]: another process has it at this moment.
+pub fn lock_image_now(
+    file: &impl AsFd,
+    path: &Path,
+    config: &DiskConfig,
+) -> Result<(), StartError> {
+    let access = access(config);
+    let locked = if config.force_share {
+        announce(file, access).map_err(LockError::Unsupported)
+    } else {
+        lock_once(file, access)
+    };
+    judge(locked, path)
+}
+
+fn access(config: &DiskConfig) -> Access {
+    match config.read_only {
+        true => Access::Read,
+        false => Access::Write,
+    }
+}
+
 /// Waits longer for the image of a process that is dying than for that of one that goes on, and says so.
 fn wait_for(file: &impl AsFd, path: &Path, access: Access) -> Result<(), LockError> {
-    let dying = dying_holder(file);
+    let dying = dying_locker(file);
     if let Some(holder) = &dying {
         warn!("{path:?} is locked by {holder}; waiting until that has ended");
         show_early();
@@ -239,6 +260,18 @@ fn wait_for(file: &impl AsFd, path: &Path, access: Access) -> Result<(), LockErr
     })
 }
 
+/// A process that is dying and has the image, if no process that goes on has it locked as well.
+fn dying_locker(file: &impl AsFd) -> Option<Dying> {
+    let dying = dying_holder(file)?;
+    // Another one that waits has the lock at times, for a moment.
+    let lives = || is_locked_by_living(file);
+    let stays = lives() && {
+        thread::sleep(3 * PAUSE);
+        lives()
+    };
+    (!stays).then_some(dying)
+}
+
 /// The same beside another process that has the image and is about to leave it to us: takes all
 /// locks and looks at nobody's. As all are read locks, both have them for a while, and a third sees
 /// that the image is in use at every moment.
@@ -247,11 +280,7 @@ fn wait_for(file: &impl AsFd, path: &Path, access: Access) -> Result<(), LockErr
 ///
 /// None; where the file system has no locks the log says so.
 pub fn lock_beside(file: &impl AsFd, path: &Path, config: &DiskConfig) -> Result<(), StartError> {
-    let access = if config.read_only {
-        Access::Read
-    } else {
-        Access::Write
-    };
+    let access = access(config);
     let mut taken = announce(file, access);
     if !config.force_share {
         for permission in UNSHARED {

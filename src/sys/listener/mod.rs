@@ -17,7 +17,7 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, sockop
 use rustix::process::{Gid, Uid};
 
 use self::owner::{Knock, knock};
-use self::turn::Turn;
+pub use self::turn::Turns;
 use crate::error::StartError;
 use crate::sys::own_sockets::remember_socket;
 
@@ -83,9 +83,9 @@ impl SocketFile {
         }
     }
 
-    /// The file is this process's from now on.
-    pub fn adopt(&mut self) {
-        self.ours = true;
+    /// The file is this process's from now on; whether it was another's until now.
+    pub fn adopt(&mut self) -> bool {
+        !std::mem::replace(&mut self.ours, true)
     }
 
     /// Its device and inode.
@@ -107,7 +107,7 @@ impl Door {
     ///
     /// Somebody listens there; something else is there; the kernel refuses.
     pub fn bind(path: &Path) -> Result<Door, StartError> {
-        Door::bind_for(path, Access::default())
+        Door::bind_for(path, Access::default(), &mut Turns::default())
     }
 
     /// The same, for those that `access` says.
@@ -115,8 +115,8 @@ impl Door {
     /// # Errors
     ///
     /// As for [`Door::bind`]; or the file cannot be given to them.
-    pub fn bind_for(path: &Path, access: Access) -> Result<Door, StartError> {
-        let (listener, file) = listen(path, "--socket-path", access)?;
+    pub fn bind_for(path: &Path, access: Access, turns: &mut Turns) -> Result<Door, StartError> {
+        let (listener, file) = listen(path, "--socket-path", access, turns)?;
         Ok(Door::Listening(listener, Some(file)))
     }
 
@@ -188,13 +188,14 @@ pub fn listen_privately(
     path: &Path,
     option: &'static str,
     uid: Option<u32>,
+    turns: &mut Turns,
 ) -> Result<(UnixListener, SocketFile), StartError> {
     let access = Access {
         mode: Some(0o600),
         uid,
         gid: None,
     };
-    listen(path, option, access)
+    listen(path, option, access, turns)
 }
 
 /// Listens once more on a socket that another process listened on, so that the kernel names us as the
@@ -255,12 +256,13 @@ fn listen(
     path: &Path,
     option: &'static str,
     access: Access,
+    turns: &mut Turns,
 ) -> Result<(UnixListener, SocketFile), StartError> {
     let fail = |source| StartError::SocketBind {
         path: path.to_owned(),
         source,
     };
-    let _turn = Turn::take(path);
+    let _turn = turns.take(path);
     match fs::symlink_metadata(path) {
         Ok(there) if there.file_type().is_socket() => match knock(path) {
             Knock::Refused => fs::remove_file(path).map_err(fail)?,
@@ -471,7 +473,8 @@ mod tests {
     fn a_file_that_is_not_handed_over_yet_is_left_where_it_is() {
         let directory = tempfile::TempDir::new().unwrap();
         let path = directory.path().join("s");
-        let (_listener, file) = listen_privately(&path, "--control-path", None).unwrap();
+        let (_listener, file) =
+            listen_privately(&path, "--control-path", None, &mut Turns::default()).unwrap();
         drop(SocketFile::inherited(&path, file.identity()));
         assert!(path.exists(), "the take-over failed");
         let mut theirs = SocketFile::inherited(&path, file.identity());
@@ -485,10 +488,11 @@ mod tests {
     fn a_private_socket_is_its_users_from_the_start() {
         let directory = TempDir::new().unwrap();
         let path = directory.as_path().join("s");
-        let (_listener, file) = listen_privately(&path, "--control-path", None).unwrap();
+        let (_listener, file) =
+            listen_privately(&path, "--control-path", None, &mut Turns::default()).unwrap();
         assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
         UnixStream::connect(&path).expect("it listens");
-        let error = listen_privately(&path, "--control-path", None)
+        let error = listen_privately(&path, "--control-path", None, &mut Turns::default())
             .unwrap_err()
             .to_string();
         assert!(error.contains("give another --control-path"), "{error}");
@@ -506,7 +510,7 @@ mod tests {
             uid: None,
             gid: Some(gid),
         };
-        let _door = Door::bind_for(&path, access).unwrap();
+        let _door = Door::bind_for(&path, access, &mut Turns::default()).unwrap();
         let found = fs::metadata(&path).unwrap();
         assert_eq!((found.mode() & 0o777, found.gid()), (0o660, gid));
     }

@@ -5,6 +5,7 @@ mod compatibility;
 mod received;
 
 use std::io;
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -313,9 +314,7 @@ impl Inheritance {
             if let Some(file) = file {
                 file.adopt();
             }
-            if let Err(error) = listen_ourselves(listener) {
-                log::warn!("a socket that was taken over cannot be listened on anew: {error}");
-            }
+            listen_anew(listener);
         }
         for (disk, beginning) in disks.iter().zip(&self.beginnings) {
             let session = beginning.as_ref().and_then(|b| b.session.as_ref());
@@ -331,6 +330,14 @@ impl Inheritance {
         }
         log::info!("took over; the guests go on");
         Ok(self.beginnings)
+    }
+}
+
+/// Listens on a socket that was taken over, so that the kernel does not name the process that had it, which ends now. A
+/// third one would take the socket for that one's and replace it.
+pub(super) fn listen_anew(listener: &impl AsFd) {
+    if let Err(error) = listen_ourselves(listener) {
+        log::warn!("a socket that was taken over cannot be listened on anew: {error}");
     }
 }
 
