@@ -29,6 +29,8 @@ mod neighbours;
 mod pace;
 #[path = "isolation/scene.rs"]
 mod scene;
+#[path = "isolation/sizes.rs"]
+mod sizes;
 mod support;
 #[path = "isolation/threads.rs"]
 mod threads;

@@ -93,7 +93,9 @@ impl Api {
             (["v1", "disks", name, "resize"], "POST") => {
                 let disk = self.find(name)?;
                 let size = change::new_size(&request.body).map_err(bad)?;
-                // Beside another change: none holds up a disk's growing, nor the other way round.
+                // Beside another change: none holds up a disk's growing, nor the other way round. But not beside a
+                // take-over: a call that makes the image longer must not be carried out once another process has it.
+                let _change = self.begin_change()?;
                 let resize = disk.begin_resize().ok_or_else(|| {
                     Response::error(
                         409,
@@ -180,7 +182,7 @@ impl Api {
             Err(TryLockError::WouldBlock) => Err(Response::error(
                 409,
                 "another change is under way (a scheduler is switched when what is in flight has \
-                 ended); try again",
+                 ended, a disk grows when its storage answers); try again",
             )),
         };
         let considered = alone.and_then(|alone| {

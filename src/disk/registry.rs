@@ -6,7 +6,6 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use crate::config::Group;
-use crate::image::lock::unlock;
 use crate::mq::ids::{DiskId, WorkerId};
 use crate::mq::stats::diskstats::DiskStats;
 use crate::mq::throttle::{Limits, Throttle};
@@ -146,11 +145,11 @@ impl Roster {
         last.values().cloned().collect()
     }
 
-    /// Gives up the locks of all images, which nothing uses any more. Closing them may come later: a client of the
-    /// control socket is still being answered.
+    /// Gives up the locks of all images, which no ring uses any more. Closing them may come later: a client of the
+    /// control socket is still being answered. An image whose size that client changes stays locked.
     pub fn unlock_images(&self) {
         for disk in &self.disks {
-            unlock(&disk.image().file);
+            disk.give_up_image();
         }
     }
 
@@ -159,7 +158,7 @@ impl Roster {
     /// others meanwhile.
     pub fn unlock_images_at_rest(&self) {
         for disk in self.disks.iter().filter(|disk| !disk.is_connected()) {
-            unlock(&disk.image().file);
+            disk.give_up_image();
         }
     }
 

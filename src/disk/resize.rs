@@ -17,6 +17,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::config::ImageSource;
+use crate::error::StartError;
 use crate::image::ImageKind;
 
 use super::Disk;
@@ -109,6 +110,12 @@ pub enum ResizeError {
         /// What the kernel said.
         source: io::Error,
     },
+    /// Another process has an image that is locked while it is used.
+    #[error("{0}")]
+    InUse(StartError),
+    /// Another process may have the image from now on.
+    #[error("this daemon is ending; ask the one that serves the disk next")]
+    Ending,
     /// A worker's engine cannot use the image so far.
     #[error("the larger image cannot be used: {0}")]
     Engine(io::Error),
@@ -199,7 +206,8 @@ impl Resize<'_> {
     /// # Errors
     ///
     /// It is less than now, or ends within a logical block; the disk is read-only or has a block
-    /// device behind it, so that the size is not ours to choose; the file system refuses.
+    /// device behind it, so that the size is not ours to choose; the file system refuses; another
+    /// process has the image.
     pub fn grow_to(self, size_bytes: u64) -> Result<u64, ResizeError> {
         let outcome = self.disk.grow_to(size_bytes);
         self.end(outcome)
@@ -242,9 +250,9 @@ impl Disk {
                 return Err(ResizeError::ReadOnly);
             }
             ImageKind::File if there < size_bytes => {
+                let _used = self.begin_extension()?;
                 image
-                    .file
-                    .set_len(size_bytes)
+                    .extend_to(size_bytes)
                     .map_err(|source| ResizeError::Image {
                         what: "changed",
                         source,

@@ -1,4 +1,4 @@
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::os::unix::net::UnixListener;
 
 use rustix::fs::{CWD, FileType, Mode, fcntl_getfl, mknodat};
@@ -402,4 +402,25 @@ fn a_device_is_polled_only_if_it_has_queues_for_that() {
     ] {
         assert_eq!(asked(wanted, direct, &queue).unwrap(), expected);
     }
+}
+
+#[test]
+fn an_image_is_extended_and_never_cut() {
+    let (_dir, path) = image(1 << 20);
+    let image = Image::open(&of_file(&path)).expect("opens");
+    image.extend_to(64 << 20).expect("it grows");
+    let found = path.metadata().expect("a file");
+    assert_eq!(found.len(), 64 << 20);
+    assert!(found.blocks() * 512 < 8 << 20, "it stays sparse");
+    // Another process has made it longer meanwhile, and written there.
+    let other = File::options().read(true).write(true).open(&path);
+    let other = other.expect("it can be written");
+    other.set_len(96 << 20).expect("a size");
+    let at = (64 << 20) - 2048;
+    other.write_all_at(&[7; 4096], at).expect("it is written");
+    image.extend_to(64 << 20).expect("nothing is to be done");
+    assert_eq!(path.metadata().expect("a file").len(), 96 << 20);
+    let mut bytes = [0; 4096];
+    other.read_exact_at(&mut bytes, at).expect("it is read");
+    assert_eq!(bytes, [7; 4096]);
 }

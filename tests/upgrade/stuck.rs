@@ -1,15 +1,17 @@
 //! Upgrades of a daemon with a disk whose storage does not answer, beside one that is well.
 
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use rustix::net::sockopt::socket_peercred;
 use rustix::process::geteuid;
 use tempfile::TempDir;
 
 use super::support::disk::{finish, status};
 use super::support::*;
-use super::{Lineage, MIB, under_load};
+use super::{Lineage, MIB, client, under_load};
 
 /// An ext4 on a loop device that can be frozen; unmounted at the end.
 struct Freezable(TempDir);
@@ -149,4 +151,67 @@ fn a_disk_that_is_well_does_not_wait_for_one_that_is_stuck() {
     );
     assert_eq!(stuck.read(0, 0, 4096), [1; 4096]);
     assert!(new.is_running());
+}
+
+/// The old process could not be stopped from cutting the image that the new one has extended meanwhile.
+#[test]
+fn a_disk_whose_size_is_being_changed_is_not_handed_over() {
+    let Some(freezable) = Freezable::new() else {
+        return;
+    };
+    let mut lineage = Lineage::start(Spec::path(&freezable.image()), &[]);
+    let mut disk = Disk::attach(lineage.daemon.socket(), 1);
+    disk.write(0, 0, &[1; 4096]);
+    let frozen = freezable.freeze();
+    let control = lineage.control();
+    let grow = move || {
+        let body = serde_json::json!({ "size_bytes": 24 * MIB });
+        client::ask(&control, "POST", "/v1/disks/0/resize", Some(&body))
+    };
+    let blocked = || {
+        let threads = std::fs::read_dir(format!("/proc/{}/task", lineage.daemon.pid()));
+        let stats = threads.expect("it lives").flatten();
+        stats
+            .filter_map(|thread| std::fs::read_to_string(thread.path().join("stat")).ok())
+            .any(|stat| stat.contains(") D "))
+    };
+    let asked = std::thread::spawn(grow);
+    let deadline = Instant::now() + DEADLINE;
+    while !blocked() {
+        assert!(Instant::now() < deadline, "nothing is under way");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    let mut new = lineage.daemon.beside(&lineage.spec);
+    assert!(
+        new.wait_for_message("another change is under way"),
+        "{}",
+        new.stderr()
+    );
+    drop(frozen);
+    assert_eq!(new.wait_exit().code(), Some(1));
+    assert!(asked.join().expect("it is asked").is_ok(), "it grows");
+    lineage.upgrade(&[]);
+    assert_eq!(
+        lineage.ask("GET", "/v1/disks/0", None)["size_bytes"],
+        24 * MIB
+    );
+    assert_eq!(disk.read(0, 0, 4096), [1; 4096]);
+}
+
+/// What else stands for the process that listens is the one that was taken over from. It may take long to end, and is no
+/// reason to replace the sockets then.
+#[test]
+fn the_sockets_that_were_taken_over_are_the_new_daemons_for_the_kernel() {
+    let mut lineage = Lineage::start(Spec::image(MIB), &[]);
+    for _ in 0..2 {
+        let old = lineage.daemon.pid();
+        lineage.upgrade(&[]);
+        let new = lineage.daemon.pid();
+        assert_ne!(old, new);
+        for path in [lineage.control(), lineage.daemon.socket().to_owned()] {
+            let stream = UnixStream::connect(&path).expect("it listens");
+            let peer = socket_peercred(&stream).expect("it is connected");
+            assert_eq!(peer.pid.as_raw_pid().unsigned_abs(), new, "{path:?}");
+        }
+    }
 }
