@@ -40,6 +40,8 @@
 //! `docs/ARCHITECTURE.md` says why each part is as it is, and where to look for what.
 
 #![warn(clippy::print_stdout, clippy::print_stderr)]
+// One module style: a folder has its `mod.rs`.
+#![warn(clippy::self_named_module_files)]
 #![cfg_attr(test, allow(clippy::cast_possible_truncation))]
 
 /// The atomics of structures that threads share without a lock. `tests/models` takes the files of those

@@ -358,7 +358,7 @@ fn files() -> Vec<(String, String)> {
     ] {
         collect(&root().join(name), &mut files);
     }
-    for name in ["Cargo.toml", "README.md", "CHANGELOG.md"] {
+    for name in ["Cargo.toml", "README.md", "CHANGELOG.md", "CONTRIBUTING.md"] {
         add(&root().join(name), &mut files);
     }
     assert!(
