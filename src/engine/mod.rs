@@ -53,14 +53,14 @@ use io_uring::cqueue;
 use self::copy_queue::Small;
 use self::iopoll::Polled;
 use self::lost::fields;
+use self::memory::Memory;
+use self::slot::{Next, Slot, Stage};
+use self::start::start;
 use self::submit::Batch;
+use self::target::Disk;
+use self::uring::{Ask, REAP_BATCH, Ring};
 use self::waiting::{Threads, Turn};
-use crate::engine::memory::Memory;
-use crate::engine::slot::{Next, Slot, Stage};
-use crate::engine::start::start;
-use crate::engine::target::Disk;
-use crate::engine::uring::{Ask, REAP_BATCH, Ring};
-use crate::engine::watch::{Call, Table, Watch};
+use self::watch::{Call, Table, Watch};
 use crate::mq::ids::DriverTag;
 
 pub use self::command::{

@@ -11,7 +11,7 @@ use rustix::io::Errno;
 use crate::mq::ids::DiskId;
 
 use crate::sys::listener::Stop;
-use crate::vhost_user::device::session_state::vring::SessionState;
+use crate::vhost_user::device::session_state::SessionState;
 use crate::vhost_user::guard::{CarriedInflight, CarriedRegion, Negotiated};
 
 /// A listening socket, and the identity (device and inode) of its file if that is to be removed at

@@ -20,7 +20,8 @@ use crate::mq::limits::MAX_RING_SIZE;
 
 use super::device::backend::DeviceBackend;
 use super::device::noop_bitmap::NoopBitmap;
-use super::device::session_state::vring::{GuestMemory, SessionState, bind};
+use super::device::session_state::SessionState;
+use super::device::session_state::vring::{GuestMemory, bind};
 use super::guard::{
     CarriedSession, ConfigNotifier, FDS_TO_BEGIN, Guard, LogKeeper, PrimeError, Reason, Served,
     SessionEnd, SessionLimits,

@@ -49,21 +49,21 @@ use crate::virtio::geometry::DiskShape;
 use crate::virtio::guest_io::GuestIo;
 use crate::virtio::pool::SegmentPool;
 
+use self::affinity::{Affinity, Load};
 use self::coalesce::Patience;
+use self::counts::QueueReport;
 use self::drain::{Intake, Taken};
 use self::driver::EngineDriver;
 use self::error_policy::{Care, failed};
 use self::mailbox::Pending;
 pub use self::message::{HeldRings, WaitsAfterError};
+use self::message::{Message, WorkerHandle};
 use self::polling::Spin;
 use self::queue::{Port, heat, touch};
 use self::trace::Named;
 use self::watchdog::Watchdog;
 use crate::sys::clock::Clock;
 use crate::virtio::dirty_log::DiskLog;
-use crate::worker::affinity::{Affinity, Load};
-use crate::worker::counts::QueueReport;
-use crate::worker::message::{Message, WorkerHandle};
 
 /// A worker that finds nothing reads the clock once in this many turns: the reading would be most of
 /// what such a turn costs.

@@ -35,6 +35,14 @@ pub fn wait_for_zombie(pid: u32) {
     }
 }
 
+/// Kills a daemon while I/O of `disk`, whose storage is frozen, keeps it from ending.
+fn kill_in_frozen_io(daemon: &Daemon, disk: &mut Disk) {
+    push_everything(disk, 2);
+    wait_for_blocked(daemon.pid());
+    daemon.signal(Signal::KILL);
+    wait_for_zombie(daemon.pid());
+}
+
 /// A second daemon listens where the killed one did, serves what it can, and the frozen disk when it answers again.
 #[test]
 fn sockets_of_a_killed_process_whose_storage_is_frozen_are_replaced() {
@@ -55,10 +63,7 @@ fn sockets_of_a_killed_process_whose_storage_is_frozen_are_replaced() {
     let mut killed = Daemon::start_ours(&spec);
     let mut disk = Disk::attach(killed.socket(), 1);
     let cold = frozen.freeze();
-    push_everything(&mut disk, 2);
-    wait_for_blocked(killed.pid());
-    killed.signal(Signal::KILL);
-    wait_for_zombie(killed.pid());
+    kill_in_frozen_io(&killed, &mut disk);
 
     let mut next = killed.beside(&spec);
     assert!(next.wait_for_message("listening on"), "{}", next.stderr());
@@ -84,10 +89,7 @@ fn the_image_of_a_killed_process_whose_storage_is_frozen_is_waited_for_and_the_l
     let mut killed = Daemon::start_ours(&spec);
     let mut disk = Disk::attach(killed.socket(), 1);
     let cold = frozen.freeze();
-    push_everything(&mut disk, 2);
-    wait_for_blocked(killed.pid());
-    killed.signal(Signal::KILL);
-    wait_for_zombie(killed.pid());
+    kill_in_frozen_io(&killed, &mut disk);
     let next = killed.beside(&spec);
     let said = format!("is locked by process {}", killed.pid());
     assert!(next.wait_for_message(&said), "{}", next.stderr());
@@ -193,10 +195,7 @@ fn an_image_of_a_living_process_is_not_waited_for_because_a_killed_one_has_it_to
     let mut disk = Disk::attach(killed.socket(), 1);
     let living = Daemon::start_ours(&sharing);
     let cold = frozen.freeze();
-    push_everything(&mut disk, 2);
-    wait_for_blocked(killed.pid());
-    killed.signal(Signal::KILL);
-    wait_for_zombie(killed.pid());
+    kill_in_frozen_io(&killed, &mut disk);
 
     let mut third = living.beside(&spec);
     let status = third.wait_exit();

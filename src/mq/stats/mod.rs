@@ -2,8 +2,8 @@
 
 use serde::Serialize;
 
+use self::histogram::{Dispatched, Histogram};
 use super::request::Op;
-use super::stats::histogram::{Dispatched, Histogram};
 
 pub(super) mod batch;
 pub mod diskstats;

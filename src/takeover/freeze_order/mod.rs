@@ -62,8 +62,8 @@ pub(super) struct Still<W> {
     pub since: Instant,
 }
 
-/// Holds all disks, and returns when all are still, in their order; `oldest` is for how long the storage of each has had the oldest of its
-/// requests. They have to be let go of afterwards, also after an error.
+/// Holds all disks, and returns when all are still, in their order; `oldest` is for how long the storage of each has had
+/// the oldest of its requests. They have to be let go of afterwards, also after an error.
 pub(super) fn hold_still<D: Holdable>(
     disks: &[&D],
     oldest: &[Duration],

@@ -22,7 +22,8 @@ use crate::virtio::inflight::region_bytes;
 use crate::virtio::memory::MemoryTable;
 
 use super::noop_bitmap::NoopBitmap;
-use super::session_state::vring::{GuestMemory, SessionState, Vring};
+use super::session_state::SessionState;
+use super::session_state::vring::{GuestMemory, Vring};
 use crate::disk::CacheError;
 use crate::disk::device_state::DeviceState;
 use crate::sys::fds;

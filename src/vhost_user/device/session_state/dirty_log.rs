@@ -8,7 +8,7 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, MutexGuard, PoisonError};
 
-use super::vring::SessionState;
+use super::SessionState;
 use crate::vhost_user::guard::LogKeeper;
 use crate::virtio::dirty_log::{DirtyLog, DiskLog};
 use crate::worker::message::Message;

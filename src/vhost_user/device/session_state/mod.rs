@@ -8,10 +8,10 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use crate::mq::ids::RingId;
 use crate::virtio::memory::MemoryTable;
 
-use super::super::device::session_state::dirty_log::Logging;
+use self::dirty_log::Logging;
+use self::session_end::EndFromWithin;
+use self::vring::Vring;
 use super::super::guard::InflightStore;
-use super::session_state::session_end::EndFromWithin;
-use super::session_state::vring::Vring;
 use crate::disk::Disk;
 use crate::disk::guest_notes::NoteKeeper;
 use crate::sys::listener::Stop;

@@ -5,7 +5,7 @@ use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::sync::OnceLock;
 
-use super::vring::SessionState;
+use super::SessionState;
 
 /// The device's end of the session, for a session that has to end from within, and why it did.
 #[derive(Debug, Default)]

@@ -25,7 +25,7 @@ use crate::virtio::ring::{RingError, RingSetup};
 use crate::vhost_user::device::noop_bitmap::NoopBitmap;
 use crate::worker::message::{FdRole, Message, Reply, StartRing};
 
-pub use crate::vhost_user::device::session_state::SessionState;
+use super::SessionState;
 use resume_in_place::Closing;
 
 /// Guest memory as the crate hands it out. The data path does not go through it.
